@@ -1,0 +1,56 @@
+"""Every exception pyvmm raises on purpose, and the one table of native error codes.
+
+Three kinds of failure are kept apart: what the *user* asked for cannot be (``ConfigError`` and below: the CLI
+prints the sentence and exits with status 2), what the *host* refused (``HostError``), and a guest that broke
+the rules, which is never an exception but an :class:`vmm.outcome.Outcome`.
+"""
+
+from __future__ import annotations
+
+
+class VmmError(Exception):
+    """Base of everything pyvmm raises on purpose; its text is one sentence that names the fix."""
+
+
+class ConfigError(VmmError):
+    """The request itself is wrong: a size, a count, a flag, a machine file."""
+
+
+class ImageError(ConfigError):
+    """A kernel, initrd or other image cannot be used: missing, truncated, lying, or of no known kind."""
+
+
+class HostError(VmmError):
+    """The host said no: /dev/kvm missing or forbidden, a capability absent, an ioctl refused.
+
+    ``errno`` is the host's error number, or 0 when the refusal was not a system call's.
+    """
+
+    def __init__(self, message: str, errno: int = 0) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class GuestMemoryError(VmmError, IndexError):
+    """An access by guest-physical address that no memory region holds. ``gpa`` and ``size`` say which."""
+
+    def __init__(self, gpa: int, size: int) -> None:
+        super().__init__(f"guest-physical range {gpa:#x}+{size:#x} is not inside guest memory")
+        self.gpa = gpa
+        self.size = size
+
+
+class BusError(ConfigError):
+    """A device range overlaps another one, is empty, or leaves the address space."""
+
+
+class StateError(VmmError):
+    """The machine is not in a state that allows this call (running, stopped, closed)."""
+
+
+class ConsoleTimeout(VmmError, TimeoutError):
+    """``console.expect`` ran out of time. ``transcript`` holds what the guest printed until then."""
+
+    def __init__(self, message: str, transcript: bytes = b"") -> None:
+        super().__init__(message)
+        self.transcript = transcript
