@@ -1,0 +1,345 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * vmmcore: the native half of pyvmm, and its manual.
+ *
+ * Everything Python may call is declared here with its contract; nothing else crosses the boundary. The library
+ * is plain C11, knows no Python, and calls up only through (function, opaque) pairs given to it. Two machines in
+ * one process share nothing but the kick signal's empty handler.
+ *
+ * Order of calls
+ *   vmm_vm_create -> vmm_vm_add_memory -> vmm_bus_attach ... -> vmm_vcpu_create -> set CPUID, registers
+ *   -> vmm_vcpu_run on one thread per vCPU -> vmm_vm_stop -> every vmm_vcpu_run has returned -> vmm_vm_destroy
+ *
+ * Returns
+ *   Functions of type int answer 0 (or a documented non-negative number) for success and -errno for failure;
+ *   vmm_error_text() then says, for the calling thread, what was being attempted. Pointers returned belong to
+ *   the library unless the contract says otherwise.
+ *
+ * Threads
+ *   Unless stated otherwise a function may be called from any thread. A vCPU is run by one thread at a time.
+ *   Device ops are called on the vCPU's thread, outside any lock of the library, by several vCPUs at once.
+ */
+#ifndef VMMCORE_H
+#define VMMCORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cdef: begin */
+
+/* ---- errors ------------------------------------------------------------------------------------------------ */
+
+/* What the last failing call on this thread was doing, e.g. "KVM_CREATE_VM". Never NULL; valid until the next. */
+const char *vmm_error_text(void);
+
+/* ---- the virtual machine ----------------------------------------------------------------------------------- */
+
+typedef struct vmm_vm vmm_vm;
+typedef struct vmm_vcpu vmm_vcpu;
+
+enum vmm_vm_flags {
+    VMM_VM_IRQCHIP = 1,   /* in-kernel PIC, I/O APIC and local APICs */
+    VMM_VM_PIT = 2,       /* in-kernel i8254 and port 0x61 (needs VMM_VM_IRQCHIP) */
+};
+
+/*
+ * Open `kvm_path` ("/dev/kvm"), check that it speaks KVM API 12, create a machine.
+ * -ENOENT, -EACCES, -ENODEV, -EBUSY ...: from open; -EPROTO: another API version; else the ioctl's error.
+ * *out is to be given to vmm_vm_destroy.
+ */
+int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out);
+
+/* Free everything the machine owns: vCPUs, memory, lines, bus. No vmm_vcpu_run may be in progress. NULL is fine. */
+void vmm_vm_destroy(vmm_vm *vm);
+
+/* KVM_CHECK_EXTENSION on the machine: 0 when absent, else KVM's number. */
+int vmm_vm_check_extension(vmm_vm *vm, uint32_t capability);
+
+/* KVM_ENABLE_CAP with four arguments. */
+int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2, uint64_t arg3);
+
+/* File descriptors, for ioctls that have no function here; they stay the library's. */
+int vmm_vm_fd(vmm_vm *vm);
+int vmm_vcpu_fd(vmm_vcpu *vcpu);
+
+/* ---- guest memory ------------------------------------------------------------------------------------------ */
+
+enum vmm_memory_flags {
+    VMM_MEMORY_HUGE_2M = 1,   /* memfd from the 2 MiB huge page pool */
+    VMM_MEMORY_DIRTY_LOG = 2, /* let KVM record which pages the guest writes */
+    VMM_MEMORY_READONLY = 4,  /* guest writes exit as MMIO */
+};
+
+/*
+ * Create `size` bytes of guest RAM at guest-physical address `gpa`, on a memfd of its own, mapped once. Nothing is
+ * touched: memory the guest never writes costs nothing. Both numbers are multiples of 4 KiB (2 MiB with HUGE_2M).
+ * *host points at the first byte and stays valid until vmm_vm_destroy. At most 32 regions.
+ * -EEXIST: overlaps a region; -EINVAL: unaligned, empty or wrapping; -ENOMEM; -ENOSPC: too many regions.
+ */
+int vmm_vm_add_memory(vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags, void **host, int *memfd);
+
+/* The only way from a guest-physical range to a host pointer: NULL unless one region holds all of it. */
+void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size);
+
+/* ---- interrupt lines --------------------------------------------------------------------------------------- */
+
+/* One wire. A device is given a line; whether an irqchip, a test or nothing is behind it is not its business. */
+typedef struct vmm_line {
+    void (*set)(void *opaque, uint32_t n, int level);
+    void *opaque;
+    uint32_t n;
+} vmm_line;
+
+/* The machine's wire `gsi` into the in-kernel irqchip. The machine's; valid until vmm_vm_destroy. NULL: gsi > 4095. */
+const vmm_line *vmm_vm_line(vmm_vm *vm, uint32_t gsi);
+
+/* Drive a line from Python. */
+void vmm_line_set(const vmm_line *line, int level);
+
+/* ---- the bus ----------------------------------------------------------------------------------------------- */
+
+/*
+ * A device is two functions over (offset, size); it knows no address. size is 1, 2, 4 or 8 (MMIO may also carry 3,
+ * 5, 6 or 7 where a guest access was split at a page or range end: such accesses are delivered byte by byte).
+ * A read's bits above size are ignored.
+ */
+typedef struct vmm_device_ops {
+    uint64_t (*read)(void *opaque, uint64_t offset, uint32_t size);
+    void (*write)(void *opaque, uint64_t offset, uint32_t size, uint64_t value);
+} vmm_device_ops;
+
+enum vmm_space { VMM_PIO = 0, VMM_MMIO = 1 };
+
+/*
+ * Claim [base, base+size) of a space for a device. `ops` and `opaque` must outlive the attachment; `tag` is the
+ * caller's name for it (traces). Safe while vCPUs run. At most 4096 ranges a space.
+ * -EEXIST: overlaps another range (or RAM); -EINVAL: empty, wrapping, or beyond 64 Ki ports; -ENOSPC.
+ */
+int vmm_bus_attach(vmm_vm *vm, int space, uint64_t base, uint64_t size, const vmm_device_ops *ops, void *opaque,
+                   uint32_t tag);
+
+/* Give a range up. On return no vCPU is inside its ops, except the calling one. -ENOENT: no range starts there. */
+int vmm_bus_detach(vmm_vm *vm, int space, uint64_t base);
+
+/* One access as a vCPU would make it, for tests and the monitor. Unclaimed bytes read as ones. size 1..8. */
+uint64_t vmm_bus_read(vmm_vm *vm, int space, uint64_t address, uint32_t size);
+void vmm_bus_write(vmm_vm *vm, int space, uint64_t address, uint32_t size, uint64_t value);
+
+/* Accesses that nobody claimed, since creation. */
+uint64_t vmm_bus_unclaimed(vmm_vm *vm);
+
+/* ---- vCPUs ------------------------------------------------------------------------------------------------- */
+
+int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out);
+
+/* Layouts are KVM's (checked at compile time); they are for calls, never for files. */
+typedef struct vmm_regs {
+    uint64_t rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp;
+    uint64_t r8, r9, r10, r11, r12, r13, r14, r15;
+    uint64_t rip, rflags;
+} vmm_regs;
+
+typedef struct vmm_segment {
+    uint64_t base;
+    uint32_t limit;
+    uint16_t selector;
+    uint8_t type, present, dpl, db, s, l, g, avl, unusable, padding;
+} vmm_segment;
+
+typedef struct vmm_dtable {
+    uint64_t base;
+    uint16_t limit;
+    uint16_t padding[3];
+} vmm_dtable;
+
+typedef struct vmm_sregs {
+    vmm_segment cs, ds, es, fs, gs, ss, tr, ldt;
+    vmm_dtable gdt, idt;
+    uint64_t cr0, cr2, cr3, cr4, cr8, efer, apic_base;
+    uint64_t interrupt_bitmap[4];
+} vmm_sregs;
+
+typedef struct vmm_cpuid_entry {
+    uint32_t function, index, flags, eax, ebx, ecx, edx, padding[3];
+} vmm_cpuid_entry;
+
+/* Registers of a vCPU that is not running (created, paused or stopped). */
+int vmm_vcpu_get_regs(vmm_vcpu *vcpu, vmm_regs *regs);
+int vmm_vcpu_set_regs(vmm_vcpu *vcpu, const vmm_regs *regs);
+int vmm_vcpu_get_sregs(vmm_vcpu *vcpu, vmm_sregs *sregs);
+int vmm_vcpu_set_sregs(vmm_vcpu *vcpu, const vmm_sregs *sregs);
+
+/* KVM_GET_SUPPORTED_CPUID: fills at most `max` entries, answers how many there are. -E2BIG: max is too small. */
+int vmm_vm_supported_cpuid(vmm_vm *vm, vmm_cpuid_entry *entries, uint32_t max);
+int vmm_vcpu_set_cpuid(vmm_vcpu *vcpu, const vmm_cpuid_entry *entries, uint32_t n);
+
+/* n model-specific registers by index. Answers how many were taken: the first KVM refuses ends the list. */
+int vmm_vcpu_get_msrs(vmm_vcpu *vcpu, const uint32_t *index, uint64_t *value, uint32_t n);
+int vmm_vcpu_set_msrs(vmm_vcpu *vcpu, const uint32_t *index, const uint64_t *value, uint32_t n);
+
+/* Linear to physical through the vCPU's page tables as KVM walks them. -EFAULT: not mapped. */
+int vmm_vcpu_translate(vmm_vcpu *vcpu, uint64_t linear, uint64_t *gpa);
+
+/* The other state KVM keeps, as KVM's own structs: sizes are checked, -EMSGSIZE when `size` is not KVM's. */
+enum vmm_state {
+    VMM_STATE_MP = 0,          /* vCPU: struct kvm_mp_state */
+    VMM_STATE_EVENTS = 1,      /* vCPU: struct kvm_vcpu_events */
+    VMM_STATE_DEBUGREGS = 2,   /* vCPU: struct kvm_debugregs */
+    VMM_STATE_LAPIC = 3,       /* vCPU: struct kvm_lapic_state */
+    VMM_STATE_FPU = 4,         /* vCPU: struct kvm_fpu */
+    VMM_STATE_XSAVE = 5,       /* vCPU: struct kvm_xsave (4 KiB) */
+    VMM_STATE_XCRS = 6,        /* vCPU: struct kvm_xcrs */
+    VMM_STATE_CLOCK = 16,      /* machine: struct kvm_clock_data */
+    VMM_STATE_PIT = 17,        /* machine: struct kvm_pit_state2 */
+    VMM_STATE_PIC_MASTER = 18, /* machine: struct kvm_irqchip, chip 0 */
+    VMM_STATE_PIC_SLAVE = 19,  /* machine: struct kvm_irqchip, chip 1 */
+    VMM_STATE_IOAPIC = 20,     /* machine: struct kvm_irqchip, chip 2 */
+};
+int vmm_state_size(int kind);
+int vmm_vcpu_get_state(vmm_vcpu *vcpu, int kind, void *buffer, size_t size);
+int vmm_vcpu_set_state(vmm_vcpu *vcpu, int kind, const void *buffer, size_t size);
+int vmm_vm_get_state(vmm_vm *vm, int kind, void *buffer, size_t size);
+int vmm_vm_set_state(vmm_vm *vm, int kind, const void *buffer, size_t size);
+
+/* ---- running ----------------------------------------------------------------------------------------------- */
+
+/* Why a run ended. The first reason given to a machine is the one it keeps. */
+enum vmm_stop_reason {
+    VMM_STOP_NONE = 0,
+    VMM_STOP_HOST = 1,         /* the monitor asked (code: the caller's) */
+    VMM_STOP_POWEROFF = 2,     /* the guest powered off */
+    VMM_STOP_RESET = 3,        /* the guest asked for a reset */
+    VMM_STOP_DEBUG_EXIT = 4,   /* isa-debug-exit (code: the value written) */
+    VMM_STOP_PANIC = 5,        /* pvpanic (code: the event bits) */
+    VMM_STOP_TRIPLE_FAULT = 6, /* KVM_EXIT_SHUTDOWN */
+    VMM_STOP_EMULATION = 7,    /* KVM_EXIT_INTERNAL_ERROR (code: suberror) */
+    VMM_STOP_FAIL_ENTRY = 8,   /* KVM_EXIT_FAIL_ENTRY (code: hardware reason) */
+    VMM_STOP_HALT = 9,         /* HLT with no interrupt controller to wake it */
+    VMM_STOP_SYSTEM_EVENT = 10, /* KVM_EXIT_SYSTEM_EVENT (code: type) */
+    VMM_STOP_UNKNOWN_EXIT = 11, /* an exit reason the loop has no answer to (code: reason) */
+    VMM_STOP_RUN_FAILED = 12,  /* KVM_RUN itself failed (code: errno) */
+    VMM_STOP_CALLBACK = 13,    /* a device's own code failed (an exception waits above) */
+    VMM_STOP_DEBUG = 14,       /* KVM_EXIT_DEBUG that nobody claimed (code: exception vector) */
+};
+
+/*
+ * Run a vCPU on the calling thread until the machine stops. All signals but the kick are blocked on that thread
+ * from then on. A pause parks the thread inside this call. Answers the machine's vmm_stop_reason.
+ */
+int vmm_vcpu_run(vmm_vcpu *vcpu);
+
+/* End the run: the first reason wins, every vCPU is kicked. Does not wait. Also for device ops. */
+void vmm_vm_stop(vmm_vm *vm, int reason, uint64_t code);
+
+/* What ended the run, which vCPU (UINT32_MAX: none in particular), and an eventfd that turns readable then. */
+int vmm_vm_stop_reason(vmm_vm *vm, uint64_t *code, uint32_t *vcpu_id);
+int vmm_vm_stop_fd(vmm_vm *vm);
+
+/*
+ * Pause: returns when no vCPU is inside KVM_RUN or a device op, with every exit's result written back, so that
+ * registers and memory are consistent. Nests: resume as often. -EDEADLK: called from a device op on a vCPU thread.
+ */
+int vmm_vm_pause(vmm_vm *vm);
+int vmm_vm_resume(vmm_vm *vm);
+
+/* Make the machine runnable again after every vmm_vcpu_run returned: forgets the stop reason. */
+int vmm_vm_rearm(vmm_vm *vm);
+
+/* Break KVM_RUN of one vCPU so that it looks at its requests. */
+void vmm_vcpu_kick(vmm_vcpu *vcpu);
+
+/* ---- what happened ----------------------------------------------------------------------------------------- */
+
+/* One exit, as kept in each vCPU's ring of the last 64. reason is KVM's exit reason. */
+typedef struct vmm_exit_record {
+    uint64_t address;  /* port or guest-physical address; MSR index; else 0 */
+    uint64_t value;    /* what was read or written */
+    uint32_t reason;
+    uint16_t size;     /* bytes of one access */
+    uint8_t write;     /* 1: the guest wrote */
+    uint8_t claimed;   /* 1: a device answered */
+    uint32_t count;    /* accesses in a string instruction, else 1 */
+    uint32_t tag;      /* of the range that answered */
+} vmm_exit_record;
+
+/* Copies the newest exits, oldest first; answers how many. For a vCPU that is not running (else approximate). */
+uint32_t vmm_vcpu_last_exits(vmm_vcpu *vcpu, vmm_exit_record *records, uint32_t max);
+
+/* Exits so far by KVM's exit reason; reasons above 63 are counted at 63. */
+uint64_t vmm_vcpu_exit_count(vmm_vcpu *vcpu, uint32_t reason);
+
+/* After VMM_STOP_EMULATION: the instruction bytes KVM reported. Answers how many (0..15). */
+uint32_t vmm_vcpu_failed_instruction(vmm_vcpu *vcpu, uint8_t bytes[16]);
+
+/* ---- host compatibility (native/compat; see docs/architecture.md) ------------------------------------------- */
+
+enum vmm_compat_flags {
+    VMM_COMPAT_COMPLETE = 1, /* complete instructions KVM's emulator lacks */
+    VMM_COMPAT_SYSCALL = 2,  /* repair SYSCALL that stays at CPL 3 */
+};
+
+/* Switch remedies on, before the first run. -ENOTSUP names the capability this needs. */
+int vmm_compat_enable(vmm_vm *vm, uint32_t flags);
+
+/* How often a remedy was used: instructions completed, SYSCALLs repaired, other #PFs stepped over. */
+typedef struct vmm_compat_stats {
+    uint64_t completed, syscalls, faults;
+} vmm_compat_stats;
+void vmm_compat_get_stats(vmm_vm *vm, vmm_compat_stats *stats);
+
+/* ---- console: bytes between a guest's serial device and whoever listens ------------------------------------- */
+
+/*
+ * Two queues. Output is a log: the guest appends, host readers keep positions of their own and nothing is lost
+ * while they are within `log_limit` bytes of the end. A reader that must not lose bytes registers as the pump
+ * (vmm_console_set_pump): then the guest sees its transmitter busy while the pump is `high_water` behind. Input is
+ * bounded: send takes what there is room for.
+ */
+typedef struct vmm_console vmm_console;
+int vmm_console_create(size_t input_limit, size_t log_limit, size_t high_water, vmm_console **out);
+void vmm_console_destroy(vmm_console *console); /* after every device that uses it */
+
+/* Host side. Input: bytes taken. */
+size_t vmm_console_send(vmm_console *console, const uint8_t *bytes, size_t n);
+size_t vmm_console_input_room(vmm_console *console);
+/* Output: copy from absolute position *position; if that is gone already, *position moves to the oldest kept. */
+size_t vmm_console_read(vmm_console *console, uint64_t *position, uint8_t *bytes, size_t n);
+uint64_t vmm_console_end(vmm_console *console);    /* bytes ever written by the guest */
+/* Wait until end() > position, closed, or the time is up (ms; -1: for ever). 1: there is more; 0: there is not. */
+int vmm_console_wait(vmm_console *console, uint64_t position, int timeout_ms);
+/* The pump's position: everything before it has been written out. UINT64_MAX: no pump. */
+void vmm_console_set_pump(vmm_console *console, uint64_t position);
+/* eventfds: readable when output arrived past the pump's position; when input room opened after send took less. */
+int vmm_console_output_fd(vmm_console *console);
+int vmm_console_room_fd(vmm_console *console);
+/* No more output will come: waiters return. */
+void vmm_console_close(vmm_console *console);
+
+/* Device side. put: 0 when the pump is too far behind (try again after on_room). get: -1 when there is none. */
+int vmm_console_put(vmm_console *console, uint8_t byte);
+int vmm_console_get(vmm_console *console);
+/* Called (from the host's threads, outside locks) when input arrives, and when put would succeed again. */
+void vmm_console_listen(vmm_console *console, void (*on_input)(void *opaque), void (*on_room)(void *opaque),
+                        void *opaque);
+
+/* ---- uart: 16550A -------------------------------------------------------------------------------------------- */
+
+typedef struct vmm_uart vmm_uart;
+/* Eight byte-wide registers. line and console stay the caller's and outlive the uart. */
+int vmm_uart_create(const vmm_line *line, vmm_console *console, vmm_uart **out);
+void vmm_uart_destroy(vmm_uart *uart);
+void vmm_uart_reset(vmm_uart *uart);
+const vmm_device_ops *vmm_uart_ops(void); /* opaque is the vmm_uart */
+
+/* Everything a 16550A remembers, as plain numbers. */
+typedef struct vmm_uart_state {
+    uint8_t ier, iir, fcr, lcr, mcr, lsr, msr, scr, dll, dlm;
+    uint8_t thr_empty_pending, timeout_pending, rx_count, rx_trigger;
+    uint8_t rx[16];
+} vmm_uart_state;
+void vmm_uart_save(vmm_uart *uart, vmm_uart_state *state);
+int vmm_uart_load(vmm_uart *uart, const vmm_uart_state *state); /* -EINVAL: not a state a uart can be in */
+
+/* cdef: end */
+
+#endif
