@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The library's own view of a machine. Python never sees these; native/compat may.
+ *
+ * Lock order: vm->lock (life cycle) before bus lock. Neither is held while a device op or KVM_RUN is in
+ * progress.
+ */
+#ifndef VMM_CORE_H
+#define VMM_CORE_H
+
+#include "vmmcore.h"
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <sys/types.h>
+
+#define VMM_MAX_REGIONS 32  /* two of RAM, the rest for device memory; KVM's own limit is far higher */
+#define VMM_MAX_RANGES 4096 /* a machine with every PCI function's BARs has a few hundred */
+#define VMM_MAX_LINES 4096  /* KVM_MAX_IRQ_ROUTES on x86 */
+#define VMM_MAX_VCPUS 1024  /* KVM_MAX_VCPUS on x86 without a raised build limit */
+#define VMM_LAST_EXITS 64   /* power of two: the ring below is indexed by a wrapping counter */
+#define VMM_EXIT_REASONS 64
+
+#define VMM_CLEANUP(fn) __attribute__((cleanup(fn)))
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+struct vmm_region {
+    uint64_t gpa, size;
+    uint8_t *host;
+    int fd;
+    uint32_t flags;
+};
+
+/* ---- bus ---- */
+
+struct vmm_range {
+    uint64_t base, last; /* both inclusive: a range may end at the top of the space */
+    const vmm_device_ops *ops;
+    void *opaque;
+    uint32_t tag;
+};
+
+/* Immutable once published; replaced as a whole, freed when no vCPU can still hold it. */
+struct vmm_bus_table {
+    struct vmm_bus_table *next_retired;
+    uint64_t retired_at;
+    uint32_t n;
+    struct vmm_range ranges[];
+};
+
+struct vmm_bus {
+    pthread_mutex_t lock; /* one writer; readers take none */
+    _Atomic(struct vmm_bus_table *) table[2];
+    struct vmm_bus_table *retired;
+    _Atomic uint64_t epoch;
+};
+
+/* ---- machine ---- */
+
+enum vmm_request { VMM_REQUEST_STOP = 1, VMM_REQUEST_PAUSE = 2 };
+
+struct vmm_compat_ops {
+    int (*vcpu_init)(struct vmm_vcpu *vcpu);
+    int (*internal_error)(struct vmm_vcpu *vcpu); /* 1: completed, re-enter; 0: not known */
+    int (*debug)(struct vmm_vcpu *vcpu);          /* 1: ours; 0: somebody else's */
+    int (*rdmsr)(struct vmm_vcpu *vcpu);
+    int (*wrmsr)(struct vmm_vcpu *vcpu);
+    void (*vcpu_fini)(struct vmm_vcpu *vcpu);
+    void (*vm_fini)(struct vmm_vm *vm);
+};
+
+struct vmm_vm {
+    int kvm_fd, fd;
+    uint32_t flags, run_size;
+
+    struct vmm_region regions[VMM_MAX_REGIONS];
+    uint32_t n_regions;
+    struct vmm_line *lines; /* VMM_MAX_LINES, filled on demand */
+    struct vmm_bus bus;
+
+    const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
+    void *compat_state;
+
+    pthread_mutex_t lock;
+    pthread_cond_t changed;    /* a vCPU parked, left, or may go on */
+    _Atomic uint32_t requests; /* enum vmm_request; written under lock, read before every entry */
+    uint32_t pauses;           /* nesting depth */
+    int stop_reason, stop_fd;
+    uint64_t stop_code;
+    uint32_t stop_vcpu;
+
+    struct vmm_vcpu *vcpus[VMM_MAX_VCPUS];
+    uint32_t n_vcpus;
+};
+
+enum vmm_vcpu_state { VMM_VCPU_OUT = 0, VMM_VCPU_RUNNING = 1, VMM_VCPU_PARKED = 2 };
+
+struct vmm_vcpu {
+    struct vmm_vm *vm;
+    struct kvm_run *run;
+    int fd;
+    uint32_t id;
+    int state;              /* enum vmm_vcpu_state, under vm->lock */
+    pid_t thread;           /* who runs it, while state is not OUT */
+    bool unsettled;         /* an I/O exit's result is not yet in the registers */
+    uint32_t last_range[2]; /* per space: where the last hit was */
+    _Atomic uint64_t epoch; /* bus epoch this vCPU reads under; 0: not in the bus */
+    void *compat;
+
+    uint64_t exits[VMM_EXIT_REASONS];
+    _Atomic uint64_t unclaimed;
+    uint64_t recorded;
+    vmm_exit_record last[VMM_LAST_EXITS];
+};
+
+/* The vCPU whose run loop is on this thread, or NULL. */
+extern _Thread_local struct vmm_vcpu *vmm_current_vcpu;
+
+/* Remember what failed, for vmm_error_text; answers rc. */
+int vmm_error_set(int rc, const char *format, ...) __attribute__((format(printf, 2, 3)));
+int vmm_error_errno(const char *what); /* -errno, remembered */
+
+void vmm_bus_init(struct vmm_bus *bus);
+void vmm_bus_deinit(struct vmm_bus *bus);
+
+/* One access of 1..8 bytes on behalf of a vCPU. Answers whether a device claimed all of it; *tag is its name.
+ */
+bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t size, uint64_t *value,
+                    bool write, uint32_t *tag);
+
+void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
+
+#endif

@@ -1,0 +1,386 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The run loop, the exit handlers, and stop, pause and resume.
+ *
+ * Asking a vCPU to look up: set the request, set immediate_exit, signal its thread, in this order. The vCPU
+ * clears immediate_exit and then reads the requests, so a request made at any moment is either seen by that
+ * read or turns the next KVM_RUN into an immediate EINTR.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define MAX_SETTLE 8 /* an access is at most two fragments; a string instruction stops at each one */
+
+/* ---- the kick ---- */
+
+static int kick_signal(void)
+{
+    return SIGRTMIN + 4; /* glibc keeps the first few; debuggers and runtimes like the next */
+}
+
+static void ignore_kick(int signal)
+{
+    (void)signal;
+}
+
+static void install_kick(void)
+{
+    struct sigaction action = {.sa_handler = ignore_kick}; /* no SA_RESTART: KVM_RUN must return */
+    sigemptyset(&action.sa_mask);
+    sigaction(kick_signal(), &action, NULL);
+}
+
+/* Only the kick, and what a bug of ours raises, may interrupt a vCPU thread; the rest is for the caller's
+ * threads. */
+static void prepare_thread(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, install_kick);
+    sigset_t blocked;
+    sigfillset(&blocked);
+    const int open[] = {kick_signal(), SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    for (size_t i = 0; i < sizeof(open) / sizeof(open[0]); i++)
+        sigdelset(&blocked, open[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, NULL);
+}
+
+static void kick_locked(struct vmm_vcpu *vcpu)
+{
+    __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    if (vcpu->state == VMM_VCPU_RUNNING)
+        syscall(SYS_tgkill, getpid(), vcpu->thread, kick_signal());
+}
+
+void vmm_vcpu_kick(vmm_vcpu *vcpu)
+{
+    pthread_mutex_lock(&vcpu->vm->lock);
+    kick_locked(vcpu);
+    pthread_mutex_unlock(&vcpu->vm->lock);
+}
+
+/* ---- stop, pause, resume ---- */
+
+static void stop_locked(struct vmm_vm *vm, int reason, uint64_t code, uint32_t vcpu_id)
+{
+    if (vm->stop_reason != VMM_STOP_NONE)
+        return;
+    vm->stop_reason = reason;
+    vm->stop_code = code;
+    vm->stop_vcpu = vcpu_id;
+    atomic_fetch_or(&vm->requests, VMM_REQUEST_STOP);
+    for (uint32_t i = 0; i < vm->n_vcpus; i++)
+        kick_locked(vm->vcpus[i]);
+    pthread_cond_broadcast(&vm->changed);
+    ssize_t written = write(vm->stop_fd, &(uint64_t){1}, sizeof(uint64_t));
+    (void)written; /* only a full counter could refuse, and then it is readable already */
+}
+
+void vmm_vm_stop(vmm_vm *vm, int reason, uint64_t code)
+{
+    const struct vmm_vcpu *current = vmm_current_vcpu;
+    pthread_mutex_lock(&vm->lock);
+    stop_locked(vm, reason, code, current && current->vm == vm ? current->id : UINT32_MAX);
+    pthread_mutex_unlock(&vm->lock);
+}
+
+int vmm_vm_stop_reason(vmm_vm *vm, uint64_t *code, uint32_t *vcpu_id)
+{
+    pthread_mutex_lock(&vm->lock);
+    int reason = vm->stop_reason;
+    *code = vm->stop_code;
+    *vcpu_id = vm->stop_vcpu;
+    pthread_mutex_unlock(&vm->lock);
+    return reason;
+}
+
+int vmm_vm_stop_fd(vmm_vm *vm)
+{
+    return vm->stop_fd;
+}
+
+static bool any_in_state(const struct vmm_vm *vm, int vcpu_state)
+{
+    for (uint32_t i = 0; i < vm->n_vcpus; i++)
+        if (vm->vcpus[i]->state == vcpu_state)
+            return true;
+    return false;
+}
+
+int vmm_vm_rearm(vmm_vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    int rc = any_in_state(vm, VMM_VCPU_RUNNING) || any_in_state(vm, VMM_VCPU_PARKED)
+                 ? vmm_error_set(-EBUSY, "a vCPU is still in its run loop")
+                 : 0;
+    if (rc == 0) {
+        vm->stop_reason = VMM_STOP_NONE;
+        vm->stop_code = 0;
+        vm->stop_vcpu = UINT32_MAX;
+        atomic_fetch_and(&vm->requests, ~(uint32_t)VMM_REQUEST_STOP);
+        uint64_t count;
+        ssize_t got = read(vm->stop_fd, &count, sizeof(count));
+        (void)got; /* EAGAIN: it was not signalled */
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return rc;
+}
+
+int vmm_vm_pause(vmm_vm *vm)
+{
+    if (vmm_current_vcpu && vmm_current_vcpu->vm == vm)
+        return vmm_error_set(-EDEADLK, "pause from a device's own vCPU thread");
+    pthread_mutex_lock(&vm->lock);
+    vm->pauses++;
+    atomic_fetch_or(&vm->requests, VMM_REQUEST_PAUSE);
+    for (uint32_t i = 0; i < vm->n_vcpus; i++)
+        kick_locked(vm->vcpus[i]);
+    while (any_in_state(vm, VMM_VCPU_RUNNING))
+        pthread_cond_wait(&vm->changed, &vm->lock);
+    pthread_mutex_unlock(&vm->lock);
+    return 0;
+}
+
+int vmm_vm_resume(vmm_vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    int rc = vm->pauses ? 0 : vmm_error_set(-EINVAL, "resume without pause");
+    if (rc == 0 && --vm->pauses == 0) {
+        atomic_fetch_and(&vm->requests, ~(uint32_t)VMM_REQUEST_PAUSE);
+        pthread_cond_broadcast(&vm->changed);
+    }
+    pthread_mutex_unlock(&vm->lock);
+    return rc;
+}
+
+/* ---- exits ---- */
+
+enum verdict { REENTER, LEAVE };
+
+static void record(struct vmm_vcpu *vcpu, const vmm_exit_record *entry)
+{
+    vcpu->last[vcpu->recorded++ & (VMM_LAST_EXITS - 1)] = *entry;
+}
+
+static void stop_here(struct vmm_vcpu *vcpu, int reason, uint64_t code)
+{
+    pthread_mutex_lock(&vcpu->vm->lock);
+    stop_locked(vcpu->vm, reason, code, vcpu->id);
+    pthread_mutex_unlock(&vcpu->vm->lock);
+}
+
+static enum verdict exit_pio(struct vmm_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    const bool write = run->io.direction == KVM_EXIT_IO_OUT;
+    const uint32_t size = run->io.size;
+    uint8_t *data = (uint8_t *)run + run->io.data_offset;
+    vmm_exit_record entry = {.address = run->io.port,
+                             .reason = KVM_EXIT_IO,
+                             .size = (uint16_t)size,
+                             .write = write,
+                             .claimed = 1,
+                             .count = run->io.count};
+    for (uint32_t i = 0; i < run->io.count; i++, data += size) {
+        entry.value = 0;
+        memcpy(&entry.value, data, size);
+        entry.claimed &= vmm_bus_access(vcpu, VMM_PIO, run->io.port, size, &entry.value, write, &entry.tag);
+        if (!write)
+            memcpy(data, &entry.value, size);
+    }
+    record(vcpu, &entry);
+    vcpu->unsettled = true;
+    return REENTER;
+}
+
+static enum verdict exit_mmio(struct vmm_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    const uint32_t size = run->mmio.len <= 8 ? run->mmio.len : 8;
+    vmm_exit_record entry = {.address = run->mmio.phys_addr,
+                             .reason = KVM_EXIT_MMIO,
+                             .size = (uint16_t)size,
+                             .write = run->mmio.is_write,
+                             .claimed = 1,
+                             .count = 1};
+    memcpy(&entry.value, run->mmio.data, size);
+    entry.claimed =
+        vmm_bus_access(vcpu, VMM_MMIO, entry.address, size, &entry.value, entry.write, &entry.tag);
+    if (!entry.write)
+        memcpy(run->mmio.data, &entry.value, size);
+    record(vcpu, &entry);
+    vcpu->unsettled = true;
+    return REENTER;
+}
+
+static enum verdict leave(struct vmm_vcpu *vcpu, int reason, uint64_t code)
+{
+    stop_here(vcpu, reason, code);
+    return LEAVE;
+}
+
+typedef int (*remedy)(struct vmm_vcpu *);
+
+static enum verdict remedied(struct vmm_vcpu *vcpu, remedy try, int reason, uint64_t code)
+{
+    vmm_exit_record entry = {.address = code, .reason = vcpu->run->exit_reason, .count = 1};
+    entry.claimed = try && try(vcpu) == 1;
+    record(vcpu, &entry);
+    return entry.claimed ? REENTER : leave(vcpu, reason, code);
+}
+
+static enum verdict exit_other(struct vmm_vcpu *vcpu)
+{
+    const struct kvm_run *run = vcpu->run;
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    switch (run->exit_reason) {
+    case KVM_EXIT_IRQ_WINDOW_OPEN:
+    case KVM_EXIT_INTR:
+        return REENTER;
+    case KVM_EXIT_HLT:
+        return leave(vcpu, VMM_STOP_HALT, 0);
+    case KVM_EXIT_SHUTDOWN:
+        return leave(vcpu, VMM_STOP_TRIPLE_FAULT, 0);
+    case KVM_EXIT_FAIL_ENTRY:
+        return leave(vcpu, VMM_STOP_FAIL_ENTRY, run->fail_entry.hardware_entry_failure_reason);
+    case KVM_EXIT_SYSTEM_EVENT:
+        return leave(vcpu, VMM_STOP_SYSTEM_EVENT, run->system_event.type);
+    case KVM_EXIT_INTERNAL_ERROR:
+        return remedied(vcpu, compat ? compat->internal_error : NULL, VMM_STOP_EMULATION,
+                        run->internal.suberror);
+    case KVM_EXIT_DEBUG:
+        return remedied(vcpu, compat ? compat->debug : NULL, VMM_STOP_DEBUG, run->debug.arch.exception);
+    case KVM_EXIT_X86_RDMSR:
+        return remedied(vcpu, compat ? compat->rdmsr : NULL, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
+    case KVM_EXIT_X86_WRMSR:
+        return remedied(vcpu, compat ? compat->wrmsr : NULL, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
+    default:
+        return leave(vcpu, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
+    }
+}
+
+static enum verdict handle_exit(struct vmm_vcpu *vcpu)
+{
+    uint32_t reason = vcpu->run->exit_reason;
+    vcpu->exits[reason < VMM_EXIT_REASONS ? reason : VMM_EXIT_REASONS - 1]++;
+    if (likely(reason == KVM_EXIT_IO))
+        return exit_pio(vcpu);
+    if (likely(reason == KVM_EXIT_MMIO))
+        return exit_mmio(vcpu);
+    return exit_other(vcpu);
+}
+
+/*
+ * KVM writes the result of an I/O exit into the registers on the next KVM_RUN. Enter with immediate_exit set:
+ * that happens, the guest does not run, and what others see of this vCPU is whole.
+ */
+static void settle(struct vmm_vcpu *vcpu)
+{
+    for (int i = 0; vcpu->unsettled && i < MAX_SETTLE; i++) {
+        __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+        vcpu->unsettled = false;
+        if (ioctl(vcpu->fd, KVM_RUN, 0) == 0 && handle_exit(vcpu) == LEAVE)
+            return;
+    }
+}
+
+/* Park while paused. Answers whether to go on. */
+static bool attend(struct vmm_vcpu *vcpu)
+{
+    struct vmm_vm *vm = vcpu->vm;
+    settle(vcpu);
+    pthread_mutex_lock(&vm->lock);
+    while (vm->pauses && vm->stop_reason == VMM_STOP_NONE) {
+        vcpu->state = VMM_VCPU_PARKED;
+        pthread_cond_broadcast(&vm->changed);
+        pthread_cond_wait(&vm->changed, &vm->lock);
+    }
+    vcpu->state = VMM_VCPU_RUNNING;
+    bool go_on = vm->stop_reason == VMM_STOP_NONE;
+    /* Under the lock kicks are made under: one that comes after this stays set. */
+    __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&vm->lock);
+    return go_on;
+}
+
+static void enter_loop(struct vmm_vcpu *vcpu)
+{
+    prepare_thread();
+    vmm_current_vcpu = vcpu;
+    pthread_mutex_lock(&vcpu->vm->lock);
+    vcpu->thread = (pid_t)syscall(SYS_gettid);
+    vcpu->state = VMM_VCPU_RUNNING;
+    pthread_mutex_unlock(&vcpu->vm->lock);
+}
+
+static int leave_loop(struct vmm_vcpu *vcpu)
+{
+    struct vmm_vm *vm = vcpu->vm;
+    settle(vcpu);
+    vmm_current_vcpu = NULL;
+    pthread_mutex_lock(&vm->lock);
+    vcpu->state = VMM_VCPU_OUT;
+    int reason = vm->stop_reason;
+    pthread_cond_broadcast(&vm->changed);
+    pthread_mutex_unlock(&vm->lock);
+    return reason;
+}
+
+int vmm_vcpu_run(vmm_vcpu *vcpu)
+{
+    enter_loop(vcpu);
+    for (;;) {
+        if (unlikely(atomic_load(&vcpu->vm->requests)) && !attend(vcpu))
+            break;
+        int rc = ioctl(vcpu->fd, KVM_RUN, 0);
+        if (likely(rc == 0)) {
+            if (handle_exit(vcpu) == LEAVE)
+                break;
+        } else if (errno == EINTR || errno == EAGAIN) {
+            vcpu->unsettled = false;
+            __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        } else {
+            stop_here(vcpu, VMM_STOP_RUN_FAILED, (uint64_t)errno);
+            break;
+        }
+    }
+    return leave_loop(vcpu);
+}
+
+/* ---- what happened ---- */
+
+uint32_t vmm_vcpu_last_exits(vmm_vcpu *vcpu, vmm_exit_record *records, uint32_t max)
+{
+    uint64_t end = vcpu->recorded, n = end < VMM_LAST_EXITS ? end : VMM_LAST_EXITS;
+    if (n > max)
+        n = max;
+    for (uint64_t i = 0; i < n; i++)
+        records[i] = vcpu->last[(end - n + i) & (VMM_LAST_EXITS - 1)];
+    return (uint32_t)n;
+}
+
+uint64_t vmm_vcpu_exit_count(vmm_vcpu *vcpu, uint32_t reason)
+{
+    return reason < VMM_EXIT_REASONS ? vcpu->exits[reason] : 0;
+}
+
+uint32_t vmm_vcpu_failed_instruction(vmm_vcpu *vcpu, uint8_t bytes[16])
+{
+    const struct kvm_run *run = vcpu->run;
+    memset(bytes, 0, 16);
+    if (run->exit_reason != KVM_EXIT_INTERNAL_ERROR ||
+        run->internal.suberror != KVM_INTERNAL_ERROR_EMULATION || run->emulation_failure.ndata < 1 ||
+        !(run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES))
+        return 0;
+    uint32_t n = run->emulation_failure.insn_size;
+    if (n > 15)
+        n = 15;
+    memcpy(bytes, run->emulation_failure.insn_bytes, n);
+    return n;
+}

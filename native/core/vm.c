@@ -1,0 +1,247 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A machine: /dev/kvm, guest memory, interrupt lines, life cycle. */
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21 << 26)
+#endif
+
+_Static_assert(VMM_LAST_EXITS == 64 && (VMM_LAST_EXITS & (VMM_LAST_EXITS - 1)) == 0, "vmmcore.h promises 64");
+
+/* ---- create, destroy ---- */
+
+static int open_kvm(struct vmm_vm *vm, const char *path)
+{
+    vm->kvm_fd = open(path, O_RDWR | O_CLOEXEC);
+    if (vm->kvm_fd < 0)
+        return vmm_error_errno(path);
+    int version = ioctl(vm->kvm_fd, KVM_GET_API_VERSION, 0);
+    if (version != KVM_API_VERSION)
+        return vmm_error_set(version < 0 ? -errno : -EPROTO, "KVM_GET_API_VERSION answered %d", version);
+    int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
+    if (run_size < (int)sizeof(struct kvm_run))
+        return vmm_error_errno("KVM_GET_VCPU_MMAP_SIZE");
+    vm->run_size = (uint32_t)run_size;
+    return 0;
+}
+
+static int create_vm(struct vmm_vm *vm)
+{
+    /* A signal that arrives while KVM_CREATE_VM sleeps makes it fail with EINTR: nothing was created, ask
+     * again. */
+    do {
+        vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
+    } while (vm->fd < 0 && errno == EINTR);
+    if (vm->fd < 0)
+        return vmm_error_errno("KVM_CREATE_VM");
+    if (!(vm->flags & VMM_VM_IRQCHIP))
+        return 0;
+    /* Three pages KVM keeps below 4 GiB for itself on Intel; placed under the BIOS area, outside any RAM of
+     * ours. */
+    if (ioctl(vm->fd, KVM_SET_TSS_ADDR, 0xfffbd000ul) < 0)
+        return vmm_error_errno("KVM_SET_TSS_ADDR");
+    if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
+        return vmm_error_errno("KVM_CREATE_IRQCHIP");
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+    if ((vm->flags & VMM_VM_PIT) && ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
+        return vmm_error_errno("KVM_CREATE_PIT2");
+    return 0;
+}
+
+static int prepare(struct vmm_vm *vm, const char *path)
+{
+    int rc = open_kvm(vm, path);
+    if (rc == 0)
+        rc = create_vm(vm);
+    if (rc < 0)
+        return rc;
+    vm->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (vm->stop_fd < 0)
+        return vmm_error_errno("eventfd");
+    vm->lines = calloc(VMM_MAX_LINES, sizeof(*vm->lines));
+    return vm->lines ? 0 : vmm_error_set(-ENOMEM, "interrupt lines");
+}
+
+int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
+{
+    *out = NULL;
+    struct vmm_vm *vm = calloc(1, sizeof(*vm));
+    if (!vm)
+        return vmm_error_set(-ENOMEM, "machine");
+    vm->kvm_fd = vm->fd = vm->stop_fd = -1;
+    vm->flags = flags;
+    vm->stop_vcpu = UINT32_MAX;
+    pthread_mutex_init(&vm->lock, NULL);
+    pthread_cond_init(&vm->changed, NULL);
+    vmm_bus_init(&vm->bus);
+    int rc = prepare(vm, kvm_path);
+    if (rc < 0) {
+        vmm_vm_destroy(vm);
+        return rc;
+    }
+    *out = vm;
+    return 0;
+}
+
+static void close_fd(int fd)
+{
+    if (fd >= 0)
+        close(fd);
+}
+
+void vmm_vm_destroy(vmm_vm *vm)
+{
+    if (!vm)
+        return;
+    for (uint32_t i = 0; i < vm->n_vcpus; i++) {
+        if (vm->compat)
+            vm->compat->vcpu_fini(vm->vcpus[i]);
+        vmm_vcpu_destroy(vm->vcpus[i]);
+    }
+    if (vm->compat)
+        vm->compat->vm_fini(vm);
+    close_fd(vm->fd);
+    for (uint32_t i = 0; i < vm->n_regions; i++) {
+        munmap(vm->regions[i].host, vm->regions[i].size);
+        close_fd(vm->regions[i].fd);
+    }
+    close_fd(vm->stop_fd);
+    close_fd(vm->kvm_fd);
+    vmm_bus_deinit(&vm->bus);
+    pthread_cond_destroy(&vm->changed);
+    pthread_mutex_destroy(&vm->lock);
+    free(vm->lines);
+    free(vm);
+}
+
+int vmm_vm_fd(vmm_vm *vm)
+{
+    return vm->fd;
+}
+
+int vmm_vm_check_extension(vmm_vm *vm, uint32_t capability)
+{
+    int n = ioctl(vm->fd, KVM_CHECK_EXTENSION, (unsigned long)capability);
+    return n < 0 ? 0 : n;
+}
+
+int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2,
+                      uint64_t arg3)
+{
+    struct kvm_enable_cap cap = {.cap = capability, .args = {arg0, arg1, arg2, arg3}};
+    return ioctl(vm->fd, KVM_ENABLE_CAP, &cap) < 0 ? vmm_error_errno("KVM_ENABLE_CAP") : 0;
+}
+
+/* ---- memory ---- */
+
+static int check_region(const struct vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags)
+{
+    uint64_t unit = flags & VMM_MEMORY_HUGE_2M ? 2u << 20 : 4096;
+    if (!size || (gpa | size) % unit || gpa + (size - 1) < gpa)
+        return vmm_error_set(-EINVAL, "memory region %#llx+%#llx", (unsigned long long)gpa,
+                             (unsigned long long)size);
+    if (vm->n_regions == VMM_MAX_REGIONS)
+        return vmm_error_set(-ENOSPC, "more than %d memory regions", VMM_MAX_REGIONS);
+    for (uint32_t i = 0; i < vm->n_regions; i++) {
+        const struct vmm_region *r = &vm->regions[i];
+        if (gpa <= r->gpa + (r->size - 1) && r->gpa <= gpa + (size - 1))
+            return vmm_error_set(-EEXIST, "memory region %#llx+%#llx overlaps another",
+                                 (unsigned long long)gpa, (unsigned long long)size);
+    }
+    return 0;
+}
+
+static int map_region(struct vmm_region *r)
+{
+    uint32_t huge = r->flags & VMM_MEMORY_HUGE_2M ? MFD_HUGETLB | MFD_HUGE_2MB : 0;
+    r->fd = memfd_create("guest-memory", MFD_CLOEXEC | huge);
+    if (r->fd < 0)
+        return vmm_error_errno("memfd_create");
+    if (ftruncate(r->fd, (off_t)r->size) < 0)
+        return vmm_error_errno("ftruncate of guest memory");
+    r->host = mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, 0);
+    if (r->host == MAP_FAILED)
+        return vmm_error_errno("mmap of guest memory");
+    return 0;
+}
+
+static int give_region(struct vmm_vm *vm, const struct vmm_region *r)
+{
+    struct kvm_userspace_memory_region region = {
+        .slot = vm->n_regions,
+        .flags = (r->flags & VMM_MEMORY_DIRTY_LOG ? KVM_MEM_LOG_DIRTY_PAGES : 0) |
+                 (r->flags & VMM_MEMORY_READONLY ? KVM_MEM_READONLY : 0),
+        .guest_phys_addr = r->gpa,
+        .memory_size = r->size,
+        .userspace_addr = (uint64_t)(uintptr_t)r->host,
+    };
+    return ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0
+               ? vmm_error_errno("KVM_SET_USER_MEMORY_REGION")
+               : 0;
+}
+
+int vmm_vm_add_memory(vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags, void **host, int *memfd)
+{
+    int rc = check_region(vm, gpa, size, flags);
+    if (rc < 0)
+        return rc;
+    struct vmm_region r = {.gpa = gpa, .size = size, .host = MAP_FAILED, .fd = -1, .flags = flags};
+    rc = map_region(&r);
+    if (rc == 0)
+        rc = give_region(vm, &r);
+    if (rc < 0) {
+        if (r.host != MAP_FAILED)
+            munmap(r.host, size);
+        close_fd(r.fd);
+        return rc;
+    }
+    vm->regions[vm->n_regions++] = r;
+    *host = r.host;
+    *memfd = r.fd;
+    return 0;
+}
+
+void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size)
+{
+    for (uint32_t i = 0; i < vm->n_regions; i++) {
+        const struct vmm_region *r = &vm->regions[i];
+        if (gpa >= r->gpa && gpa - r->gpa < r->size && size <= r->size - (gpa - r->gpa))
+            return r->host + (gpa - r->gpa);
+    }
+    return NULL;
+}
+
+/* ---- lines ---- */
+
+static void irqchip_set(void *opaque, uint32_t gsi, int level)
+{
+    struct vmm_vm *vm = opaque;
+    struct kvm_irq_level irq = {.irq = gsi, .level = level ? 1 : 0};
+    ioctl(vm->fd, KVM_IRQ_LINE, &irq); /* fails only without an irqchip: then the wire leads nowhere */
+}
+
+const vmm_line *vmm_vm_line(vmm_vm *vm, uint32_t gsi)
+{
+    if (gsi >= VMM_MAX_LINES)
+        return NULL;
+    pthread_mutex_lock(&vm->lock);
+    if (!vm->lines[gsi].set)
+        vm->lines[gsi] = (vmm_line){.set = irqchip_set, .opaque = vm, .n = gsi};
+    pthread_mutex_unlock(&vm->lock);
+    return &vm->lines[gsi];
+}
+
+void vmm_line_set(const vmm_line *line, int level)
+{
+    if (line && line->set)
+        line->set(line->opaque, line->n, level);
+}
