@@ -1,0 +1,55 @@
+"""What every image kind is given: the image, the guest memory to put it in, and what the guest is to be told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmm.boot import e820, layout
+from vmm.boot.claims import Claims
+from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from vmm.boot.claims import GuestRam
+    from vmm.boot.image import Image
+
+
+class Request:
+    """One boot. ``cmdline`` is encoded and free of NULs; ``memory_map`` is (address, size, e820 type), ascending."""
+
+    __slots__ = ("acpi_rsdp", "claims", "cmdline", "image", "initrds", "memory_map", "notes")
+
+    def __init__(
+        self,
+        memory: GuestRam,
+        image: Image,
+        cmdline: str,
+        initrds: Sequence[Image],
+        acpi_rsdp: int,
+        reserved: Iterable[tuple[int, int, int]],
+    ) -> None:
+        self.image = image
+        self.claims = Claims(memory, image.name)
+        self.cmdline = cmdline.encode("utf-8", "surrogateescape")
+        if b"\0" in self.cmdline:
+            raise ConfigError("the kernel command line contains a NUL character; remove it")
+        self.initrds = initrds
+        self.acpi_rsdp = acpi_rsdp
+        reserved = list(reserved)
+        self.memory_map = e820.memory_map(memory.regions, reserved)
+        for gpa, size, _ in reserved:
+            # Only what lies in RAM can be overwritten by an image; windows outside it are just announced.
+            if any(start <= gpa and gpa + size <= start + length for start, length in memory.regions):
+                self.claims.claim(gpa, size, "reserved memory")
+        self.notes: list[str] = []
+
+    def put_cmdline(self, text: bytes, limit: int) -> int:
+        """Write the NUL-terminated command line; returns its address. ConfigError: longer than ``limit`` bytes."""
+        limit = min(limit, layout.CMDLINE_ROOM - 1)
+        if len(text) > limit:
+            raise ConfigError(
+                f"the kernel command line is {len(text)} bytes long, {self.image.name} takes at most {limit}; shorten it"
+            )
+        self.claims.put(layout.CMDLINE, text + b"\0", "the command line")
+        return layout.CMDLINE
