@@ -1,4 +1,4 @@
-"""Images into guest memory: bzImage, vmlinux, PVH, multiboot, bare-metal ELF and flat binaries; ACPI tables."""
+"""Images into guest memory: bzImage, vmlinux, PVH, multiboot, bare-metal ELF, flat binaries; ACPI tables."""
 
 from __future__ import annotations
 

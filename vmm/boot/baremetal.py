@@ -21,7 +21,8 @@ _REAL_MAX = 0x100000
 def load_elf(request: Request, elf: Elf) -> Entry:
     """An ELF64 starts in long mode, an ELF32 in protected mode, at its entry point, with a stack of 64 KiB.
 
-    RBX holds the address of an hvm_start_info as for PVH: memory map, command line and modules for who wants them.
+    RBX holds the address of an hvm_start_info as for PVH: memory map, command line and modules for who wants
+    them.
     """
     rip = elf.physical_entry()
     elf.load(request.claims)
@@ -43,9 +44,10 @@ def load_elf(request: Request, elf: Elf) -> Entry:
 def load_flat(request: Request, address: int | None, mode: str) -> Entry:
     """The file's bytes at ``address``, which is also where it starts.
 
-    Without an address: 0x7c00 in real mode, 1 MiB otherwise. Real mode: 0:address below 64 KiB, else (address/16):n,
-    DS = CS, and SS:SP just below the image (0:0x7c00 when it is loaded from 64 KiB up), DL = 0x80 as a BIOS would.
-    ConfigError: an unknown mode, initrds, or a real-mode address above 1 MiB. ImageError: it does not fit.
+    Without an address: 0x7c00 in real mode, 1 MiB otherwise. Real mode: 0:address below 64 KiB, else
+    (address/16):n, DS = CS, and SS:SP just below the image (0:0x7c00 when it is loaded from 64 KiB up), DL =
+    0x80 as a BIOS would. ConfigError: an unknown mode, initrds, or a real-mode address above 1 MiB.
+    ImageError: it does not fit.
     """
     if mode not in FLAT_MODES:
         raise ConfigError(f"unknown mode {mode!r} for a flat binary; choose one of {', '.join(FLAT_MODES)}")

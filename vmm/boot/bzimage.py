@@ -1,8 +1,8 @@
 """Linux bzImage (Documentation/arch/x86/boot.rst, protocol 2.06 and later), entered in 64-bit mode.
 
-Two ways in. *Host*: the compressed payload inside is unpacked here, once (it is kept in a cache), and the ELF file
-found in it is entered directly. *Guest*: the image goes to memory as it is and unpacks itself, as under a boot
-loader; slower, but it works whatever the payload is, and only so does KASLR take place.
+Two ways in. *Host*: the compressed payload inside is unpacked here, once (it is kept in a cache), and the ELF
+file found in it is entered directly. *Guest*: the image goes to memory as it is and unpacks itself, as under
+a boot loader; slower, but it works whatever the payload is, and only so does KASLR take place.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ _FIELDS: tuple[tuple[str, int, str, int, int], ...] = (
 class SetupHeader:
     """The fields of struct setup_header that loading depends on, checked against each other and the file.
 
-    Names and meanings are the boot protocol's; a field younger than the image's protocol has its documented value.
-    ``setup_size`` is where the protected-mode kernel begins in the file, ``kernel_size`` its length, ``raw`` the
-    header's bytes from 0x1f1 on, ``release`` the version string the image carries, or "". Immutable.
+    Names and meanings are the boot protocol's; a field younger than the image's protocol has its documented
+    value.
+    ``setup_size`` is where the protected-mode kernel begins in the file, ``kernel_size`` its length, ``raw``
+    the header's bytes from 0x1f1 on, ``release`` the version string the image carries, or "". Immutable.
     """
 
     __slots__ = (*(field[0] for field in _FIELDS), "kernel_size", "raw", "release", "setup_size")
@@ -88,8 +89,8 @@ class SetupHeader:
         version = struct.unpack_from("<H", head, 0x206)[0]
         if version < _OLDEST:
             raise ImageError(
-                f"{name}: boot protocol {version >> 8}.{version & 0xFF:02} is older than 2.06 (Linux 2.6.22); "
-                "use a newer kernel"
+                f"{name}: boot protocol {version >> 8}.{version & 0xFF:02} is older than 2.06; "
+                "use Linux 2.6.22 or newer"
             )
         head = head.ljust(_HEAD, b"\0")
         end = 0x202 + head[0x201]
@@ -160,7 +161,8 @@ def is_bzimage(head: bytes) -> bool:
 def load(request: Request, unpack: str) -> Entry:
     """Load a bzImage. ``unpack``: "host", "guest", or "auto": on the host where that is possible.
 
-    ImageError: damaged, 32-bit only, or "host" asked for and not possible. ConfigError: command line too long.
+    ImageError: damaged, 32-bit only, or "host" asked for and not possible. ConfigError: command line too
+    long.
     """
     header = SetupHeader(request.image)
     _need_memory(request, header)
@@ -189,8 +191,8 @@ def _need_memory(request: Request, header: SetupHeader) -> None:
 
 
 def _open_payload(request: Request, header: SetupHeader) -> Image:
-    # init_size covers the unpacked image with its relocations (arch/x86/boot/header.S), so nothing honest is larger;
-    # before 2.10 the guest's low RAM is the only bound there is.
+    # init_size covers the unpacked image with its relocations (arch/x86/boot/header.S), so nothing honest is
+    # larger; before 2.10 the guest's low RAM is the only bound there is.
     bound = header.init_size or request.claims.low_end
     return payload.open_unpacked(
         request.image, header.setup_size + header.payload_offset, header.payload_length, bound, request.notes
@@ -200,7 +202,8 @@ def _open_payload(request: Request, header: SetupHeader) -> Image:
 def _load_unpacked(request: Request, header: SetupHeader, kernel: elf.Elf) -> Entry:
     if kernel.bits != 64:
         raise ImageError(f"{request.image.name}: a 32-bit kernel; only 64-bit ones (x86-64) can be booted")
-    # The relocations that may follow the ELF file are for kernels that run elsewhere than where they were linked.
+    # The relocations that may follow the ELF file are for kernels that run elsewhere than where they were
+    # linked.
     kernel.load(request.claims, clear_bss=False)
     request.claims.keep_clear(header.pref_address, header.init_size, "the running kernel")
     request.notes.append(
@@ -212,8 +215,8 @@ def _load_unpacked(request: Request, header: SetupHeader, kernel: elf.Elf) -> En
 def _load_packed(request: Request, header: SetupHeader) -> Entry:
     if not header.xloadflags & _XLF_KERNEL_64:
         raise ImageError(
-            f"{request.image.name}: no 64-bit entry point (xloadflags {header.xloadflags:#x}): a 32-bit kernel, or one "
-            "older than Linux 3.8 that cannot be unpacked here; use a 64-bit kernel"
+            f"{request.image.name}: no 64-bit entry point (xloadflags {header.xloadflags:#x}): a 32-bit "
+            "kernel, or one older than Linux 3.8 that cannot be unpacked here; use a 64-bit kernel"
         )
     # A kernel that cannot be relocated is loaded at code32_start and moves itself to pref_address.
     address = header.pref_address if header.relocatable_kernel else header.code32_start

@@ -4,10 +4,11 @@
     <cache>/kernels/<payload sha256>.seal   its stamp and sha256 when it was last known to be whole
     <cache>/kernels/<image stamp>.key       the payload sha256 of the image file with that stamp
 
-Hashing a kernel takes longer than loading it, so nothing is hashed that has a known *stamp* (`Image.stamp`: device,
-inode, size, mtime, ctime): a file cannot be written and keep it. An entry whose stamp is not the sealed one is hashed,
-and sealed again or thrown away. Files appear by rename, complete and synced; any number of processes may share the
-cache; it may be deleted at any time. A cache that cannot be used is a note, never an error.
+Hashing a kernel takes longer than loading it, so nothing is hashed that has a known *stamp* (`Image.stamp`:
+device, inode, size, mtime, ctime): a file cannot be written and keep it. An entry whose stamp is not the
+sealed one is hashed, and sealed again or thrown away. Files appear by rename, complete and synced; any number
+of processes may share the cache; it may be deleted at any time. A cache that cannot be used is a note, never
+an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 # Unpacked kernels take 20 to 60 MB each; someone who builds kernels all day should not fill a disk.
 KERNELS_KEPT = 16
 _KEYS_KEPT = 256
-# A file changed within its clock's tick after it was stamped could keep its stamp: one this young has no key written.
+# A file changed within its clock's tick after it was stamped could keep its stamp: one this young has no key
+# written.
 _SETTLED_NS = 2_000_000_000
 _STALE_TEMPORARY_NS = 3600 * 1_000_000_000
 

@@ -1,7 +1,7 @@
 """Who has which piece of guest memory while an image is being loaded.
 
-Everything the loader writes is claimed first, so that an image can neither leave RAM nor lie on the tables it will
-be started with, whatever its headers say; the error names both parties.
+Everything the loader writes is claimed first, so that an image can neither leave RAM nor lie on the tables it
+will be started with, whatever its headers say; the error names both parties.
 """
 
 from __future__ import annotations
@@ -71,29 +71,28 @@ class Claims:
         self.memory.write(gpa, data)
 
     def claim_top(self, size: int, limit: int, what: str) -> int:
-        """Take the highest free page-aligned ``size`` bytes of low RAM that end at or below ``limit``, from 1 MiB up.
+        """Take the highest free page-aligned piece of low RAM from 1 MiB up that ends at or below ``limit``.
 
-        Returns the address. ImageError: no room; says how much memory there would have to be.
+        Returns its address. ImageError: no room; says how much memory there would have to be.
         """
-        top = min(limit, self.low_end)
-        room = 0
-        for start, stop, _ in sorted(self._taken, reverse=True):
-            gpa = (top - size) & -layout.PAGE
-            if gpa >= max(stop, layout.HIGH_RAM):
-                break
-            room = max(room, top - max(stop, layout.HIGH_RAM))
-            top = min(top, start)
-        gpa = (top - size) & -layout.PAGE
-        if gpa < layout.HIGH_RAM or any(gpa < stop and start < gpa + size for start, stop, _ in self._taken):
-            used = max((stop for _, stop, _ in self._taken), default=layout.HIGH_RAM)
-            needed = max(used, layout.HIGH_RAM) + size + layout.PAGE
-            advice = f"give the guest at least {mib(needed)}" if needed <= limit else "make it smaller"
-            raise ImageError(
-                f"{what} of {size:#x} bytes ({mib(size)}) does not fit: {mib(max(room, 0))} are free in one piece "
-                f"below {min(limit, self.low_end):#x}; {advice}"
-            )
-        self.claim(gpa, size, what)
-        return gpa
+        gpa = (min(limit, self.low_end) - size) & -layout.PAGE
+        # Every round goes below at least one claim that was above before, so it ends.
+        while gpa >= layout.HIGH_RAM:
+            in_the_way = [start for start, stop, _ in self._taken if gpa < stop and start < gpa + size]
+            if not in_the_way:
+                self.claim(gpa, size, what)
+                return gpa
+            gpa = (min(in_the_way) - size) & -layout.PAGE
+        needed = max(layout.HIGH_RAM, *(stop for _, stop, _ in self._taken)) + size + layout.PAGE
+        advice = (
+            f"give the guest at least {mib(needed)}"
+            if needed <= min(limit, layout.HOLE)
+            else "make it smaller"
+        )
+        raise ImageError(
+            f"{what} of {size} bytes ({mib(size)}) does not fit into guest memory beside what is loaded "
+            f"already: RAM for it ends at {min(limit, self.low_end):#x}; {advice}"
+        )
 
     def need_ram(self, gpa: int, size: int, what: str) -> None:
         """ImageError unless [gpa, gpa+size) is RAM."""
@@ -101,7 +100,7 @@ class Claims:
         if size == 0 or any(start <= gpa and end <= stop for start, stop in self._regions):
             return
         where = f"{self.name}: {what} needs guest memory {gpa:#x}..{end:#x}"
-        if 0 <= gpa and end <= layout.HOLE:
+        if end <= layout.HOLE:
             raise ImageError(
                 f"{where}, but RAM ends at {self.low_end:#x}; give the guest at least {mib(end)}"
             )

@@ -1,4 +1,4 @@
-"""The memory map a guest is told: RAM, the legacy hole below 1 MiB, and what others reserved (ACPI tables, windows)."""
+"""The memory map a guest is told: RAM, the legacy hole below 1 MiB, and what others reserved."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ def memory_map(
 ) -> list[tuple[int, int, int]]:
     """The map as (address, size, type), ascending and free of overlaps.
 
-    ``regions`` are RAM as (address, size); ``reserved`` are (address, size, type) and win over RAM, wherever they
-    lie. ConfigError: two reserved ranges overlap, one is empty or wraps, or there are more than ENTRIES_MAX entries.
+    ``regions`` are RAM as (address, size); ``reserved`` are (address, size, type) and win over RAM, wherever
+    they lie. ConfigError: two reserved ranges overlap, one is empty or wraps, or there are more than
+    ENTRIES_MAX entries.
     """
     holes = sorted(
         [
             (layout.EBDA, layout.VIDEO - layout.EBDA, RESERVED),
             (layout.VIDEO, layout.HIGH_RAM - layout.VIDEO, RESERVED),
             *reserved,
-        ]
+        ],
+        key=lambda hole: (hole[0], -hole[1]),
     )
     merged: list[tuple[int, int, int]] = []
     for gpa, size, kind in holes:
@@ -43,7 +45,8 @@ def memory_map(
             )
         if merged and gpa < merged[-1][0] + merged[-1][1]:
             last, last_size, last_kind = merged[-1]
-            # ACPI tables live inside the BIOS area: a reserved range that holds another one is split around it.
+            # ACPI tables live inside the BIOS area: a reserved range that holds another one is split around
+            # it.
             if last_kind != RESERVED or gpa + size > last + last_size:
                 raise ConfigError(f"reserved memory ranges at {last:#x} and {gpa:#x} overlap")
             merged[-1:] = [

@@ -1,7 +1,7 @@
 """ELF executables: headers, loadable segments and notes, each field checked before it is used.
 
-pyelftools reads ELF too and serves symbols elsewhere, but importing it alone takes longer than loading a kernel, and
-it does not refuse what a loader must refuse.
+pyelftools reads ELF too and serves symbols elsewhere, but importing it alone takes longer than loading a
+kernel, and it does not refuse what a loader must refuse.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Segment:
 
 
 class Elf:
-    """A checked executable. ``bits`` is 32 or 64; ``segments`` are the loadable ones, ascending by ``paddr``."""
+    """A checked executable of 32 or 64 ``bits``; ``segments`` are the loadable ones, by ``paddr``."""
 
     __slots__ = ("bits", "entry", "image", "note_segments", "position_independent", "segments")
 
@@ -94,8 +94,8 @@ class Elf:
     def load(self, claims: Claims, *, clear_bss: bool = True) -> None:
         """Copy every segment to its physical address. ImageError: not RAM, or on something already there.
 
-        ``clear_bss=False`` leaves the zero-initialised rest as it is, which is what Linux's own unpacker does: the
-        kernel clears its bss itself, and pages nobody touches cost nothing.
+        ``clear_bss=False`` leaves the zero-initialised rest as it is, which is what Linux's own unpacker
+        does: the kernel clears its bss itself, and pages nobody touches cost nothing.
         """
         for number, segment in enumerate(self.segments):
             claims.claim(segment.paddr, segment.memsz, f"ELF segment {number}")
@@ -105,7 +105,7 @@ class Elf:
                 claims.memory.fill(segment.paddr + segment.filesz, segment.memsz - segment.filesz, 0)
 
     def move(self, base: int) -> None:
-        """Shift every physical address so that the lowest becomes ``base`` (position-independent images only)."""
+        """Shift every address so that the lowest physical one is ``base`` (position-independent ones only)."""
         shift = base - self.low
         self.entry += shift
         for segment in self.segments:
@@ -152,7 +152,8 @@ def parse(image: Image) -> Elf:
         raise ImageError(f"{name}: not an ELF file")
     if ident[4] not in (1, 2) or ident[5] != 1:
         raise ImageError(
-            f"{name}: ELF class {ident[4]:#x}, data encoding {ident[5]:#x}: only little-endian 32 and 64-bit files run"
+            f"{name}: ELF class {ident[4]:#x}, data encoding {ident[5]:#x}: only little-endian 32 and "
+            "64-bit files run"
         )
     wide = ident[4] == 2
     header = struct.unpack("<HHIQQQIHHH" if wide else "<HHIIIIIHHH", image.read(16, 42 if wide else 30))

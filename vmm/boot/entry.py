@@ -10,7 +10,8 @@ from vmm.boot import layout
 if TYPE_CHECKING:
     from vmm.boot.claims import Claims
 
-# The selectors the Linux boot protocol names __BOOT_CS and __BOOT_DS; every mode with a GDT uses the same ones.
+# The selectors the Linux boot protocol names __BOOT_CS and __BOOT_DS; every mode with a GDT uses the same
+# ones.
 BOOT_CS = 0x10
 BOOT_DS = 0x18
 BOOT_TSS = 0x20
@@ -34,10 +35,11 @@ class Entry:
     ``kind``: what was booted: "bzimage", "linux64", "pvh", "multiboot", "elf64", "elf32" or "flat".
     ``rip``: first instruction; an offset from ``cs_base`` in real mode, a linear address otherwise.
     ``registers``: general registers that are not zero, by 64-bit name ("rsi", "rbx" ...).
-    ``cs``, ``ds``, ``ss``: selectors (``ds`` is also ES, FS and GS); ``tr``: the TSS's. In real mode a base is
-    selector * 16 and there is no table: ``gdt_limit`` is 0. Otherwise bases are 0 and limits 4 GiB.
+    ``cs``, ``ds``, ``ss``: selectors (``ds`` is also ES, FS and GS); ``tr``: the TSS's. In real mode a base
+    is selector * 16 and there is no table: ``gdt_limit`` is 0. Otherwise bases are 0 and limits 4 GiB.
     ``cr3``, ``gdt_base``, ``gdt_limit``: tables already written to guest memory.
-    ``symbols``: path of an ELF file with the guest's symbols, or None. ``notes``: decisions, for ``--verbose``.
+    ``symbols``: path of an ELF file with the guest's symbols, or None. ``notes``: decisions, for
+    ``--verbose``.
     """
 
     __slots__ = (

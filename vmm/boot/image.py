@@ -1,7 +1,8 @@
 """An image file as the loader reads it: bounded reads, straight into guest memory where possible.
 
-Files are read with pread rather than mapped: a file that shrinks while it is being loaded is then a short read and
-an ImageError, not a SIGBUS, and the kernel copies from the page cache to guest memory without a second mapping.
+Files are read with pread rather than mapped: a file that shrinks while it is being loaded is then a short
+read and an ImageError, not a SIGBUS, and the kernel copies from the page cache to guest memory without a
+second mapping.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 class Image:
     """A readable image: an open file or a buffer.
 
-    ``name`` is what errors call it; ``size`` is in bytes; ``path`` is None for a buffer; ``stamp`` identifies the
-    file's present content without reading it (device, inode, size, mtime and ctime: no write leaves all five as
-    they were), and is None for a buffer.
+    ``name`` is what errors call it; ``size`` is in bytes; ``path`` is None for a buffer; ``stamp`` identifies
+    the file's present content without reading it (device, inode, size, mtime and ctime: no write leaves all
+    five as they were), and is None for a buffer.
     """
 
     __slots__ = ("_fd", "_view", "ctime_ns", "name", "path", "size", "stamp")
@@ -104,6 +105,9 @@ class Image:
         if self._view is not None:
             self._view.release()
             self._view = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Image:
         return self

@@ -15,10 +15,10 @@ _NAME_MAX = 255
 
 
 def place_concatenated(request: Request, addr_max: int) -> tuple[int, int]:
-    """All initrds in one piece, each padded to 4 bytes as cpio archives must start; (0, 0) when there are none.
+    """All initrds in one piece, each at a multiple of 4 bytes as the kernel's unpacker wants archives.
 
-    ``addr_max`` is the highest address the last byte may have (setup header, initrd_addr_max). Returns (address,
-    size). ImageError: it does not fit.
+    ``addr_max`` is the highest address the last byte may have (setup header, initrd_addr_max). Returns
+    (address, size), zeros without initrds. ImageError: it does not fit.
     """
     if not request.initrds:
         return 0, 0

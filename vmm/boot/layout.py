@@ -13,7 +13,7 @@
    0x100000 | kernels; initrds from the top  |
             +--------------------------------+
 
-Nothing of this outlives the guest's own early boot: a kernel copies what it wants and takes the rest as free RAM.
+Nothing of this outlives the guest's own early boot: a kernel copies what it wants and takes the rest as RAM.
 """
 
 from __future__ import annotations

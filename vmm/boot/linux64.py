@@ -1,4 +1,4 @@
-"""A Linux ``vmlinux``: segments at their physical addresses, entered at startup_64 by the 64-bit boot protocol."""
+"""A Linux ``vmlinux``: segments at their physical addresses, entered by the 64-bit boot protocol."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from vmm.boot.entry import Entry
     from vmm.boot.request import Request
 
-# A vmlinux carries no setup header: these are x86's COMMAND_LINE_SIZE (less the NUL), and the initrd_addr_max and
-# kernel_alignment that every 64-bit bzImage of the last ten years has.
+# A vmlinux carries no setup header: these are x86's COMMAND_LINE_SIZE (less the NUL), and the initrd_addr_max
+# and kernel_alignment that every 64-bit bzImage of the last ten years has.
 _CMDLINE_MAX = 2047
 _INITRD_ADDR_MAX = 0x7FFFFFFF
 _KERNEL_ALIGNMENT = 0x200000

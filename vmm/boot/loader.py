@@ -32,7 +32,7 @@ _LOOK_ALIKES = (
 
 
 def identify(image: Image | BytesLike, name: str = "image") -> str:
-    """The kind of ``image``: one of KINDS but "auto" and "flat", or "unknown". ImageError: an ELF file that lies.
+    """The kind of ``image``: one of KINDS but "auto" and "flat", or "unknown". ImageError: a broken ELF.
 
     A Linux vmlinux is "linux64" even where it has a PVH note; then PVH, multiboot, and ELF for what it is.
     """
@@ -76,13 +76,13 @@ def load(
     """Put an image into guest memory and return how the first vCPU starts.
 
     ``image`` is an `Image` (best for files: nothing is copied or hashed that need not be) or a buffer called
-    ``name``; ``initrds`` likewise. ``kind`` is one of KINDS; "auto" takes an image of no known kind as flat when a
-    ``load_address`` is given. ``e820`` lists (address, size, type) the guest must not take for RAM; where they lie
-    in RAM, nothing is loaded on them. ``acpi_rsdp`` is handed on to Linux and PVH guests. ``unpack`` (bzImage): on
-    the "host", in the "guest", or "auto".
+    ``name``; ``initrds`` likewise. ``kind`` is one of KINDS; "auto" takes an image of no known kind as flat
+    when a ``load_address`` is given. ``e820`` lists (address, size, type) the guest must not take for RAM;
+    where they lie in RAM, nothing is loaded on them. ``acpi_rsdp`` is handed on to Linux and PVH guests.
+    ``unpack`` (bzImage): on the "host", in the "guest", or "auto".
 
-    ImageError: the image or an initrd cannot be used, or the guest's memory is too small for it. ConfigError: the
-    request is wrong: an unknown kind, a command line too long for the kernel.
+    ImageError: the image or an initrd cannot be used, or the guest's memory is too small for it. ConfigError:
+    the request is wrong: an unknown kind, a command line too long for the kernel.
     """
     if kind not in KINDS:
         raise ConfigError(f"unknown image kind {kind!r}; choose one of {', '.join(KINDS)}")

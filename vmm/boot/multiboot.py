@@ -1,6 +1,7 @@
 """Multiboot 1 (Multiboot Specification 0.6.96): ELF files and a.out-kludge headers.
 
-Section numbers are the specification's: 3.1 the header in the image, 3.2 the machine state, 3.3 the information.
+Section numbers are the specification's: 3.1 the header in the image, 3.2 the machine state, 3.3 the
+information.
 """
 
 from __future__ import annotations
@@ -119,13 +120,13 @@ def load(request: Request) -> Entry:
 
 
 def _load_kludge(request: Request, header: Header) -> int:
-    """3.1.3: the header itself says what goes where, counted from its own place in the file. Returns the entry."""
+    """3.1.3: the header says what goes where, counted from its own place in the file. Returns the entry."""
     image, claims = request.image, request.claims
     before = header.header_addr - header.load_addr
     if not 0 <= before <= header.offset:
         raise ImageError(
-            f"{image.name}: multiboot header_addr {header.header_addr:#x} and load_addr {header.load_addr:#x} do not "
-            f"fit a header at file offset {header.offset:#x}"
+            f"{image.name}: multiboot header_addr {header.header_addr:#x} and load_addr {header.load_addr:#x} "
+            f"do not fit a header at file offset {header.offset:#x}"
         )
     start = header.offset - before
     # A load_end_addr of zero means the rest of the file, a bss_end_addr of zero no bss.
@@ -133,13 +134,13 @@ def _load_kludge(request: Request, header: Header) -> int:
     bss_end = header.bss_end_addr or end
     if not header.load_addr < end <= bss_end or not header.load_addr <= header.entry_addr < bss_end:
         raise ImageError(
-            f"{image.name}: multiboot addresses do not ascend: load {header.load_addr:#x}, load end {end:#x}, "
-            f"bss end {bss_end:#x}, entry {header.entry_addr:#x}"
+            f"{image.name}: multiboot addresses do not ascend: load {header.load_addr:#x}, load end "
+            f"{end:#x}, bss end {bss_end:#x}, entry {header.entry_addr:#x}"
         )
     if end - header.load_addr > image.size - start:
         raise ImageError(
-            f"{image.name}: truncated: the multiboot header wants {end - header.load_addr:#x} bytes from offset "
-            f"{start:#x}, the file has {image.size:#x}; fetch or build it again"
+            f"{image.name}: truncated: the multiboot header wants {end - header.load_addr:#x} bytes from "
+            f"offset {start:#x}, the file has {image.size:#x}; fetch or build it again"
         )
     claims.claim(header.load_addr, bss_end - header.load_addr, "the multiboot image")
     image.read_into(start, claims.memory.view(header.load_addr, end - header.load_addr))

@@ -1,8 +1,8 @@
 """The compressed kernel inside a bzImage: recognised by magic, unpacked within a bound, kept in a cache.
 
-The kernel's build ends every payload with the unpacked size as 32 bits, little-endian (gzip has it as ISIZE, the other
-formats get it appended: scripts/Makefile.lib, size_append). That number is checked against the bound before a
-byte is unpacked, is all the memory an unpacker may fill, and must be met exactly.
+The kernel's build ends every payload with the unpacked size as 32 bits, little-endian (gzip has it as ISIZE,
+the other formats get it appended: scripts/Makefile.lib, size_append). That number is checked against the
+bound before a byte is unpacked, is all the memory an unpacker may fill, and must be met exactly.
 """
 
 from __future__ import annotations
@@ -65,11 +65,10 @@ def open_unpacked(image: Image, offset: int, length: int, bound: int, notes: lis
 
 def unpack(data: bytes, bound: int, name: str) -> tuple[str, bytes | bytearray]:
     """Unpack ``data``; returns (format, content). Raises as `open_unpacked` does."""
-    for kind, magic, unpacker in _FORMATS:
-        if data.startswith(magic):
-            break
-    else:
+    found = next((entry for entry in _FORMATS if data.startswith(entry[1])), None)
+    if found is None:
         raise CannotUnpack(f"unknown payload format (it begins with {data[:6].hex(' ')})")
+    kind, _, unpacker = found
     size = int.from_bytes(data[-4:], "little")
     if size > bound:
         raise _bomb(name, size, bound)
@@ -77,22 +76,23 @@ def unpack(data: bytes, bound: int, name: str) -> tuple[str, bytes | bytearray]:
         content = unpacker(data, size)
     except ImportError as error:
         raise CannotUnpack(f"Python's {error.name} is needed to unpack {kind}") from None
-    except (_Corrupt, EOFError) as error:
+    except _Corrupt as error:
         raise ImageError(
             f"{name}: the {kind} payload is damaged: {error}; fetch or build the image again"
         ) from None
     if len(content) != size:
+        way = "more" if len(content) > size else "less"
         raise ImageError(
-            f"{name}: the {kind} payload is damaged: it unpacks to {'more' if len(content) > size else 'less'} than "
-            f"the promised {size:#x} bytes; fetch or build the image again"
+            f"{name}: the {kind} payload is damaged: it unpacks to {way} than the promised {size:#x} bytes; "
+            "fetch or build the image again"
         )
     return kind, content
 
 
 def _bomb(name: str, size: int, bound: int) -> ImageError:
     return ImageError(
-        f"{name}: the payload claims to unpack to {size:#x} bytes, more than the {bound:#x} that the kernel says it "
-        "needs (init_size); the image is damaged"
+        f"{name}: the payload claims to unpack to {size:#x} bytes, more than the {bound:#x} the kernel is to "
+        "run in; the image is damaged"
     )
 
 

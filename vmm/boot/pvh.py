@@ -17,7 +17,7 @@ _PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 
 def entry_point(elf: Elf) -> int | None:
-    """The physical address in the PHYS32_ENTRY note, or None without one. ImageError: a note of no known size."""
+    """The physical address in the PHYS32_ENTRY note, or None without one. ImageError: an odd-sized note."""
     for name, kind, desc in elf.notes():
         if name == b"Xen" and kind == _PHYS32_ENTRY:
             if len(desc) not in (4, 8):

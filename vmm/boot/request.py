@@ -1,4 +1,4 @@
-"""What every image kind is given: the image, the guest memory to put it in, and what the guest is to be told."""
+"""What every image kind is given: the image, the guest memory to put it in, and what to tell the guest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Request:
-    """One boot. ``cmdline`` is encoded and free of NULs; ``memory_map`` is (address, size, e820 type), ascending."""
+    """One boot. ``cmdline`` is encoded, ``memory_map`` is (address, size, e820 type) and ascending."""
 
     __slots__ = ("acpi_rsdp", "claims", "cmdline", "image", "initrds", "memory_map", "notes")
 
@@ -45,11 +45,12 @@ class Request:
         self.notes: list[str] = []
 
     def put_cmdline(self, text: bytes, limit: int) -> int:
-        """Write the NUL-terminated command line; returns its address. ConfigError: longer than ``limit`` bytes."""
+        """Write the command line and a NUL; returns its address. ConfigError: longer than ``limit`` bytes."""
         limit = min(limit, layout.CMDLINE_ROOM - 1)
         if len(text) > limit:
             raise ConfigError(
-                f"the kernel command line is {len(text)} bytes long, {self.image.name} takes at most {limit}; shorten it"
+                f"the kernel command line is {len(text)} bytes long, more than the {limit} that "
+                f"{self.image.name} takes; shorten it"
             )
         self.claims.put(layout.CMDLINE, text + b"\0", "the command line")
         return layout.CMDLINE

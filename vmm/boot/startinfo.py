@@ -24,7 +24,8 @@ def write(request: Request) -> int:
     claims.claim(layout.START_INFO, layout.START_TABLES_END - layout.START_INFO, "the start info")
     modules = initrd.place_modules(request)
 
-    # Bounded by MODULES_MAX and the memory map's ENTRIES_MAX: 64 * 32 + 128 * 24 bytes, and the names after them.
+    # Bounded by MODULES_MAX and the memory map's ENTRIES_MAX: 64 * 32 + 128 * 24 bytes, and the names after
+    # them.
     tables = bytearray()
     names = bytearray()
     memmap = layout.START_TABLES

@@ -1,4 +1,4 @@
-"""struct boot_params, the "zero page" (Linux Documentation/arch/x86/zero-page.rst, boot.rst), and the 64-bit entry."""
+"""struct boot_params, the "zero page" (Linux Documentation/arch/x86: zero-page.rst, boot.rst)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def enter_linux(
 ) -> Entry:
     """Write command line, initrd and zero page, and return the Entry of the 64-bit boot protocol at ``rip``.
 
-    ``header`` is the image's setup header from offset 0x1f1 on. The kernel must be in place (its memory claimed), so
-    that the initrd keeps clear of it.
+    ``header`` is the image's setup header from offset 0x1f1 on. The kernel must be in place (its memory
+    claimed), so that the initrd keeps clear of it.
     """
     entry = flat_mode(request.claims, "long", kind, rip)
     cmdline = request.put_cmdline(request.cmdline, cmdline_max)
