@@ -220,6 +220,27 @@ static void closing_releases_everybody_who_waits(void)
     vmm_console_destroy(console);
 }
 
+static void *put_soon(void *opaque)
+{
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    vmm_console_put(opaque, 'x');
+    return NULL;
+}
+
+static void a_waiter_is_woken_by_the_byte_and_not_by_its_deadline(void)
+{
+    vmm_console *console = create(16, 64, 64);
+    pthread_t thread;
+    struct timespec start, end;
+    CHECK_EQUAL(pthread_create(&thread, NULL, put_soon, console), 0);
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    CHECK_EQUAL(vmm_console_wait(console, 0, 30000), 1);
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    CHECK(end.tv_sec - start.tv_sec < 20);
+    pthread_join(thread, NULL);
+    vmm_console_destroy(console);
+}
+
 /* A guest, a pump that polls, a watcher that waits, a sender that polls: a lost wake-up hangs, or fails the
  * poll. */
 enum { STREAM = 400000, PATIENCE_MS = 20000 };
@@ -343,6 +364,7 @@ int main(void)
     send_takes_what_there_is_room_for_and_room_fd_tells_when_to_go_on();
     ungot_bytes_come_first_again_even_when_the_queue_is_full();
     closing_releases_everybody_who_waits();
+    a_waiter_is_woken_by_the_byte_and_not_by_its_deadline();
     no_wake_up_is_lost_and_no_byte_either();
     a_listener_is_left_before_listen_returns();
     return 0;
