@@ -54,3 +54,20 @@ class ConsoleTimeout(VmmError, TimeoutError):
     def __init__(self, message: str, transcript: bytes = b"") -> None:
         super().__init__(message)
         self.transcript = transcript
+
+
+def from_native(code: int, text: str) -> VmmError:
+    """The exception for a native ``-errno`` and the text that came with it (``vmm_error_text``).
+
+    The one table of native codes: what pyvmm itself refuses is named here, the rest is the host's.
+    """
+    import errno
+    import os
+
+    if code == -errno.EEXIST or code == -errno.ENOSPC:
+        return BusError(text)
+    if code == -errno.EDEADLK:
+        return StateError(f"{text}: call it from another thread")
+    if code == -errno.EBUSY:
+        return StateError(text)
+    return HostError(f"{text}: {os.strerror(-code)}", errno=-code)

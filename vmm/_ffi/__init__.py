@@ -1,0 +1,74 @@
+"""The only door to native code, and the only file that says GIL.
+
+Every function of ``lib`` releases the GIL while it runs: a vCPU thread inside ``vmm_vcpu_run`` holds none. It is
+taken again only when a device written in Python is accessed: :class:`Upcall` is what the native bus then calls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._native import ffi, lib
+from vmm.errors import from_native
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["PYTHON_OPS", "Upcall", "check", "ffi", "lib"]
+
+_MASK = (1 << 64) - 1
+
+
+def check(code: int) -> int:
+    """Answer a native function's non-negative result, or raise what its ``-errno`` stands for."""
+    if code < 0:
+        raise from_native(code, ffi.string(lib.vmm_error_text()).decode(errors="replace"))
+    return code
+
+
+class Upcall:
+    """A Python ``read``/``write`` pair as the native bus sees it: ``opaque`` goes beside :data:`PYTHON_OPS`.
+
+    An exception in either is given to ``failed`` (which is to stop the machine and keep the exception); the
+    guest's read is then answered with all-ones.
+    """
+
+    __slots__ = ("failed", "opaque", "read", "write")
+
+    def __init__(
+        self,
+        read: Callable[[int, int], int],
+        write: Callable[[int, int, int], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.read = read
+        self.write = write
+        self.failed = failed
+        self.opaque: Any = ffi.new_handle(self)
+
+
+_from_handle = ffi.from_handle
+
+
+@ffi.def_extern(error=_MASK)  # type: ignore[untyped-decorator]
+def vmm_py_read(opaque: Any, offset: int, size: int) -> int:
+    """Read for a device written in Python."""
+    upcall: Upcall = _from_handle(opaque)
+    try:
+        return upcall.read(offset, size) & _MASK
+    except BaseException as error:  # it must not vanish here: the run's caller gets it as itself
+        upcall.failed(error)
+        return _MASK
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_write(opaque: Any, offset: int, size: int, value: int) -> None:
+    """Write for a device written in Python."""
+    upcall: Upcall = _from_handle(opaque)
+    try:
+        upcall.write(offset, size, value)
+    except BaseException as error:
+        upcall.failed(error)
+
+
+PYTHON_OPS = ffi.new("vmm_device_ops *", {"read": lib.vmm_py_read, "write": lib.vmm_py_write})

@@ -1,0 +1,5 @@
+"""pyvmm: a KVM virtual machine monitor you can import."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

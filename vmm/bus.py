@@ -1,0 +1,108 @@
+"""Attach a device to a range of ports or guest-physical addresses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import PYTHON_OPS, Upcall, check, ffi, lib
+from vmm.errors import BusError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.devices.device import Device
+
+PIO = 0
+MMIO = 1
+
+
+class Attachment:
+    """A device on a range: where it is and what answers there."""
+
+    __slots__ = ("base", "device", "first", "keep", "size", "space")
+
+    def __init__(self, device: Device, space: int, base: int, size: int, first: int, keep: Any) -> None:
+        self.device = device
+        self.space = space
+        self.base = base
+        self.size = size
+        self.first = first
+        self.keep = keep
+
+    @property
+    def name(self) -> str:
+        """``device[.register]`` is built on this."""
+        return self.device.name
+
+    def register(self, address: int) -> str:
+        """The device's name for the register at bus ``address``, or ``+0x..``."""
+        offset = address - self.base + self.first
+        return self.device.registers.get(offset, f"+{offset:#x}")
+
+
+class Bus:
+    """Both address spaces of a machine. The table lives in C; this keeps what the table points to alive."""
+
+    def __init__(self, vm: Any, failed: Callable[[BaseException], None]) -> None:
+        self._vm = vm
+        self._failed = failed
+        self.attachments: dict[int, Attachment] = {}
+        self._next_tag = 1
+
+    def attach(self, device: Device, space: int, base: int, size: int, *, first: int = 0) -> Attachment:
+        """Claim ``[base, base+size)`` of ``space`` for ``device``, whose offset ``first`` is at ``base``.
+
+        Raises :class:`~vmm.errors.BusError` when the range overlaps another, or RAM, or leaves the space.
+        """
+        native = getattr(device, "native", None)
+        if native is not None and first == 0:
+            ops, opaque = native
+            keep = native
+        else:
+            upcall = self._upcall(device, first)
+            ops, opaque, keep = PYTHON_OPS, upcall.opaque, upcall
+        tag = self._next_tag
+        code = lib.vmm_bus_attach(self._vm, space, base, size, ops, opaque, tag)
+        if code < 0:
+            text = ffi.string(lib.vmm_error_text()).decode()
+            raise BusError(f"cannot attach {device.name}: {text}; choose a free range")
+        self._next_tag += 1
+        attachment = self.attachments[tag] = Attachment(device, space, base, size, first, keep)
+        return attachment
+
+    def _upcall(self, device: Device, first: int) -> Upcall:
+        if not first:
+            return Upcall(device.read, device.write, self._failed)
+        read, write = device.read, device.write
+        return Upcall(
+            lambda offset, size: read(offset + first, size),
+            lambda offset, size, value: write(offset + first, size, value),
+            self._failed,
+        )
+
+    def detach(self, attachment: Attachment) -> None:
+        """Give the range up."""
+        check(lib.vmm_bus_detach(self._vm, attachment.space, attachment.base))
+        for tag, known in list(self.attachments.items()):
+            if known is attachment:
+                del self.attachments[tag]
+
+    def find(self, space: int, address: int) -> Attachment | None:
+        """Who answers at ``address``."""
+        for attachment in self.attachments.values():
+            if attachment.space == space and 0 <= address - attachment.base < attachment.size:
+                return attachment
+        return None
+
+    def read(self, space: int, address: int, size: int) -> int:
+        """One read as a vCPU would make it; unclaimed bytes are 0xff."""
+        return int(lib.vmm_bus_read(self._vm, space, address, size))
+
+    def write(self, space: int, address: int, size: int, value: int) -> None:
+        """One write as a vCPU would make it."""
+        lib.vmm_bus_write(self._vm, space, address, size, value)
+
+    @property
+    def unclaimed(self) -> int:
+        """Accesses by vCPUs that no device claimed, so far."""
+        return int(lib.vmm_bus_unclaimed(self._vm))

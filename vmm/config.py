@@ -1,0 +1,232 @@
+"""What the user asked for, validated: the one place that knows fields, units and defaults of a machine."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm import layout
+from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PathLike = str | os.PathLike[str]
+
+_UNITS = {"": layout.MIB, "K": layout.KIB, "M": layout.MIB, "G": layout.GIB}
+CONSOLES = ("stdio", "pty", "none", "file:PATH", "unix:PATH")
+COMPAT = ("auto", "on", "off")
+KINDS = ("auto", "bzimage", "linux64", "pvh", "multiboot", "elf", "flat")
+MODES = ("real", "protected", "long")
+UNPACK = ("auto", "host", "guest")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``"512M"``, ``"4G"``, ``"65536K"`` or ``"512"`` (MiB, as QEMU has it); an int is bytes already.
+
+    Raises :class:`~vmm.errors.ConfigError`.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    body = str(text).strip().upper().removesuffix("IB").removesuffix("B")
+    unit = body[-1:] if body[-1:].isalpha() else ""
+    number = body.removesuffix(unit) if unit else body
+    if unit not in _UNITS or not number.isascii() or not number.isdigit() or len(number) > 18:
+        raise ConfigError(f"{text!r} is not a size: write 512M, 4G or 65536K (a bare number is MiB)")
+    return int(number) * _UNITS[unit]
+
+
+def _memory(value: Any) -> int:
+    size = parse_size(value)
+    if not layout.MEMORY_MIN <= size <= layout.MEMORY_MAX:
+        raise ConfigError(f"memory of {size:#x} bytes is out of range: give 1M to {layout.MEMORY_MAX >> 40}T")
+    return -(-size // layout.PAGE) * layout.PAGE
+
+
+def _cpus(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"cpus is {value!r}: a machine has 1 or more vCPUs")
+    return value
+
+
+def _path(value: Any) -> str | None:
+    return None if value is None else os.fspath(value)
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | os.PathLike):
+        return tuple(part for part in os.fspath(value).split(",") if part)
+    return tuple(os.fspath(part) for part in value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{value!r} is not a string")
+    return value
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+        raise ConfigError(f"timeout is {value!r}: give seconds greater than 0")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{value!r} is not true or false")
+    return value
+
+
+def _address(value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        address = value if isinstance(value, int) else int(str(value), 0)
+    except ValueError:
+        address = -1
+    if not 0 <= address < 1 << 52:
+        raise ConfigError(f"{value!r} is not a guest-physical address: write 0x7c00 or 31744")
+    return address
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ConfigError(f"{value!r} is not one of {', '.join(choices)}")
+        return str(value)
+
+    return check
+
+
+def _console(value: Any) -> str:
+    text = _text(value)
+    kind, colon, path = text.partition(":")
+    if (kind in ("file", "unix") and path) or (kind in ("stdio", "pty", "none") and not colon):
+        return text
+    raise ConfigError(f"{text!r} is not a console: choose {', '.join(CONSOLES)}")
+
+
+class Field:
+    """One field of a machine: how it is read, what it is without being given, and what it means."""
+
+    __slots__ = ("default", "help", "read")
+
+    def __init__(self, read: Callable[[Any], Any], default: Any, help: str) -> None:
+        self.read = read
+        self.default = default
+        self.help = help
+
+
+FIELDS: dict[str, Field] = {
+    "kernel": Field(_path, None, "image to boot: bzImage, vmlinux, PVH or multiboot ELF, flat binary"),
+    "memory": Field(_memory, 256 * layout.MIB, "guest RAM, e.g. 512M or 4G (a bare number is MiB)"),
+    "cpus": Field(_cpus, 1, "number of vCPUs"),
+    "initrd": Field(_paths, (), "initrd file, or several separated by commas (multiboot modules)"),
+    "append": Field(_text, "", "kernel command line"),
+    "timeout": Field(_seconds, None, "seconds after which the run ends with status 124"),
+    "console": Field(_console, "none", f"where the serial console goes: {', '.join(CONSOLES)}"),
+    "kind": Field(_one_of(*KINDS), "auto", f"take the image for this kind: {', '.join(KINDS)}"),
+    "mode": Field(_one_of(*MODES), "real", f"CPU mode a flat binary starts in: {', '.join(MODES)}"),
+    "address": Field(_address, None, "guest-physical address a flat binary is loaded and entered at"),
+    "unpack": Field(_one_of(*UNPACK), "auto", "who unpacks a bzImage: the host (fast), the guest, or as possible"),
+    "compat": Field(_one_of(*COMPAT), "auto", "remedies for what this host's KVM lacks: as probed, forced, or none"),
+    "huge_pages": Field(_flag, False, "back guest RAM with 2 MiB pages from the host's pool"),
+    "reboot": Field(_flag, False, "start again when the guest asks for a reset, instead of ending"),
+}
+
+
+class MachineConfig:
+    """An immutable machine description. Fields and defaults are :data:`FIELDS`; unknown names are refused.
+
+    >>> MachineConfig(memory="512M", cpus=2).memory
+    536870912
+    """
+
+    __slots__ = tuple(FIELDS)
+
+    kernel: str | None
+    memory: int
+    cpus: int
+    initrd: tuple[str, ...]
+    append: str
+    timeout: float | None
+    console: str
+    kind: str
+    mode: str
+    address: int | None
+    unpack: str
+    compat: str
+    huge_pages: bool
+    reboot: bool
+
+    def __init__(self, **fields: Any) -> None:
+        for name in fields:
+            if name not in FIELDS:
+                raise ConfigError(f"a machine has no field {name!r}: it has {', '.join(FIELDS)}")
+        for name, field in FIELDS.items():
+            object.__setattr__(self, name, field.read(fields.get(name, field.default)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a machine's configuration does not change: use with_({name}=...)")
+
+    def with_(self, **fields: Any) -> MachineConfig:
+        """A copy with some fields different."""
+        return MachineConfig(**{**self.as_dict(), **fields})
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields by name."""
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MachineConfig) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.as_dict().items()))
+
+    def __repr__(self) -> str:
+        given = (f"{n}={v!r}" for n, v in self.as_dict().items() if v != FIELDS[n].default)
+        return f"MachineConfig({', '.join(given)})"
+
+
+def read_file(path: PathLike) -> Mapping[str, Any]:
+    """Fields of a machine file: TOML, or JSON when the name ends in ``.json``; paths are relative to the file.
+
+    Raises :class:`~vmm.errors.ConfigError` when it cannot be read or parsed, or has unknown fields.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            raw = file.read()
+    except OSError as error:
+        raise ConfigError(f"cannot read machine file {name}: {error.strerror}") from error
+    fields = _parse(name, raw)
+    for field in fields:
+        if field not in FIELDS:
+            raise ConfigError(f"{name}: a machine has no field {field!r}: it has {', '.join(FIELDS)}")
+    folder = os.path.dirname(os.path.abspath(name))
+    if isinstance(fields.get("kernel"), str):
+        fields["kernel"] = os.path.join(folder, fields["kernel"])
+    if "initrd" in fields:
+        fields["initrd"] = [os.path.join(folder, part) for part in _paths(fields["initrd"])]
+    return fields
+
+
+def _parse(name: str, raw: bytes) -> dict[str, Any]:
+    try:
+        if name.endswith(".json"):
+            import json
+
+            fields = json.loads(raw)
+        else:
+            import tomllib
+
+            fields = tomllib.loads(raw.decode())
+    except ValueError as error:  # both parsers' errors, and bad UTF-8, are ValueErrors
+        raise ConfigError(f"{name} is not a machine file: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{name} is not a machine file: it must hold fields such as memory and kernel")
+    return fields

@@ -1,0 +1,66 @@
+"""What CPUID tells the guest: KVM's supported leaves, made consistent with each vCPU's place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_ENTRIES = 256
+
+# CPUID.1:ECX
+HYPERVISOR = 1 << 31
+TSC_DEADLINE = 1 << 24
+# CPUID.1:EDX
+HTT = 1 << 28
+# KVM paravirtual features (Documentation/virt/kvm/x86/cpuid.rst), CPUID.40000001:EAX
+KVM_FEATURES = 0x40000001
+KVM_HYPERCALL_FEATURES = 1 << 7 | 1 << 11 | 1 << 13  # PV_UNHALT, PV_SEND_IPI, PV_SCHED_YIELD: each ends in VMCALL
+
+PCID = 1 << 17  # CPUID.1:ECX
+GIB_PAGES = 1 << 26  # CPUID.80000001:EDX
+
+
+class CpuidTable:
+    """The host's supported leaves, edited once for the machine, then stamped for each vCPU."""
+
+    def __init__(self, vm: Any, cpus: int, *, hypercalls: bool = True) -> None:
+        self._entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
+        self.count = check(lib.vmm_vm_supported_cpuid(vm, self._entries, MAX_ENTRIES))
+        self.cpus = cpus
+        self._per_vcpu = [e for e in self._all() if e.function in (1, 4, 0xB, 0x1F, 0x8000001E)]
+        width = max(0, (cpus - 1).bit_length())
+        for e in self._all():
+            if e.function == 1:
+                e.ecx |= HYPERVISOR | TSC_DEADLINE
+                e.edx = e.edx | HTT if cpus > 1 else e.edx & ~HTT
+            elif e.function == KVM_FEATURES and not hypercalls:
+                e.eax &= ~KVM_HYPERCALL_FEATURES
+            elif e.function in (0xB, 0x1F):
+                self._topology(e, width)
+            elif e.function == 0x80000008:
+                e.ecx = (e.ecx & ~0xF0FF) | min(cpus - 1, 0xFF) | width << 12
+
+    def _all(self) -> Iterator[Any]:
+        return (self._entries[i] for i in range(self.count))
+
+    def _topology(self, e: Any, width: int) -> None:
+        # One thread per core, all cores in one package (SDM vol. 2, CPUID leaf 0BH: level types 1 SMT, 2 core).
+        shift, threads, kind = ((0, 1, 1), (width, self.cpus, 2))[e.index] if e.index < 2 else (0, 0, 0)
+        e.eax, e.ebx, e.ecx = shift, threads, kind << 8 | e.index
+
+    def apply(self, vcpu: Any, apic_id: int) -> None:
+        """Give the leaves to a vCPU with this APIC id."""
+        for e in self._per_vcpu:
+            if e.function == 1:
+                e.ebx = (e.ebx & 0xFFFF) | min(self.cpus, 0xFF) << 16 | (apic_id & 0xFF) << 24
+            elif e.function == 4 and e.eax & 0x1F:
+                e.eax = (e.eax & 0x3FFF) | min(self.cpus - 1, 0x3F) << 26
+            elif e.function in (0xB, 0x1F):
+                e.edx = apic_id
+            elif e.function == 0x8000001E:
+                e.eax, e.ebx, e.ecx = apic_id, apic_id & 0xFF, 0
+        check(lib.vmm_vcpu_set_cpuid(vcpu, self._entries, self.count))

@@ -1,0 +1,175 @@
+"""One virtual CPU, seen from outside while it does not run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.errors import ConfigError, HostError
+
+if TYPE_CHECKING:
+    from vmm.devices.device import State
+
+GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+           "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")  # fmt: skip
+CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+
+# KVM exit reasons (linux/kvm.h) by number
+EXIT_REASONS = {
+    0: "unknown", 1: "exception", 2: "io", 3: "hypercall", 4: "debug", 5: "hlt", 6: "mmio", 7: "irq-window",
+    8: "shutdown", 9: "fail-entry", 10: "intr", 17: "internal-error", 24: "system-event", 29: "rdmsr", 30: "wrmsr",
+}  # fmt: skip
+
+# Model-specific registers a paused vCPU's state record holds (SDM vol. 4; KVM's own at 0x4b564dxx).
+STATE_MSRS = (
+    0x10, 0x174, 0x175, 0x176, 0x1A0, 0x277, 0x2FF, 0x3B, 0x6E0,
+    0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084, 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,
+    0x4B564D00, 0x4B564D01, 0x4B564D02, 0x4B564D03, 0x4B564D04,
+)  # fmt: skip
+_STATE_KINDS = {"mp": 0, "events": 1, "debugregs": 2, "lapic": 3, "xsave": 5, "xcrs": 6}
+
+
+class Exit:
+    """One exit out of the ring of the last 64: what the guest did and what it was answered."""
+
+    __slots__ = ("address", "claimed", "count", "reason", "size", "tag", "value", "write")
+
+    def __init__(self, record: Any) -> None:
+        self.address: int = record.address
+        self.value: int = record.value
+        self.reason = EXIT_REASONS.get(record.reason, f"exit-{record.reason}")
+        self.size: int = record.size
+        self.write = bool(record.write)
+        self.claimed = bool(record.claimed)
+        self.count: int = record.count
+        self.tag: int = record.tag
+
+    def __repr__(self) -> str:
+        if self.reason not in ("io", "mmio"):
+            return f"<{self.reason} {self.address:#x}>"
+        arrow = "<-" if self.write else "->"
+        return f"<{self.reason} {self.address:#x}/{self.size} {arrow} {self.value:#x}>"
+
+
+class Vcpu:
+    """A vCPU. Registers may be read and set while the machine is created, paused or stopped.
+
+    Raises :class:`~vmm.errors.HostError` where KVM refuses a value.
+    """
+
+    def __init__(self, vm: Any, number: int) -> None:
+        self.number = number
+        out = ffi.new("vmm_vcpu **")
+        check(lib.vmm_vcpu_create(vm, number, out))
+        self.native = out[0]
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self.number}>"
+
+    # registers
+
+    def registers(self) -> dict[str, int]:
+        """General, control and segment registers by name (``cs`` is the selector, ``cs_base`` its base)."""
+        regs, sregs = ffi.new("vmm_regs *"), ffi.new("vmm_sregs *")
+        check(lib.vmm_vcpu_get_regs(self.native, regs))
+        check(lib.vmm_vcpu_get_sregs(self.native, sregs))
+        values = {name: int(getattr(regs, name)) for name in GENERAL}
+        values.update((name, int(getattr(sregs, name))) for name in CONTROL)
+        for name in SEGMENTS:
+            segment = getattr(sregs, name)
+            values[name] = int(segment.selector)
+            values[f"{name}_base"] = int(segment.base)
+        values["gdt_base"], values["gdt_limit"] = int(sregs.gdt.base), int(sregs.gdt.limit)
+        values["idt_base"], values["idt_limit"] = int(sregs.idt.base), int(sregs.idt.limit)
+        return values
+
+    def set_registers(self, **values: int) -> None:
+        """Set general and control registers by name, e.g. ``set_registers(rip=0x1000, rax=1)``.
+
+        Raises :class:`~vmm.errors.ConfigError` for a name that is not a register or a value over 64 bits.
+        """
+        general = {k: v for k, v in values.items() if k in GENERAL}
+        control = {k: v for k, v in values.items() if k in CONTROL}
+        unknown = values.keys() - general.keys() - control.keys()
+        if unknown:
+            raise ConfigError(f"no such register: {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            if not 0 <= value < 1 << 64:
+                raise ConfigError(f"{name} is a 64-bit register, {value:#x} does not fit")
+        if general:
+            regs = ffi.new("vmm_regs *")
+            check(lib.vmm_vcpu_get_regs(self.native, regs))
+            for name, value in general.items():
+                setattr(regs, name, value)
+            check(lib.vmm_vcpu_set_regs(self.native, regs))
+        if control:
+            sregs = ffi.new("vmm_sregs *")
+            check(lib.vmm_vcpu_get_sregs(self.native, sregs))
+            for name, value in control.items():
+                setattr(sregs, name, value)
+            check(lib.vmm_vcpu_set_sregs(self.native, sregs))
+
+    @property
+    def bits(self) -> int:
+        """Operand size of the code it is in: 16, 32 or 64."""
+        sregs = ffi.new("vmm_sregs *")
+        check(lib.vmm_vcpu_get_sregs(self.native, sregs))
+        if sregs.cs.l:
+            return 64
+        return 32 if sregs.cs.db else 16
+
+    def msr(self, index: int) -> int:
+        """One model-specific register. Raises :class:`~vmm.errors.HostError` when KVM has none such."""
+        value = ffi.new("uint64_t[1]")
+        if check(lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), value, 1)) != 1:
+            raise HostError(f"KVM has no MSR {index:#x} for this vCPU")
+        return int(value[0])
+
+    def set_msr(self, index: int, value: int) -> None:
+        """Set one model-specific register. Raises :class:`~vmm.errors.HostError` when KVM refuses."""
+        values = ffi.new("uint64_t[]", [value])
+        if check(lib.vmm_vcpu_set_msrs(self.native, ffi.new("uint32_t[]", [index]), values, 1)) != 1:
+            raise HostError(f"KVM refuses {value:#x} for MSR {index:#x}")
+
+    def translate(self, linear: int) -> int | None:
+        """Guest-physical address of a linear one through the current page tables, or ``None``: not mapped."""
+        gpa = ffi.new("uint64_t *")
+        return int(gpa[0]) if lib.vmm_vcpu_translate(self.native, linear, gpa) == 0 else None
+
+    # what happened
+
+    def last_exits(self) -> list[Exit]:
+        """Up to 64 newest exits, oldest first."""
+        records = ffi.new("vmm_exit_record[64]")
+        return [Exit(records[i]) for i in range(lib.vmm_vcpu_last_exits(self.native, records, 64))]
+
+    def exit_counts(self) -> dict[str, int]:
+        """Exits so far by reason."""
+        counts = {}
+        for reason in range(64):
+            n = int(lib.vmm_vcpu_exit_count(self.native, reason))
+            if n:
+                counts[EXIT_REASONS.get(reason, f"exit-{reason}")] = n
+        return counts
+
+    def failed_instruction(self) -> bytes:
+        """After an emulation failure: the instruction bytes KVM reported (0 to 15)."""
+        buffer = ffi.new("uint8_t[16]")
+        n = lib.vmm_vcpu_failed_instruction(self.native, buffer)
+        return bytes(buffer)[:n]
+
+    # state
+
+    def save(self) -> State:
+        """Everything KVM keeps of this vCPU, as a plain value."""
+        state: State = {"version": 1, "registers": self.registers(), "msrs": {}}
+        for index in STATE_MSRS:
+            value = ffi.new("uint64_t[1]")
+            if lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), value, 1) == 1:
+                state["msrs"][index] = int(value[0])
+        for name, kind in _STATE_KINDS.items():
+            buffer = ffi.new("uint8_t[]", lib.vmm_state_size(kind))
+            check(lib.vmm_vcpu_get_state(self.native, kind, buffer, len(buffer)))
+            state[name] = bytes(buffer)
+        return state

@@ -1,0 +1,67 @@
+"""Every guest-physical address, port and interrupt number of the machine, in one place.
+
+::
+
+    guest-physical
+    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved, ACPI tables in 0xe_0000..0xf_ffff)
+    0x0010_0000  RAM  kernel from here
+    0xc000_0000  hole: device windows          <- LOW_RAM_END
+    0xe000_0000    PCI configuration (ECAM), 256 MiB
+    0xfec0_0000    I/O APIC
+    0xfee0_0000    local APICs
+    0x1_0000_0000  RAM above the hole          <- HIGH_RAM_START
+"""
+
+from __future__ import annotations
+
+PAGE = 4096
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+LOW_RAM_END = 3 * GIB
+HIGH_RAM_START = 4 * GIB
+MEMORY_MIN = 1 * MIB
+MEMORY_MAX = 1 << 46  # physical address bits of every x86-64 KVM host
+
+ACPI_START = 0xE0000
+ACPI_SIZE = 0x20000
+
+VIRTIO_MMIO_START = LOW_RAM_END
+VIRTIO_MMIO_STRIDE = 0x1000
+PCI_MMIO_START = LOW_RAM_END + 16 * MIB
+ECAM_START = 0xE0000000
+ECAM_SIZE = 256 * MIB
+PCI_MMIO_SIZE = ECAM_START - PCI_MMIO_START
+IOAPIC = 0xFEC00000
+LAPIC = 0xFEE00000
+
+# ports
+I8042 = 0x60
+RTC = 0x70
+POST = 0x80
+DEBUG_EXIT = 0xF4
+COM1 = 0x3F8
+PVPANIC = 0x505
+PM_BASE = 0x600
+PM1_EVENT = PM_BASE  # 4 bytes
+PM1_CONTROL = PM1_EVENT + 4  # 2 bytes
+PM_TIMER = PM1_CONTROL + 4  # 4 bytes
+RESET = PM_TIMER + 4  # 1 byte
+
+# interrupts
+GSI_PIT = 0
+GSI_I8042 = 1
+GSI_COM1 = 4
+GSI_RTC = 8
+GSI_SCI = 9
+GSI_FIRST_FREE = 16  # I/O APIC inputs the ISA devices do not use: 16..23
+
+
+def ram_regions(size: int) -> list[tuple[int, int]]:
+    """``(gpa, size)`` of each RAM region for ``size`` bytes of memory: split around the hole below 4 GiB."""
+    low = min(size, LOW_RAM_END)
+    regions = [(0, low)]
+    if size > low:
+        regions.append((HIGH_RAM_START, size - low))
+    return regions

@@ -1,0 +1,344 @@
+"""The composition root: a configuration becomes a running machine, and ends in an Outcome.
+
+Booting is the list :data:`BOOT_STEPS`; the rest is life cycle. Threads: one per vCPU, each inside one native call;
+the caller's thread controls. Nothing here polls.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmm import layout
+from vmm._ffi import check, ffi, lib
+from vmm.bus import MMIO, PIO, Bus
+from vmm.config import MachineConfig
+from vmm.console import Console
+from vmm.errors import ConfigError, HostError, StateError
+from vmm.irq import GsiLine
+from vmm.memory import GuestMemory
+from vmm.outcome import Outcome
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from vmm.boot import Entry
+    from vmm.bus import Attachment
+    from vmm.devices.device import Device
+
+KVM_PATH = "/dev/kvm"
+IRQCHIP, PIT = 1, 2
+
+# enum vmm_stop_reason -> vmm.outcome.REASONS; VMM_STOP_HOST is told apart by its code.
+_REASONS = {
+    2: "power-off", 3: "reset", 4: "debug-exit", 5: "panic", 6: "triple-fault", 7: "emulation-failure",
+    8: "entry-failure", 9: "halt", 10: "reset", 11: "unknown-exit", 12: "host-failure", 14: "debug",
+}  # fmt: skip
+_STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CALLBACK = 1, 2, 3, 4, 5, 13
+_HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated"}
+
+_PANIC_MARK = b"Kernel panic - not syncing"
+
+
+class Machine:
+    """A virtual machine: ``Machine(kernel="bzImage", memory="512M")``, or from a :class:`MachineConfig`.
+
+    A context manager; leaving it stops and frees everything. Keyword fields are those of
+    :data:`vmm.config.FIELDS`. Raises :class:`~vmm.errors.ConfigError` for a request that cannot be,
+    :class:`~vmm.errors.HostError` where the host refuses.
+    """
+
+    memory: GuestMemory
+    bus: Bus
+    console: Console
+
+    def __init__(self, config: MachineConfig | None = None, *, kvm: str = KVM_PATH, **fields: Any) -> None:
+        self.config = config.with_(**fields) if config else MachineConfig(**fields)
+        self.vcpus: list[Any] = []
+        self.devices: list[Device] = []
+        self.entry: Entry | None = None
+        self.outcome: Outcome | None = None
+        self.notes: list[str] = []
+        self._kvm_path = kvm
+        self._vm: Any = None
+        self._closers: list[Any] = []
+        self._threads: list[threading.Thread] = []
+        self._exception: BaseException | None = None
+        self._started_at = 0.0
+        self._lock = threading.Lock()
+        try:
+            for step in BOOT_STEPS:
+                step(self)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- boot steps, in order ----
+
+    def _open_kvm(self) -> None:
+        from vmm import host
+
+        self.host = host.check(self._kvm_path, self.config)
+        out = ffi.new("vmm_vm **")
+        flags = IRQCHIP if self.host.merge_ticks else IRQCHIP | PIT
+        code = lib.vmm_vm_create(self._kvm_path.encode(), flags, out)
+        if code < 0:
+            raise host.explain_refusal(self._kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
+        self._vm = out[0]
+        self.bus = Bus(self._vm, self._callback_failed)
+
+    def _map_memory(self) -> None:
+        regions = layout.ram_regions(self.config.memory)
+        self.memory = GuestMemory(self._vm, regions, huge_pages=self.config.huge_pages)
+
+    def _remedy_host(self) -> None:
+        if self.host.remedies:
+            check(lib.vmm_compat_enable(self._vm, self.host.remedies))
+
+    def _create_devices(self) -> None:
+        self.console = Console()
+        from vmm.platform import create_devices
+
+        create_devices(self)
+
+    def _create_vcpus(self) -> None:
+        from vmm.cpu.cpuid import CpuidTable
+        from vmm.cpu.vcpu import Vcpu
+
+        limit = int(lib.vmm_vm_check_extension(self._vm, 66)) or 1  # KVM_CAP_MAX_VCPUS
+        if self.config.cpus > limit:
+            raise ConfigError(f"{self.config.cpus} vCPUs are more than this host allows: give --cpus 1 to {limit}")
+        table = CpuidTable(self._vm, self.config.cpus, hypercalls=not self.host.vmcall_loops)
+        for number in range(self.config.cpus):
+            vcpu = Vcpu(self._vm, number)
+            table.apply(vcpu.native, number)
+            self.vcpus.append(vcpu)
+
+    # ---- composing ----
+
+    def line(self, gsi: int) -> GsiLine:
+        """The wire of a global system interrupt into the irqchip."""
+        return GsiLine(self._vm, gsi)
+
+    def attach(
+        self,
+        device: Device,
+        *,
+        port: int | None = None,
+        address: int | None = None,
+        size: int,
+        gsi: int | None = None,
+        first: int = 0,
+    ) -> Attachment:
+        """Put a device on ``size`` ports from ``port``, or bytes from guest-physical ``address``.
+
+        ``gsi`` connects its line; ``first`` is the device's offset at the start of the range. Raises
+        :class:`~vmm.errors.BusError` when the range is taken.
+        """
+        if (port is None) == (address is None):
+            raise ConfigError(f"attach {device.name} to a port or to an address: give one of the two")
+        if gsi is not None:
+            device.line = self.line(gsi)
+        space, base = (PIO, port) if port is not None else (MMIO, address)
+        assert base is not None
+        attachment = self.bus.attach(device, space, base, size, first=first)
+        if device not in self.devices:
+            self.devices.append(device)
+        return attachment
+
+    def load(self) -> Entry:
+        """Load the image and point vCPU 0 at it; done by :meth:`start` when it was not done before."""
+        if self.entry is None:
+            from vmm.cpu import modes
+            from vmm.platform import load_image
+
+            self.entry = load_image(self)
+            self.notes += self.entry.notes
+            modes.enter(self.vcpus[0].native, self.entry)
+        return self.entry
+
+    def stop_callback(self, reason: int) -> Any:
+        """A function for a device that ends the machine: called with the code, on the vCPU's thread."""
+        vm = self._vm
+        return lambda code=0: lib.vmm_vm_stop(vm, reason, code)
+
+    # ---- running ----
+
+    @property
+    def running(self) -> bool:
+        """Whether vCPU threads are running (or paused)."""
+        return bool(self._threads)
+
+    def start(self) -> None:
+        """Load the image if that was not done, and let the vCPUs run. Returns at once."""
+        if self._vm is None:
+            raise StateError("the machine is closed: make a new one")
+        with self._lock:
+            if self._threads:
+                raise StateError("the machine runs already")
+            self.load()
+            if self.outcome is not None:
+                check(lib.vmm_vm_rearm(self._vm))
+                self.outcome = None
+            self._started_at = time.monotonic()
+            for vcpu in self.vcpus:
+                name = f"vcpu{vcpu.number}"
+                thread = threading.Thread(target=lib.vmm_vcpu_run, args=(vcpu.native,), name=name, daemon=True)
+                self._threads.append(thread)
+            for thread in self._threads:
+                thread.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait for the end. After ``timeout`` seconds the machine is stopped and the outcome is ``timeout``.
+
+        An exception raised in a device's or hook's own code comes out of here as itself; the machine is then
+        stopped and can be looked at.
+        """
+        if not self._threads and self.outcome is None:
+            raise StateError("the machine was not started")
+        if self._threads and not select.select([self.stop_fd], [], [], timeout)[0]:
+            lib.vmm_vm_stop(self._vm, _STOP_HOST, 1)
+        return self._finish()
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """:meth:`start`, then :meth:`wait` (default: the configuration's timeout)."""
+        self.start()
+        return self.wait(self.config.timeout if timeout is None else timeout)
+
+    def stop(self, code: int = 0) -> Outcome:
+        """End the run now; the outcome is ``stopped`` unless the guest ended first."""
+        if self._threads:
+            lib.vmm_vm_stop(self._vm, _STOP_HOST, code)
+        return self._finish()
+
+    def interrupt(self, code: int) -> None:
+        """Ask for the end without waiting: 0 stopped, 1 timeout, 2 interrupted, 3 terminated."""
+        lib.vmm_vm_stop(self._vm, _STOP_HOST, code)
+
+    def pause(self) -> None:
+        """Hold every vCPU between two instructions; registers and memory are then consistent. Nests."""
+        check(lib.vmm_vm_pause(self._vm))
+
+    def resume(self) -> None:
+        """Undo one :meth:`pause`."""
+        check(lib.vmm_vm_resume(self._vm))
+
+    @property
+    def stop_fd(self) -> int:
+        """A file descriptor that is readable once the machine has ended."""
+        return int(lib.vmm_vm_stop_fd(self._vm))
+
+    def _callback_failed(self, error: BaseException) -> None:
+        with self._lock:
+            if self._exception is None:
+                self._exception = error
+        lib.vmm_vm_stop(self._vm, _STOP_CALLBACK, 0)
+
+    def _finish(self) -> Outcome:
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.join()
+        if self.outcome is None:
+            self.outcome = self._make_outcome()
+            self.console.close()
+        with self._lock:
+            error, self._exception = self._exception, None
+        if error is not None:
+            raise error
+        return self.outcome
+
+    def _make_outcome(self) -> Outcome:
+        code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
+        native = lib.vmm_vm_stop_reason(self._vm, code, number)
+        reason = _HOST_REASONS.get(code[0], "stopped") if native == _STOP_HOST else _REASONS.get(native, "stopped")
+        vcpu_number = int(number[0]) if number[0] < len(self.vcpus) else None
+        vcpu = self.vcpus[vcpu_number or 0]
+        outcome = Outcome(
+            reason,
+            int(code[0]),
+            vcpu=vcpu_number,
+            registers=vcpu.registers(),
+            bits=vcpu.bits,
+            last_exits=vcpu.last_exits(),
+            console=self.console.tail(),
+            seconds=time.monotonic() - self._started_at,
+        )
+        outcome.instruction = vcpu.failed_instruction() or self._bytes_at_rip(vcpu, outcome)
+        if reason in ("reset", "halt", "timeout") and _PANIC_MARK in outcome.console:
+            # panic=-1 turns a panic into a reset: the guest's own last words say which it was.
+            outcome.reason = "panic"
+        if outcome.reason == "panic":
+            at = outcome.console.rfind(_PANIC_MARK)
+            if at >= 0:
+                line = outcome.console[at:].split(b"\n", 1)[0].split(b" ]---")[0].strip()
+                outcome.explanation = f"the guest's kernel panicked: {line.decode(errors='replace')}"
+        return outcome
+
+    def _bytes_at_rip(self, vcpu: Any, outcome: Outcome) -> bytes:
+        linear = outcome.registers["rip"] + outcome.registers["cs_base"]
+        found = b""
+        while len(found) < 16:
+            gpa = vcpu.translate((linear + len(found)) & ((1 << 64) - 1))
+            if gpa is None:
+                break
+            size = min(16 - len(found), layout.PAGE - gpa % layout.PAGE)
+            try:
+                found += self.memory.read(gpa, size)
+            except IndexError:
+                break
+        return found
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Stop and free everything. Twice is fine."""
+        if self._vm is None:
+            return
+        if self._threads:
+            lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
+            for thread in self._threads:
+                thread.join()
+            self._threads = []
+        for device in self.devices:
+            device.reset()
+        if hasattr(self, "memory"):
+            self.memory.close()
+        vm, self._vm = self._vm, None
+        lib.vmm_vm_destroy(vm)
+        for closer in reversed(self._closers):
+            closer()
+        if hasattr(self, "console"):
+            self.console.destroy()
+
+    def on_close(self, closer: Any) -> None:
+        """Have ``closer()`` called once the machine's native half is gone."""
+        self._closers.append(closer)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_vm", None) is not None:
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._vm is None else "running" if self._threads else "stopped"
+        return f"<Machine {self.config.memory >> 20} MiB, {self.config.cpus} vCPU, {state}>"
+
+
+BOOT_STEPS = [
+    Machine._open_kvm,
+    Machine._map_memory,
+    Machine._remedy_host,
+    Machine._create_devices,
+    Machine._create_vcpus,
+]
+
+__all__ = ["BOOT_STEPS", "HostError", "Machine"]

@@ -1,0 +1,99 @@
+"""How a machine ended, as a value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.cpu.vcpu import Exit
+
+# reason -> (exit status of `pyvmm boot`, one sentence). A debug exit's status is (value << 1) | 1, always odd, as
+# QEMU's isa-debug-exit has it; so pyvmm's own are even wherever no older convention fixes them.
+REASONS: dict[str, tuple[int, str]] = {
+    "power-off": (0, "the guest powered off"),
+    "debug-exit": (1, "the guest wrote to the debug-exit port"),
+    "reset": (4, "the guest asked for a reset"),
+    "panic": (10, "the guest's kernel panicked"),
+    "triple-fault": (12, "triple fault: an exception could not be delivered, nor the double fault after it"),
+    "emulation-failure": (14, "KVM could not emulate a guest instruction"),
+    "entry-failure": (16, "the processor refused to enter the guest: its register state is not legal"),
+    "halt": (18, "the guest halted with nothing to wake it"),
+    "unknown-exit": (20, "KVM reported an exit this monitor has no answer to"),
+    "host-failure": (22, "KVM_RUN failed on the host"),
+    "debug": (24, "the guest hit a debug exception nobody claimed"),
+    "stopped": (0, "the monitor stopped the machine"),
+    "timeout": (124, "the time limit passed"),
+    "interrupted": (130, "interrupted (SIGINT)"),
+    "terminated": (143, "terminated (SIGTERM)"),
+}
+
+GOOD_ENDS = frozenset({"power-off", "reset", "debug-exit", "stopped"})
+
+
+class Outcome:
+    """How a run ended.
+
+    ``reason`` is a key of :data:`REASONS`; ``code`` the number that came with it (the debug-exit value, KVM's
+    suberror, the panic event bits ...); ``status`` the exit status it maps to. ``vcpu`` is the number of the vCPU
+    that ended it, or None. ``registers`` are that vCPU's (or vCPU 0's), ``instruction`` the bytes at its RIP,
+    ``bits`` its operand size, ``last_exits`` its newest exits (oldest first), ``console`` the tail of what the
+    guest printed. ``seconds`` is how long it ran.
+    """
+
+    __slots__ = (
+        "bits",
+        "code",
+        "console",
+        "explanation",
+        "instruction",
+        "last_exits",
+        "reason",
+        "registers",
+        "seconds",
+        "vcpu",
+    )
+
+    def __init__(
+        self,
+        reason: str,
+        code: int = 0,
+        *,
+        vcpu: int | None = None,
+        registers: dict[str, int] | None = None,
+        instruction: bytes = b"",
+        bits: int = 64,
+        last_exits: list[Exit] | None = None,
+        console: bytes = b"",
+        explanation: str = "",
+        seconds: float = 0.0,
+    ) -> None:
+        self.reason = reason
+        self.code = code
+        self.vcpu = vcpu
+        self.registers = registers or {}
+        self.instruction = instruction
+        self.bits = bits
+        self.last_exits = last_exits or []
+        self.console = console
+        self.explanation = explanation
+        self.seconds = seconds
+
+    @property
+    def ok(self) -> bool:
+        """Whether the guest ended itself in an orderly way (its own verdict is ``status``)."""
+        return self.reason in GOOD_ENDS
+
+    @property
+    def status(self) -> int:
+        """The exit status of ``pyvmm boot`` for this end."""
+        if self.reason == "debug-exit":
+            return (self.code << 1 | 1) & 0xFF
+        return REASONS[self.reason][0]
+
+    @property
+    def sentence(self) -> str:
+        """The reason in one sentence."""
+        return self.explanation or REASONS[self.reason][1]
+
+    def __repr__(self) -> str:
+        return f"<Outcome {self.reason} code={self.code:#x} status={self.status}>"
