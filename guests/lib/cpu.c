@@ -18,7 +18,7 @@ _Static_assert(sizeof(struct gate) == 16, "Intel SDM 3A, 6.14.1");
 static struct gate idt[VECTORS];
 trap_handler *trap_handlers[VECTORS];
 volatile struct caught_trap caught;
-volatile uint64_t trap_resume;
+volatile uint64_t trap_resume, trap_stack;
 
 void idt_load(void)
 {
@@ -74,6 +74,7 @@ void trap_dispatch(struct trap_frame *frame)
     } else if (trap_resume && frame->vector != VECTOR_SPURIOUS) {
         remember(frame);
         frame->rip = trap_resume;
+        frame->rsp = trap_stack; /* a call may have pushed before its target faulted */
         frame->rflags &= ~(uint64_t)RFLAGS_TF;
         trap_resume = 0;
     } else if (frame->vector != VECTOR_SPURIOUS) {

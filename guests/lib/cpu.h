@@ -73,7 +73,7 @@ struct caught_trap {
     uint64_t error, cr2, rip;
 };
 extern volatile struct caught_trap caught;
-extern volatile uint64_t trap_resume;
+extern volatile uint64_t trap_resume, trap_stack;
 
 /*
  * Run assembly that may fault; execution goes on behind it in either case. Answers the vector, or -1. The
@@ -82,9 +82,10 @@ extern volatile uint64_t trap_resume;
 #define TRAP(assembly, operand)                                                                              \
     ({                                                                                                       \
         caught.vector = -1;                                                                                  \
-        __asm__ volatile("lea 99f(%%rip), %%rax; mov %%rax, trap_resume(%%rip); " assembly                   \
-                         "; 99: movq $0, trap_resume(%%rip)" ::"b"((uint64_t)(operand))                      \
-                         : "rax", "rcx", "rdx", "memory", "cc");                                             \
+        __asm__ volatile(                                                                                    \
+            "lea 99f(%%rip), %%rax; mov %%rax, trap_resume(%%rip); mov %%rsp, trap_stack(%%rip); " assembly  \
+            "; 99: movq $0, trap_resume(%%rip)" ::"b"((uint64_t)(operand))                                   \
+            : "rax", "rcx", "rdx", "memory", "cc");                                                          \
         caught.vector;                                                                                       \
     })
 

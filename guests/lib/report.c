@@ -4,7 +4,8 @@
 
 #include <stdarg.h>
 
-enum { SERIAL_DATA = PORT_SERIAL, SERIAL_LSR = PORT_SERIAL + 5, LSR_DATA_READY = 1, LSR_THR_EMPTY = 0x20 };
+enum { SERIAL_DATA = PORT_SERIAL, SERIAL_LCR = PORT_SERIAL + 3, SERIAL_MCR, SERIAL_LSR };
+enum { LCR_8N1 = 3, MCR_DTR_RTS = 3, LSR_DATA_READY = 1, LSR_THR_EMPTY = 0x20 };
 
 void serial_putc(char c)
 {
@@ -92,8 +93,16 @@ void guest_pass(void)
     guest_exit(EXIT_PASS);
 }
 
+/* A check may fail with the line looped back or its divisor latched. */
+static void serial_recover(void)
+{
+    outb(SERIAL_LCR, LCR_8N1);
+    outb(SERIAL_MCR, MCR_DTR_RTS);
+}
+
 void guest_fail(uint32_t value, const char *file, int line, const char *expression)
 {
+    serial_recover();
     print("FAIL %s:%d: %s\n", file, line, expression);
     guest_exit(value);
 }
@@ -101,6 +110,7 @@ void guest_fail(uint32_t value, const char *file, int line, const char *expressi
 void guest_fail_eq(uint32_t value, const char *file, int line, const char *expression, unsigned long left,
                    unsigned long right)
 {
+    serial_recover();
     print("FAIL %s:%d: %s (0x%lx, 0x%lx)\n", file, line, expression, left, right);
     guest_exit(value);
 }

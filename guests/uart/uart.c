@@ -4,6 +4,7 @@
  * IRQ 4. With "bytes=N" it then prints "ready", takes N bytes from the host and prints their number and
  * Fletcher sums (modulo 65535, a byte at a time); "mode=1" takes them by interrupt rather than by polling,
  * "slow=1" dawdles so that the host must hold back.
+ * "qemu=1": QEMU 7.2 has no modem deltas in loop-back.
  */
 #include "interrupts.h"
 
@@ -15,6 +16,7 @@ enum { MCR_DTR = 1, MCR_RTS = 2, MCR_OUT1 = 4, MCR_OUT2 = 8, MCR_LOOP = 0x10 };
 enum { LSR_READY = 1, LSR_OVERRUN = 2, LSR_THR_EMPTY = 0x20, LSR_IDLE = 0x40 };
 enum { MSR_DELTA_CTS = 1, MSR_CTS = 0x10, MSR_DSR = 0x20, MSR_RI = 0x40, MSR_DCD = 0x80 };
 
+static bool qemu;
 static volatile unsigned interrupts;
 static volatile uint8_t first_cause, take;
 static volatile uint32_t received, sum, sum_of_sums;
@@ -69,7 +71,8 @@ static void modem_lines(void)
     outb(MCR, MCR_LOOP);
     inb(MSR);
     outb(MCR, MCR_LOOP | MCR_RTS);
-    CHECK_EQ(inb(MSR), MSR_CTS | MSR_DELTA_CTS);
+    if (!qemu)
+        CHECK_EQ(inb(MSR), MSR_CTS | MSR_DELTA_CTS);
     CHECK_EQ(inb(MSR), MSR_CTS); /* reading clears the delta */
 }
 
@@ -117,14 +120,15 @@ static void interrupt_causes(void)
     CHECK_EQ(inb(IIR) & 0x0f, IIR_RECEIVED); /* trigger level 1 */
     CHECK_EQ(inb(RBR), 0x77);
     CHECK_EQ(inb(IIR) & 0x0f, IIR_NONE);
+    outb(IER, 0);
+    if (qemu)
+        return;
     inb(MSR);
     outb(IER, IER_MODEM);
     outb(MCR, MCR_LOOP | MCR_OUT2 | MCR_RTS);
     CHECK_EQ(inb(IIR) & 0x0f, IIR_MODEM);
     inb(MSR);
     CHECK_EQ(inb(IIR) & 0x0f, IIR_NONE);
-    outb(IER, 0);
-    outb(MCR, MCR_DTR | MCR_RTS | MCR_OUT2);
 }
 
 static void take_bytes(uint32_t wanted, bool by_interrupt, bool slow)
@@ -152,6 +156,7 @@ static void take_bytes(uint32_t wanted, bool by_interrupt, bool slow)
 void guest_main(void)
 {
     cpu_init();
+    qemu = argument("qemu", 0);
     pic_init();
     trap_handlers[VECTOR_PIC + 4] = on_irq4;
     pic_unmask(4);
@@ -159,6 +164,8 @@ void guest_main(void)
     modem_lines();
     loop_back();
     interrupt_causes();
+    outb(IER, 0);
+    outb(MCR, MCR_DTR | MCR_RTS | MCR_OUT2);
     if (argument("bytes", 0))
         take_bytes((uint32_t)argument("bytes", 0), argument("mode", 0), argument("slow", 0));
 }
