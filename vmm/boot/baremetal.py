@@ -61,7 +61,7 @@ def load_flat(request: Request, address: int | None, mode: str) -> Entry:
     if address < 0 or address >= (_REAL_MAX if mode == "real" else layout.FOUR_GIB):
         raise ConfigError(f"load address {address:#x} cannot be reached in {mode} mode; choose a lower one")
     claims.claim(address, image.size, "the flat image")
-    image.read_into(0, claims.memory.view(address, image.size))
+    claims.read(image, 0, address, image.size)
     request.notes.append(f"flat binary: {image.size} bytes at {address:#x}, entered there in {mode} mode")
     if mode != "real":
         entry = flat_mode(claims, mode, "flat", address)

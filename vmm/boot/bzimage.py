@@ -221,7 +221,7 @@ def _load_packed(request: Request, header: SetupHeader) -> Entry:
     # A kernel that cannot be relocated is loaded at code32_start and moves itself to pref_address.
     address = header.pref_address if header.relocatable_kernel else header.code32_start
     request.claims.claim(address, header.kernel_size, "the kernel image")
-    request.image.read_into(header.setup_size, request.claims.memory.view(address, header.kernel_size))
+    request.claims.read(request.image, header.setup_size, address, header.kernel_size)
     request.claims.keep_clear(header.pref_address, header.init_size, "the running kernel")
     request.notes.append(f"loaded at {address:#x}, entered at its 64-bit entry {address + _ENTRY64:#x}")
     return _enter(request, header, address + _ENTRY64, address)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Protocol
 
+    from vmm.boot.image import Image
+
     class GuestRam(Protocol):
         """What the loader asks of guest memory (vmm.memory.GuestMemory has it)."""
 
@@ -31,11 +33,15 @@ def mib(size: int) -> str:
 
 
 class Claims:
-    """The ranges of one guest's memory that are spoken for. ``name`` is the image's, for errors."""
+    """The ranges of one guest's memory that are spoken for.
 
-    def __init__(self, memory: GuestRam, name: str) -> None:
+    ``name`` is the image's, for errors. ``fresh`` says that the memory holds nothing but zeros.
+    """
+
+    def __init__(self, memory: GuestRam, name: str, fresh: bool = False) -> None:
         self.memory = memory
         self.name = name
+        self._fresh = fresh
         self._regions = [(gpa, gpa + size) for gpa, size in memory.regions if size]
         self._taken: list[tuple[int, int, str]] = []
         if not self._regions or self._regions[0][0] != 0:
@@ -69,6 +75,16 @@ class Claims:
         """Claim and write."""
         self.claim(gpa, len(data), what)
         self.memory.write(gpa, data)
+
+    def read(self, image: Image, offset: int, gpa: int, size: int) -> None:
+        """Copy ``size`` bytes at ``offset`` of ``image`` to a claimed ``gpa``. ImageError: it ends before."""
+        if size:
+            image.read_into(offset, self.memory.view(gpa, size), zeroed=self._fresh)
+
+    def clear(self, gpa: int, size: int) -> None:
+        """Make claimed memory zero; memory that is, is not touched, and so costs nothing."""
+        if size and not self._fresh:
+            self.memory.fill(gpa, size, 0)
 
     def claim_top(self, size: int, limit: int, what: str) -> int:
         """Take the highest free page-aligned piece of low RAM from 1 MiB up that ends at or below ``limit``.

@@ -95,17 +95,16 @@ class Elf:
         """Copy every segment to its physical address. ImageError: not RAM, or on something already there.
 
         ``clear_bss=False`` leaves the zero-initialised rest as it is, which is what Linux's own unpacker
-        does: the kernel clears its bss itself, and pages nobody touches cost nothing.
+        does: the kernel clears its bss itself.
         """
         for number, segment in enumerate(self.segments):
             claims.claim(segment.paddr, segment.memsz, f"ELF segment {number}")
-            if segment.filesz:
-                self.image.read_into(segment.offset, claims.memory.view(segment.paddr, segment.filesz))
-            if clear_bss and segment.memsz > segment.filesz:
-                claims.memory.fill(segment.paddr + segment.filesz, segment.memsz - segment.filesz, 0)
+            claims.read(self.image, segment.offset, segment.paddr, segment.filesz)
+            if clear_bss:
+                claims.clear(segment.paddr + segment.filesz, segment.memsz - segment.filesz)
 
     def move(self, base: int) -> None:
-        """Shift every address so that the lowest physical one is ``base`` (position-independent ones only)."""
+        """Shift every address so that the lowest physical one is ``base``."""
         shift = base - self.low
         self.entry += shift
         for segment in self.segments:

@@ -7,6 +7,7 @@ second mapping.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from vmm.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from mmap import mmap
 
     BytesLike = bytes | bytearray | memoryview | mmap
@@ -89,13 +91,18 @@ class Image:
         """The first ``size`` bytes, or as many as there are."""
         return self.read(0, min(size, self.size))
 
-    def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` from ``offset``. ImageError: the image ends before."""
+    def read_into(self, offset: int, target: memoryview, *, zeroed: bool = False) -> None:
+        """Fill ``target`` from ``offset``. ImageError: the image ends before.
+
+        ``zeroed`` says that ``target`` holds zeros: the holes of a sparse file are then skipped.
+        """
         self._check(offset, target.nbytes)
         if self._view is not None:
             target[:] = self._view[offset : offset + target.nbytes]
-        else:
-            self._fill(offset, target)
+            return
+        end = offset + target.nbytes
+        for start, stop in self._extents(offset, end) if zeroed else ((offset, end),):
+            self._fill(start, target[start - offset : stop - offset])
 
     def close(self) -> None:
         """Give the file or buffer back; a second call does nothing."""
@@ -121,6 +128,20 @@ class Image:
                 f"{self.name}: truncated or lying: {size:#x} bytes are wanted at offset {offset:#x}, "
                 f"but the image has {self.size:#x}; fetch or build it again"
             )
+
+    def _extents(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """The pieces of [offset, end) that are not holes."""
+        while offset < end:
+            try:
+                offset = os.lseek(self._fd, offset, os.SEEK_DATA)
+                stop = min(os.lseek(self._fd, offset, os.SEEK_HOLE), end)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
+                    return
+                stop = end  # a file system that does not know: all is data
+            if offset < stop:
+                yield offset, stop
+            offset = max(stop, offset)
 
     def _fill(self, offset: int, target: memoryview) -> None:
         done = 0

@@ -33,7 +33,7 @@ def place_concatenated(request: Request, addr_max: int) -> tuple[int, int]:
     end = 0
     for initrd, offset in zip(request.initrds, offsets, strict=True):
         claims.memory.write(gpa + end, bytes(offset - end))
-        initrd.read_into(0, claims.memory.view(gpa + offset, initrd.size))
+        claims.read(initrd, 0, gpa + offset, initrd.size)
         end = offset + initrd.size
     request.notes.append(f"initrd: {size} bytes at {gpa:#x}")
     return gpa, size
@@ -46,7 +46,7 @@ def place_modules(request: Request) -> list[tuple[int, int, str]]:
     modules = []
     for initrd in request.initrds:
         gpa = request.claims.claim_top(initrd.size, request.claims.low_end, f"{initrd.name}: module")
-        initrd.read_into(0, request.claims.memory.view(gpa, initrd.size))
+        request.claims.read(initrd, 0, gpa, initrd.size)
         request.notes.append(f"module {initrd.name}: {initrd.size} bytes at {gpa:#x}")
         modules.append((gpa, initrd.size, initrd.name))
     return modules

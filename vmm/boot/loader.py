@@ -72,6 +72,7 @@ def load(
     flat_mode: str = "real",
     unpack: str = "auto",
     e820: Sequence[tuple[int, int, int]] = (),
+    fresh: bool = False,
 ) -> Entry:
     """Put an image into guest memory and return how the first vCPU starts.
 
@@ -79,7 +80,8 @@ def load(
     ``name``; ``initrds`` likewise. ``kind`` is one of KINDS; "auto" takes an image of no known kind as flat
     when a ``load_address`` is given. ``e820`` lists (address, size, type) the guest must not take for RAM;
     where they lie in RAM, nothing is loaded on them. ``acpi_rsdp`` is handed on to Linux and PVH guests.
-    ``unpack`` (bzImage): on the "host", in the "guest", or "auto".
+    ``unpack`` (bzImage): on the "host", in the "guest", or "auto". ``fresh`` promises that the memory is all
+    zeros, as it is when it was just made: zeros are then not written, and take neither time nor host memory.
 
     ImageError: the image or an initrd cannot be used, or the guest's memory is too small for it. ConfigError:
     the request is wrong: an unknown kind, a command line too long for the kernel.
@@ -92,7 +94,7 @@ def load(
 
     source = image if isinstance(image, Image) else Image.of(image, name)
     files = [item if isinstance(item, Image) else Image.of(item[1], item[0]) for item in initrds]
-    request = Request(memory, source, cmdline, files, acpi_rsdp, e820)
+    request = Request(memory, source, cmdline, files, acpi_rsdp, e820, fresh)
     entry = _load_kind(request, kind, load_address, flat_mode, unpack)
     entry.notes = request.notes
     return entry

@@ -1,7 +1,7 @@
 """LZO kernels: lzop's framing around LZO1X blocks (Linux Documentation/staging/lzo.rst).
 
-In Python because no LZO binding is to be had everywhere, and few kernels need it, each of them once: the result is
-cached. Every length is checked before a byte is copied.
+In Python because no LZO binding is to be had everywhere, and few kernels need it, each of them once: the
+result is cached. Every length is checked before a byte is copied.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def _load_kludge(request: Request, header: Header) -> int:
     before = header.header_addr - header.load_addr
     if not 0 <= before <= header.offset:
         raise ImageError(
-            f"{image.name}: multiboot header_addr {header.header_addr:#x} and load_addr {header.load_addr:#x} "
-            f"do not fit a header at file offset {header.offset:#x}"
+            f"{image.name}: multiboot header_addr {header.header_addr:#x} and load_addr "
+            f"{header.load_addr:#x} do not fit a header at file offset {header.offset:#x}"
         )
     start = header.offset - before
     # A load_end_addr of zero means the rest of the file, a bss_end_addr of zero no bss.
@@ -143,9 +143,8 @@ def _load_kludge(request: Request, header: Header) -> int:
             f"offset {start:#x}, the file has {image.size:#x}; fetch or build it again"
         )
     claims.claim(header.load_addr, bss_end - header.load_addr, "the multiboot image")
-    image.read_into(start, claims.memory.view(header.load_addr, end - header.load_addr))
-    if bss_end > end:
-        claims.memory.fill(end, bss_end - end, 0)
+    claims.read(image, start, header.load_addr, end - header.load_addr)
+    claims.clear(end, bss_end - end)
     return header.entry_addr
 
 

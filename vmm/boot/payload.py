@@ -189,7 +189,9 @@ def _zstd(data: bytes, size: int) -> bytearray:
     content = bytearray(size)
     filled = 0
     try:
-        with zstandard.ZstdDecompressor(max_window_size=WINDOW_MAX).stream_reader(data) as stream:
+        # Without the size word, which would be taken for the next frame.
+        packed = memoryview(data)[:-4]
+        with zstandard.ZstdDecompressor(max_window_size=WINDOW_MAX).stream_reader(packed) as stream:
             view = memoryview(content)
             while filled < size:
                 count = stream.readinto(view[filled:])

@@ -28,9 +28,10 @@ class Request:
         initrds: Sequence[Image],
         acpi_rsdp: int,
         reserved: Iterable[tuple[int, int, int]],
+        fresh: bool,
     ) -> None:
         self.image = image
-        self.claims = Claims(memory, image.name)
+        self.claims = Claims(memory, image.name, fresh)
         self.cmdline = cmdline.encode("utf-8", "surrogateescape")
         if b"\0" in self.cmdline:
             raise ConfigError("the kernel command line contains a NUL character; remove it")
