@@ -1,4 +1,4 @@
-r"""ACPI tables: what the guest is told about processors, interrupts, power and the devices it cannot probe for.
+r"""ACPI tables: how the guest learns of processors, interrupts, power and devices it cannot probe for.
 
 Devices describe themselves into a :class:`Tables`; :func:`build` lays the result out::
 
@@ -9,10 +9,11 @@ Devices describe themselves into a :class:`Tables`; :func:`build` lays the resul
     for gpa, data in blobs:
         memory.write(gpa, data)
 
-The guest gets RSDP (revision 2) -> XSDT -> FADT (revision 6) -> DSDT and FACS; MADT; and whatever tables devices
-added. The machine is a full ACPI one, not "hardware-reduced": it has PM1 registers, an SCI and the legacy
-interrupt controllers. It is in ACPI mode from reset on (no SMI command port), so SCI_EN has to read as 1, and
-what the guest writes to the PM1 enable register has to read back: ACPICA reports a failed event otherwise.
+The RSDP (revision 2) leads to the XSDT, that to the FADT (revision 6; it names DSDT and FACS), the MADT, and
+whatever tables devices added. The machine is a full ACPI one, not "hardware-reduced": it has PM1 registers,
+an SCI and the legacy interrupt controllers. It is in ACPI mode from reset on (no SMI command port), so SCI_EN
+has to read as 1; and what the guest writes to the PM1 enable register has to read back, or ACPICA reports a
+failed event.
 
 Source: ACPI 6.3; section and table numbers are its own.
 """
@@ -20,11 +21,11 @@ Source: ACPI 6.3; section and table numbers are its own.
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 from vmm.boot import aml
 from vmm.errors import ConfigError
 
-TYPE_CHECKING = False  # type checkers take it for true; typing itself is not worth its import time here
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -45,7 +46,7 @@ _PM_TIMER_BYTES = 4
 _XAPIC_LIMIT = 255
 _X2APIC_LIMIT = 0xFFFF_FFFF
 
-# MPS INTI flags (table 5-50): polarity in bits 0-1, trigger mode in bits 2-3; 0 is "as the bus says" (edge, high).
+# MPS INTI flags (table 5-50): polarity in bits 0-1, trigger mode in bits 2-3.
 _ACTIVE_HIGH, _ACTIVE_LOW = 0x1, 0x3
 _EDGE, _LEVEL = 0x4, 0xC
 
@@ -53,20 +54,22 @@ _EDGE, _LEVEL = 0x4, 0xC
 class Tables:
     r"""What the devices of one machine tell its guest. Each ``device.describe(tables)`` adds its part.
 
-    ``dsdt``: AML terms for ``\_SB`` (from :mod:`vmm.boot.aml`); a term ``aml.scope("\\...")`` escapes to elsewhere.
+    ``dsdt``: AML terms for ``\_SB`` (from :mod:`vmm.boot.aml`); ``aml.scope("\\...", ...)`` leads elsewhere.
     ``cmdline``: words to add to the command line of a guest that is Linux.
 
     Fixed hardware, zero or None where the machine has none:
 
-    - ``pm1a_event``, ``pm1a_control``: I/O ports of the PM1 event block (4 bytes: 16-bit status, 16-bit enable)
-      and control block (2 bytes). ACPI cannot do without them. ``pm_timer``: port of the 4-byte, 32-bit timer.
-    - ``sci``: ISA line of the SCI, level-triggered and active high. ``s5``: SLP_TYP that powers off.
+    - ``pm1a_event``, ``pm1a_control``: I/O ports of the PM1 event block (4 bytes: 16-bit status, 16-bit
+      enable) and of the control block (2 bytes). ACPI cannot do without them.
+    - ``pm_timer``: port of the 4-byte, 32-bit PM timer.
+    - ``sci``: ISA line of the SCI; level-triggered, active high. ``s5``: the SLP_TYP that powers off.
     - ``power_button``: PM1 has the fixed power button (PWRBTN_STS).
     - ``reset``: (port, value); writing the byte resets the machine.
     - ``rtc``: there is a CMOS RTC at 0x70; ``century``: its index of the century byte.
     - ``i8042``: there is a keyboard controller.
-    - ``overrides``: ISA lines that do not reach the I/O APIC input of their own number, or not edge-triggered and
-      active high; use :meth:`override`. KVM's default routing needs none: line 0 (the PIT) reaches input 0.
+    - ``overrides``: set by :meth:`override` for ISA lines that do not reach the I/O APIC input of their own
+      number, edge-triggered and active high. None is needed for KVM's default routing: the PIT's
+      line 0 reaches input 0.
     """
 
     __slots__ = (
@@ -104,11 +107,7 @@ class Tables:
 
     def add(self, table: bytes) -> None:
         """Add one finished table, header and checksum included (see :func:`table`), to the XSDT."""
-        if (
-            len(table) < _HEADER.size
-            or len(table) != int.from_bytes(table[4:8], "little")
-            or sum(table) & 0xFF
-        ):
+        if len(table) < _HEADER.size or len(table) != int.from_bytes(table[4:8], "little") or sum(table) & 0xFF:
             raise ConfigError(f"ACPI: {bytes(table[:4])!r} is no table: make it with vmm.boot.acpi.table()")
         self.extra.append(bytes(table))
 
@@ -131,13 +130,13 @@ def build(
 ) -> tuple[int, list[tuple[int, bytes]]]:
     """Lay all tables out in the reserved guest memory ``address`` .. ``address + size``.
 
-    ``cpus`` is a number of vCPUs (their APIC ids are then 0, 1, ...) or their APIC ids in vCPU order, the boot
-    processor first. Returns the address of the RSDP, which is also the first thing in the area and so found by a
-    guest that scans 0xe0000..0xfffff, and what to write where as (gpa, bytes), ascending and not overlapping.
+    ``cpus`` is a number of vCPUs (their APIC ids are then 0, 1, ...) or their APIC ids in vCPU order, the
+    boot processor first. Returns the address of the RSDP, which comes first in the area and so is found by a
+    guest that scans 0xe0000..0xfffff, and what to write where: (gpa, bytes), ascending and not overlapping.
 
-    Raises ConfigError when the tables need more than ``size`` bytes, when ``address`` is not 16-byte aligned or
-    the area not below 4 GiB, when an APIC id is given twice or a fixed-hardware attribute does not fit, and when
-    no device provides the PM1 blocks.
+    Raises ConfigError when the tables need more than ``size`` bytes, when ``address`` is not 16-byte aligned
+    or the area not below 4 GiB, when an APIC id is given twice or an attribute does not fit its field, and
+    when no device provides the PM1 blocks.
     """
     apic_ids = range(cpus) if isinstance(cpus, int) else cpus
     if not apic_ids or len(set(apic_ids)) != len(apic_ids):
@@ -156,8 +155,8 @@ def build(
         end = gpa + len(blob)
         if end > address + size:
             raise ConfigError(
-                f"ACPI: the tables for {len(apic_ids)} vCPUs and their devices do not fit into {size:#x} bytes "
-                f"at {address:#x}: reserve more"
+                f"ACPI: the tables for {len(apic_ids)} vCPUs and all devices do not fit into {size:#x} "
+                "bytes; reserve more, or ask for fewer"
             )
         blobs.append((gpa, blob))
         return gpa
@@ -195,7 +194,7 @@ def table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def _rsdp(xsdt: int) -> bytes:
-    # 5.2.5.3: the first checksum is over the 20 bytes of revision 0, the second over all 36. There is no RSDT.
+    # 5.2.5.3: the first checksum is over the 20 bytes of revision 0, the second over all 36. No RSDT.
     head = _with_checksum(struct.pack("<8sB6sBI", b"RSD PTR ", 0, _OEM_ID, 2, 0), 8)
     return _with_checksum(head + struct.pack("<IQB3x", 36, xsdt, 0), 32)
 
@@ -206,8 +205,8 @@ def _facs() -> bytes:
 
 
 def _register(port: int, size: int, access: int) -> bytes:
-    # Generic Address Structure (5.2.3.2) in system I/O space. Guests complain unless its width in bits agrees with
-    # the length in bytes of the old-style field. A register that is absent is all zero.
+    # Generic Address Structure (5.2.3.2) in system I/O space. Guests complain unless its width in bits
+    # agrees with the length in bytes of the old-style field. A register that is absent is all zero.
     return struct.pack("<BBBBQ", 1, 8 * size, 0, access, port) if port else bytes(12)
 
 
@@ -240,7 +239,7 @@ def _fadt(tables: Tables, facs: int, dsdt: int) -> bytes:
             struct.pack("<HBI", boot_arch, 0, flags),
             _register(reset_port, 1, 1),
             struct.pack("<BHB", reset_value, 0, 3),  # no ARM flags; minor revision: 6.3
-            # The FACS may be named by the 32-bit field or by this one, not by both; the DSDT is named by both.
+            # The FACS is named by the 32-bit field or by this one, never both; the DSDT by both.
             struct.pack("<QQ", 0, dsdt),
             _register(event, _PM1_EVENT_BYTES, 2),
             _register(0, 0, 0),
@@ -256,9 +255,7 @@ def _fadt(tables: Tables, facs: int, dsdt: int) -> bytes:
 
 
 def _madt(tables: Tables, apic_ids: Sequence[int], local_apic: int, io_apic: int, io_apic_id: int) -> bytes:
-    head = struct.pack(
-        "<II", _fits(local_apic, 32, "local APIC address"), 1
-    )  # PCAT_COMPAT: a pair of 8259s too
+    head = struct.pack("<II", _fits(local_apic, 32, "local APIC address"), 1)  # PCAT_COMPAT: a pair of 8259s too
     return table(b"APIC", 5, head + b"".join(_madt_entries(tables, apic_ids, io_apic, io_apic_id)))
 
 
@@ -355,8 +352,6 @@ def pvpanic_node(port: int) -> aml.Term:
     return aml.device(
         "PEVT",
         aml.name("_HID", "QEMU0001"),
-        aml.name(
-            "_STA", 0xF
-        ),  # Linux' driver binds without; other guests want "present, enabled, shown, working"
+        aml.name("_STA", 0xF),  # present, enabled, shown, working
         aml.name("_CRS", aml.resources(aml.io(port, 1))),
     )

@@ -21,10 +21,10 @@ Source: ACPI 6.3, chapter 20 (AML encoding) and section 6.4 (resource descriptor
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 from vmm.errors import ConfigError
 
-TYPE_CHECKING = False  # type checkers take it for true; typing itself is not worth its import time here
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -55,9 +55,7 @@ def _checked(value: int, bits: int, what: str) -> int:
 
 def _segment(text: str) -> bytes:
     if not 1 <= len(text) <= 4 or text[0] not in _LEAD or not _REST.issuperset(text):
-        raise ConfigError(
-            f"AML: {text!r} is no name: use 1 to 4 of A-Z, 0-9 and _, not starting with a digit"
-        )
+        raise ConfigError(f"AML: {text!r} is no name: use 1 to 4 of A-Z, 0-9 and _, not starting with a digit")
     return text.ljust(4, "_").encode()
 
 
@@ -82,7 +80,7 @@ def path(text: str) -> Term:
 # --- Lengths and data -------------------------------------------------------------------------------------
 
 
-# A PkgLength of one byte holds six bits. With more bytes, the first one keeps its low four bits for the length
+# A PkgLength of one byte holds six bits. With more bytes, the first keeps its low four bits for the length
 # and its top two for the number of bytes that follow. Source: ACPI 6.3, 20.2.4.
 _LENGTH_LIMITS = (1 << 6, 1 << 12, 1 << 20, 1 << 28)
 
@@ -165,9 +163,7 @@ def eisaid(text: str) -> Term:
     """
     letters, number = text[:3], text[3:]
     if len(text) != 7 or not _LEAD.issuperset(letters) or "_" in letters:
-        raise ConfigError(
-            f"AML: {text!r} is no EISA id: use three capital letters and four hexadecimal digits"
-        )
+        raise ConfigError(f"AML: {text!r} is no EISA id: use three capital letters and four hexadecimal digits")
     try:
         product = bytes.fromhex(number)
     except ValueError:
@@ -302,7 +298,7 @@ def create_dword_field(source: Value, offset: int, where: str) -> Term:
 
 
 def resources(*descriptors: bytes) -> Term:
-    """``ResourceTemplate () { descriptors }``: a Buffer that ends in an End Tag, whose checksum 0 means none."""
+    """``ResourceTemplate () { descriptors }``: a Buffer that ends in an End Tag (checksum 0: none)."""
     return buffer(b"".join(descriptors) + b"\x79\x00")
 
 
@@ -345,9 +341,7 @@ def memory32_fixed(address: int, size: int, *, writable: bool = True) -> bytes:
     return struct.pack("<BHBII", 0x86, 9, writable, address, _checked(size, 32, "size"))
 
 
-def _window(
-    form: str, tag: int, kind: int, type_flags: int, first: int, size: int, translation: int
-) -> bytes:
+def _window(form: str, tag: int, kind: int, type_flags: int, first: int, size: int, translation: int) -> bytes:
     width = struct.calcsize("<" + form)
     _span(first, size, 8 * width)
     _checked(size, 8 * width, "size")
