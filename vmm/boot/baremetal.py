@@ -35,9 +35,7 @@ def load_elf(request: Request, elf: Elf) -> Entry:
     entry.registers["rbx"] = startinfo.write(request)
     _give_stack(request, entry)
     entry.symbols = elf.image.path
-    request.notes.append(
-        f"{kind}: entered at {rip:#x} in {mode} mode, segments at {elf.low:#x}..{elf.high:#x}"
-    )
+    request.notes.append(f"{kind}: entered at {rip:#x} in {mode} mode, segments at {elf.low:#x}..{elf.high:#x}")
     return entry
 
 

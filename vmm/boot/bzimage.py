@@ -95,9 +95,7 @@ class SetupHeader:
         head = head.ljust(_HEAD, b"\0")
         end = 0x202 + head[0x201]
         if not 0x23C <= end <= zeropage.HEADER_END:
-            raise ImageError(
-                f"{name}: setup header ends at {end:#x}, outside 0x23c..0x290; the image is damaged"
-            )
+            raise ImageError(f"{name}: setup header ends at {end:#x}, outside 0x23c..0x290; the image is damaged")
         put = object.__setattr__
         put(self, "raw", head[zeropage.HEADER : end])
         for field, offset, code, since, default in _FIELDS:
@@ -136,13 +134,9 @@ class SetupHeader:
             )
         for field, address in (("pref_address", self.pref_address), ("code32_start", self.code32_start)):
             if not layout.HIGH_RAM <= address < layout.HOLE:
-                raise ImageError(
-                    f"{name}: {field} {address:#x} is outside 1 MiB..3 GiB; the image is damaged"
-                )
+                raise ImageError(f"{name}: {field} {address:#x} is outside 1 MiB..3 GiB; the image is damaged")
         if self.initrd_addr_max < layout.HIGH_RAM:
-            raise ImageError(
-                f"{name}: initrd_addr_max {self.initrd_addr_max:#x} is below 1 MiB; the image is damaged"
-            )
+            raise ImageError(f"{name}: initrd_addr_max {self.initrd_addr_max:#x} is below 1 MiB; the image is damaged")
 
     def _read_release(self, image: Image) -> str:
         offset = self.kernel_version + _SECTOR
@@ -167,9 +161,7 @@ def load(request: Request, unpack: str) -> Entry:
     header = SetupHeader(request.image)
     _need_memory(request, header)
     major, minor = header.version >> 8, header.version & 0xFF
-    request.notes.append(
-        f"bzImage {header.release or '(no version string)'}, boot protocol {major}.{minor:02}"
-    )
+    request.notes.append(f"bzImage {header.release or '(no version string)'}, boot protocol {major}.{minor:02}")
     if unpack == "guest":
         return _load_packed(request, header)
     try:
@@ -185,9 +177,7 @@ def load(request: Request, unpack: str) -> Entry:
 
 def _need_memory(request: Request, header: SetupHeader) -> None:
     # init_size counts from the address the kernel runs at (boot.rst, init_size).
-    request.claims.need_ram(
-        header.pref_address, max(header.init_size, header.kernel_size), "the running kernel"
-    )
+    request.claims.need_ram(header.pref_address, max(header.init_size, header.kernel_size), "the running kernel")
 
 
 def _open_payload(request: Request, header: SetupHeader) -> Image:
@@ -206,9 +196,7 @@ def _load_unpacked(request: Request, header: SetupHeader, kernel: elf.Elf) -> En
     # linked.
     kernel.load(request.claims, clear_bss=False)
     request.claims.keep_clear(header.pref_address, header.init_size, "the running kernel")
-    request.notes.append(
-        f"entered at {kernel.physical_entry():#x}, segments at {kernel.low:#x}..{kernel.high:#x}"
-    )
+    request.notes.append(f"entered at {kernel.physical_entry():#x}, segments at {kernel.low:#x}..{kernel.high:#x}")
     return _enter(request, header, kernel.physical_entry(), kernel.low)
 
 
@@ -229,9 +217,7 @@ def _load_packed(request: Request, header: SetupHeader) -> Entry:
 
 def _enter(request: Request, header: SetupHeader, rip: int, load_address: int) -> Entry:
     if not header.cmdline_size:
-        raise ConfigError(
-            f"{request.image.name}: the setup header allows no command line; the image is damaged"
-        )
+        raise ConfigError(f"{request.image.name}: the setup header allows no command line; the image is damaged")
     return zeropage.enter_linux(
         request,
         kind="bzimage",

@@ -100,11 +100,7 @@ class Claims:
                 return gpa
             gpa = (min(in_the_way) - size) & -layout.PAGE
         needed = max(layout.HIGH_RAM, *(stop for _, stop, _ in self._taken)) + size + layout.PAGE
-        advice = (
-            f"give the guest at least {mib(needed)}"
-            if needed <= min(limit, layout.HOLE)
-            else "make it smaller"
-        )
+        advice = f"give the guest at least {mib(needed)}" if needed <= min(limit, layout.HOLE) else "make it smaller"
         raise ImageError(
             f"{what} of {size} bytes ({mib(size)}) does not fit into guest memory beside what is loaded "
             f"already: RAM for it ends at {min(limit, self.low_end):#x}; {advice}"
@@ -117,9 +113,7 @@ class Claims:
             return
         where = f"{self.name}: {what} needs guest memory {gpa:#x}..{end:#x}"
         if end <= layout.HOLE:
-            raise ImageError(
-                f"{where}, but RAM ends at {self.low_end:#x}; give the guest at least {mib(end)}"
-            )
+            raise ImageError(f"{where}, but RAM ends at {self.low_end:#x}; give the guest at least {mib(end)}")
         if end > 1 << 64:
             raise ImageError(f"{where}, which wraps around the address space; the image is damaged")
         raise ImageError(f"{where}, which is not RAM; link or load it inside 0..{self.low_end:#x}")

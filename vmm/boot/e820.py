@@ -8,7 +8,7 @@ from vmm.boot import layout
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 # ACPI 6.4, table 15.6 (address range types).
 RAM = 1
@@ -20,59 +20,43 @@ NVS = 4
 ENTRIES_MAX = 128
 
 
+_LEGACY = (
+    (layout.EBDA, layout.VIDEO - layout.EBDA, RESERVED),
+    (layout.VIDEO, layout.HIGH_RAM - layout.VIDEO, RESERVED),
+)
+
+
 def memory_map(
     regions: Iterable[tuple[int, int]], reserved: Iterable[tuple[int, int, int]] = ()
 ) -> list[tuple[int, int, int]]:
     """The map as (address, size, type), ascending and free of overlaps.
 
-    ``regions`` are RAM as (address, size); ``reserved`` are (address, size, type) and win over RAM, wherever
-    they lie. ConfigError: two reserved ranges overlap, one is empty or wraps, or there are more than
-    ENTRIES_MAX entries.
+    ``regions`` are RAM as (address, size); ``reserved`` are (address, size, type) and win over RAM and over the
+    legacy hole (ACPI tables live in it), wherever they lie. ConfigError: two reserved ranges overlap, one is empty
+    or wraps, or there are more than ENTRIES_MAX entries.
     """
-    holes = sorted(
-        [
-            (layout.EBDA, layout.VIDEO - layout.EBDA, RESERVED),
-            (layout.VIDEO, layout.HIGH_RAM - layout.VIDEO, RESERVED),
-            *reserved,
-        ],
-        key=lambda hole: (hole[0], -hole[1]),
-    )
-    merged: list[tuple[int, int, int]] = []
-    for gpa, size, kind in holes:
+    entries = sorted(reserved)
+    end = 0
+    for gpa, size, _ in entries:
         if size <= 0 or gpa < 0 or gpa + size > 1 << 64:
-            raise ConfigError(
-                f"reserved memory range {gpa:#x}+{size:#x} is empty or leaves the address space"
-            )
-        if merged and gpa < merged[-1][0] + merged[-1][1]:
-            last, last_size, last_kind = merged[-1]
-            # ACPI tables live inside the BIOS area: a reserved range that holds another one is split around
-            # it.
-            if last_kind != RESERVED or gpa + size > last + last_size:
-                raise ConfigError(f"reserved memory ranges at {last:#x} and {gpa:#x} overlap")
-            merged[-1:] = [
-                entry
-                for entry in (
-                    (last, gpa - last, RESERVED),
-                    (gpa, size, kind),
-                    (gpa + size, last + last_size - gpa - size, RESERVED),
-                )
-                if entry[1]
-            ]
-        else:
-            merged.append((gpa, size, kind))
-    entries = list(merged)
-    for start, size in regions:
-        end = start + size
-        for gpa, hole, _ in merged:
-            if gpa + hole <= start or gpa >= end:
-                continue
-            if gpa > start:
-                entries.append((start, gpa - start, RAM))
-            start = min(gpa + hole, end)
-        if start < end:
-            entries.append((start, end - start, RAM))
+            raise ConfigError(f"reserved memory range {gpa:#x}+{size:#x} is empty or leaves the address space")
+        if gpa < end:
+            raise ConfigError(f"reserved memory range {gpa:#x}+{size:#x} overlaps the one before it")
+        end = gpa + size
+    for entry in (*_LEGACY, *((gpa, size, RAM) for gpa, size in regions)):
+        entries = sorted(entries + list(_outside(entry, entries)))
     if len(entries) > ENTRIES_MAX:
-        raise ConfigError(
-            f"the memory map has {len(entries)} entries, more than the {ENTRIES_MAX} a zero page holds"
-        )
-    return sorted(entries)
+        raise ConfigError(f"the memory map has {len(entries)} entries, more than the {ENTRIES_MAX} a zero page holds")
+    return entries
+
+
+def _outside(entry: tuple[int, int, int], others: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """The pieces of ``entry`` that none of ``others`` (ascending, apart) covers."""
+    start, size, kind = entry
+    end = start + size
+    for gpa, length, _ in others:
+        if start < min(gpa, end):
+            yield start, min(gpa, end) - start, kind
+        start = max(start, gpa + length)
+    if start < end:
+        yield start, end - start, kind

@@ -151,8 +151,7 @@ def parse(image: Image) -> Elf:
         raise ImageError(f"{name}: not an ELF file")
     if ident[4] not in (1, 2) or ident[5] != 1:
         raise ImageError(
-            f"{name}: ELF class {ident[4]:#x}, data encoding {ident[5]:#x}: only little-endian 32 and "
-            "64-bit files run"
+            f"{name}: ELF class {ident[4]:#x}, data encoding {ident[5]:#x}: only little-endian 32 and 64-bit files run"
         )
     wide = ident[4] == 2
     header = struct.unpack("<HHIQQQIHHH" if wide else "<HHIIIIIHHH", image.read(16, 42 if wide else 30))
@@ -185,9 +184,7 @@ def parse(image: Image) -> Elf:
             elf.note_segments.append(segment)
             continue
         if filesz > memsz:
-            raise ImageError(
-                f"{name}: ELF segment at {paddr:#x} has more file ({filesz:#x}) than memory ({memsz:#x})"
-            )
+            raise ImageError(f"{name}: ELF segment at {paddr:#x} has more file ({filesz:#x}) than memory ({memsz:#x})")
         if paddr + memsz > limit or vaddr + memsz > limit:
             raise ImageError(f"{name}: ELF segment at {paddr:#x}+{memsz:#x} wraps around the address space")
         if memsz:

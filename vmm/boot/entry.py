@@ -107,8 +107,4 @@ def _identity_map(base: int) -> bytes:
         f"<{_DIRECTORIES}Q", *(directories + n * layout.PAGE | _PRESENT_WRITABLE for n in range(_DIRECTORIES))
     ).ljust(layout.PAGE, b"\0")
     pages = range(0, _DIRECTORIES * layout.GIB, 2 * layout.MIB)
-    return (
-        top
-        + middle
-        + struct.pack(f"<{len(pages)}Q", *(page | _LARGE_PAGE | _PRESENT_WRITABLE for page in pages))
-    )
+    return top + middle + struct.pack(f"<{len(pages)}Q", *(page | _LARGE_PAGE | _PRESENT_WRITABLE for page in pages))

@@ -63,9 +63,7 @@ class Image:
             image.close()
             raise ImageError(f"{name}: the file is empty")
         image.ctime_ns = info.st_ctime_ns
-        image.stamp = (
-            f"{info.st_dev:x}-{info.st_ino:x}-{info.st_size:x}-{info.st_mtime_ns:x}-{info.st_ctime_ns:x}"
-        )
+        image.stamp = f"{info.st_dev:x}-{info.st_ino:x}-{info.st_size:x}-{info.st_mtime_ns:x}-{info.st_ctime_ns:x}"
         return image
 
     @classmethod
@@ -149,9 +147,7 @@ class Image:
             try:
                 count = os.preadv(self._fd, [target[done:]], offset + done)
             except OSError as error:
-                raise ImageError(
-                    f"{self.name}: cannot be read at {offset + done:#x}: {error.strerror}"
-                ) from None
+                raise ImageError(f"{self.name}: cannot be read at {offset + done:#x}: {error.strerror}") from None
             if count == 0:
                 raise ImageError(f"{self.name}: the file shrank while it was being loaded; start again")
             done += count

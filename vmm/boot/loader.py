@@ -139,9 +139,7 @@ def _load_elf(request: Request, kind: str, program: elf.Elf) -> Entry:
     if kind == "multiboot":
         return multiboot.load(request)
     if kind != f"elf{program.bits}":
-        raise ImageError(
-            f"{program.image.name}: a {program.bits}-bit ELF file; it cannot be loaded as {kind}"
-        )
+        raise ImageError(f"{program.image.name}: a {program.bits}-bit ELF file; it cannot be loaded as {kind}")
     return baremetal.load_elf(request, program)
 
 

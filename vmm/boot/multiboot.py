@@ -73,11 +73,7 @@ def is_multiboot2(image: Image) -> bool:
     data = image.head(32768)
     at = data.find(_MAGIC2)
     while at >= 0:
-        if (
-            at % 8 == 0
-            and at + 16 <= len(data)
-            and sum(struct.unpack_from("<4I", data, at)) & 0xFFFFFFFF == 0
-        ):
+        if at % 8 == 0 and at + 16 <= len(data) and sum(struct.unpack_from("<4I", data, at)) & 0xFFFFFFFF == 0:
             return True
         at = data.find(_MAGIC2, at + 1)
     return False
@@ -113,9 +109,7 @@ def load(request: Request) -> Entry:
     entry.registers["rax"] = _LOADER_MAGIC
     entry.registers["rbx"] = _write_information(request)
     entry.symbols = image.path if image.head(4) == elf.MAGIC else None
-    request.notes.append(
-        f"multiboot: header at {header.offset:#x}, flags {header.flags:#x}, entered at {rip:#x}"
-    )
+    request.notes.append(f"multiboot: header at {header.offset:#x}, flags {header.flags:#x}, entered at {rip:#x}")
     return entry
 
 
@@ -170,9 +164,7 @@ def _write_information(request: Request) -> int:
         names += initrd.module_name(module)
     claims.memory.write(layout.START_TABLES, tables + names)
 
-    upper = next(
-        (size for gpa, size, kind in request.memory_map if gpa == layout.HIGH_RAM and kind == e820.RAM), 0
-    )
+    upper = next((size for gpa, size, kind in request.memory_map if gpa == layout.HIGH_RAM and kind == e820.RAM), 0)
     lower = min(layout.EBDA, claims.low_end)
     info = bytearray(_INFO_SIZE)
     flags = _INFO_MEMORY | _INFO_CMDLINE | _INFO_MODULES | _INFO_MMAP | _INFO_LOADER

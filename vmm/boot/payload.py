@@ -77,9 +77,7 @@ def unpack(data: bytes, bound: int, name: str) -> tuple[str, bytes | bytearray]:
     except ImportError as error:
         raise CannotUnpack(f"Python's {error.name} is needed to unpack {kind}") from None
     except _Corrupt as error:
-        raise ImageError(
-            f"{name}: the {kind} payload is damaged: {error}; fetch or build the image again"
-        ) from None
+        raise ImageError(f"{name}: the {kind} payload is damaged: {error}; fetch or build the image again") from None
     if len(content) != size:
         way = "more" if len(content) > size else "less"
         raise ImageError(
@@ -170,9 +168,7 @@ def _lz4(data: bytes, size: int) -> bytes:
         if not 0 < length <= len(data) - 4 - at:
             raise _Corrupt(f"block of {length:#x} bytes at {at:#x}")
         try:
-            piece = lz4.block.decompress(
-                data[at : at + length], uncompressed_size=min(_LZ4_BLOCK, size - total)
-            )
+            piece = lz4.block.decompress(data[at : at + length], uncompressed_size=min(_LZ4_BLOCK, size - total))
         except (lz4.block.LZ4BlockError, ValueError, OverflowError, MemoryError):
             raise _Corrupt(f"block at {at:#x}") from None
         if not piece:

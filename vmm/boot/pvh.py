@@ -31,9 +31,7 @@ def load(request: Request, elf: Elf) -> Entry:
     rip = entry_point(elf)
     if rip is None:
         raise ImageError(f"{elf.image.name}: no PVH entry note (Linux: CONFIG_PVH=y)")
-    if not any(
-        segment.paddr <= rip < min(segment.paddr + segment.memsz, 1 << 32) for segment in elf.segments
-    ):
+    if not any(segment.paddr <= rip < min(segment.paddr + segment.memsz, 1 << 32) for segment in elf.segments):
         raise ImageError(f"{elf.image.name}: PVH entry point {rip:#x} is in no loadable segment below 4 GiB")
     elf.load(request.claims)
     entry = flat_mode(request.claims, "protected", "pvh", rip)

@@ -123,9 +123,7 @@ def test_an_unknown_format_is_left_to_the_guest() -> None:
 
 
 @pytest.mark.parametrize(("kind", "module"), [("lz4", "lz4.block"), ("zstd", "zstandard")])
-def test_a_missing_decompressor_is_left_to_the_guest(
-    kind: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_decompressor_is_left_to_the_guest(kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack(kind)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(payload.CannotUnpack, match="needed to unpack"):
