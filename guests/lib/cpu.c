@@ -2,10 +2,18 @@
 #include "cpu.h"
 
 extern uint64_t gdt[], page_map[], page_directories[];
-extern const char trap_stubs[], user_exit[], gdt_pointer[];
+extern const char trap_stubs[], user_done[], user_exit[], gdt_pointer[];
 extern char tss[];
 
-enum { GATE_INTERRUPT = 0x8e, GATE_DPL3 = 0x60, STUB_SIZE = 16, TSS_SIZE = 104, TSS_AVAILABLE = 0x89 };
+enum {
+    GATE_INTERRUPT = 0x8e,
+    GATE_DPL3 = 0x60,
+    STUB_SIZE = 16,
+    TSS_SIZE = 104,
+    TSS_PORT_MAP = 102,            /* where the TSS says where its I/O permission map is */
+    PORT_MAP_SIZE = 65536 / 8 + 1, /* a byte of ones ends it, Intel SDM 1, 19.5.2 */
+    TSS_AVAILABLE = 0x89
+};
 
 struct gate {
     uint16_t offset_low, selector;
@@ -29,19 +37,26 @@ void idt_load(void)
     __asm__ volatile("lidt %0" ::"m"(pointer));
 }
 
+void user_ports(bool allowed)
+{
+    /* Beyond the limit there is no map, and without one no port. */
+    *(volatile uint16_t *)(tss + TSS_PORT_MAP) = allowed ? TSS_SIZE : 0xffff;
+}
+
 void cpu_init(void)
 {
     boot_info(); /* while the loader's memory is still what it was */
 
     for (unsigned vector = 0; vector < VECTORS; vector++) {
         uint32_t stub = (uint32_t)(uintptr_t)trap_stubs + vector * STUB_SIZE;
-        uint8_t type = vector == VECTOR_USER_EXIT ? GATE_INTERRUPT | GATE_DPL3 : GATE_INTERRUPT;
+        uint8_t type = vector == VECTOR_USER ? GATE_INTERRUPT | GATE_DPL3 : GATE_INTERRUPT;
         idt[vector] = (struct gate){(uint16_t)stub, SELECTOR_CODE, 0, type, (uint16_t)(stub >> 16), 0, 0};
     }
     uint64_t base = (uint64_t)tss;
-    *(uint16_t *)(tss + 102) = TSS_SIZE; /* I/O map base beyond the limit: no I/O map */
-    gdt[SELECTOR_TSS / 8] =
-        (TSS_SIZE - 1) | (base & 0xffffff) << 16 | (uint64_t)TSS_AVAILABLE << 40 | (base >> 24) << 56;
+    tss[TSS_SIZE + PORT_MAP_SIZE - 1] = (char)0xff;
+    user_ports(false);
+    gdt[SELECTOR_TSS / 8] = (TSS_SIZE + PORT_MAP_SIZE - 1) | (base & 0xffffff) << 16 |
+                            (uint64_t)TSS_AVAILABLE << 40 | (base >> 24) << 56;
 
     write_cr3((uint64_t)page_map);
     __asm__ volatile("lgdt (%0)\n\t"
@@ -66,10 +81,26 @@ static void remember(const struct trap_frame *frame)
     caught.cr2 = frame->vector == 14 ? read_cr2() : 0;
 }
 
+static void leave_user(struct trap_frame *frame)
+{
+    frame->cs = SELECTOR_CODE;
+    frame->ss = SELECTOR_DATA;
+    frame->rip = (uint64_t)user_exit;
+    frame->rflags = RFLAGS_FIXED;
+}
+
+void trap_user_exit(struct trap_frame *frame)
+{
+    remember(frame);
+    leave_user(frame);
+}
+
 void trap_dispatch(struct trap_frame *frame);
 void trap_dispatch(struct trap_frame *frame)
 {
-    if (trap_handlers[frame->vector]) {
+    if (frame->vector == VECTOR_UD && frame->rip == (uint64_t)user_done) {
+        leave_user(frame);
+    } else if (trap_handlers[frame->vector]) {
         trap_handlers[frame->vector](frame);
     } else if (trap_resume && frame->vector != VECTOR_SPURIOUS) {
         remember(frame);
@@ -78,19 +109,10 @@ void trap_dispatch(struct trap_frame *frame)
         frame->rflags &= ~(uint64_t)RFLAGS_TF;
         trap_resume = 0;
     } else if (frame->vector != VECTOR_SPURIOUS) {
-        print("FAIL vector %lu, error 0x%lx, rip 0x%lx, cs 0x%lx, cr2 0x%lx\n", frame->vector, frame->error,
-              frame->rip, frame->cs, read_cr2());
+        print("FAIL vector %lu, error 0x%lx, rip 0x%lx, cs 0x%lx, rflags 0x%lx, cr2 0x%lx\n", frame->vector,
+              frame->error, frame->rip, frame->cs, frame->rflags, read_cr2());
         guest_exit(EXIT_EXCEPTION);
     }
-}
-
-void trap_user_exit(struct trap_frame *frame)
-{
-    remember(frame);
-    frame->cs = SELECTOR_CODE;
-    frame->ss = SELECTOR_DATA;
-    frame->rip = (uint64_t)user_exit;
-    frame->rflags = 2;
 }
 
 void page_set(uintptr_t address, uint64_t entry)

@@ -22,6 +22,7 @@
 #define CR0_PG (1 << 31)
 #define CR4_PAE (1 << 5)
 
+#define RFLAGS_FIXED (1 << 1)
 #define RFLAGS_TF (1 << 8)
 #define RFLAGS_IOPL3 (3 << 12)
 #define RFLAGS_AC (1 << 18)
@@ -44,9 +45,10 @@
 
 /* Vectors: exceptions, the PIC's sixteen lines, then ours. */
 #define VECTORS 64
+#define VECTOR_UD 6
 #define VECTOR_PIC 0x20
-#define VECTOR_USER_EXIT 0x30 /* DPL 3: ends enter_user() */
-#define VECTOR_FREE 0x31      /* .. 0x3e: DPL 0, for guests */
+#define VECTOR_USER 0x30 /* for guests, DPL 3 */
+#define VECTOR_FREE 0x31 /* .. 0x3e: for guests, DPL 0 */
 #define VECTOR_SPURIOUS 0x3f
 
 #ifndef __ASSEMBLER__
@@ -90,10 +92,13 @@ extern volatile uint64_t trap_resume, trap_stack;
     })
 
 /*
- * Call function(argument) at CPL 3 on a stack of its own with these RFLAGS; back when it returns, is caught
- * by trap_user_exit(), or executes int $VECTOR_USER_EXIT. Answers its rax.
+ * Call function(argument) at CPL 3 on a stack of its own with these RFLAGS. Back when it returns or
+ * trap_user_exit catches it. Answers its rax. (It comes back through a ud2: system calls and int n are not to
+ * be had everywhere.)
  */
 uint64_t enter_user(uint64_t (*function)(uint64_t), uint64_t argument, uint64_t rflags);
+/* Whether CPL 3 may use every port without IOPL 3: by the TSS's I/O permission map, which is all zeros. */
+void user_ports(bool allowed);
 /* A handler for an exception expected at CPL 3: records it in `caught` and ends enter_user(). */
 void trap_user_exit(struct trap_frame *frame);
 

@@ -11,15 +11,11 @@ trap_stubs:
     .set vector, 0
     .rept VECTORS
     .balign 16
-    .if vector == VECTOR_USER_EXIT
-    jmp user_exit
-    .else
     .if vector >= 32 || !((ERROR_CODE_VECTORS >> vector) & 1)
     push $0
     .endif
     push $vector
     jmp trap_common
-    .endif
     .set vector, vector + 1
     .endr
 
@@ -85,13 +81,15 @@ enter_user:
 /* At CPL 3. */
 user_call:
     call *%rax
-    int $VECTOR_USER_EXIT
+    .globl user_done
+user_done:
+    ud2
 
-/* At CPL 0 again, from the interrupt gate or by trap_user_exit's return. rax is the answer. */
+/* At CPL 0 again: where trap_user_exit returns to. rax is the answer. */
     .globl user_exit
 user_exit:
     mov kernel_stack(%rip), %rsp
-    push $2
+    push $RFLAGS_FIXED
     popfq
     pop %r15
     pop %r14
@@ -105,7 +103,7 @@ user_exit:
     .balign 16
 kernel_stack: .skip 16
     .globl tss
-tss: .skip 112
+tss: .skip 104 + 8193 + 7 /* and the I/O permission map, see cpu.c */
     .skip 16384
 user_stack_top:
 

@@ -134,6 +134,21 @@ static uint64_t user_interrupt(uint64_t x)
     return x;
 }
 
+/* rax survives the gate, and the stack is the user's again. */
+static uint64_t user_gate(uint64_t x)
+{
+    uint64_t before, after;
+    __asm__ volatile("mov %%rsp, %0; int %2; mov %%rsp, %1" : "=&r"(before), "=&r"(after) : "i"(VECTOR_USER));
+    return before == after ? x : 0;
+}
+
+static void on_gate(struct trap_frame *frame)
+{
+    interrupts++;
+    CHECK_EQ(frame->cs, SELECTOR_USER_CODE);
+    CHECK_EQ(frame->ss, SELECTOR_USER_DATA);
+}
+
 static uint64_t user_breakpoint(uint64_t x)
 {
     __asm__ volatile("int3");
@@ -150,13 +165,17 @@ static uint64_t user_divide(uint64_t x)
 static int user_trap(uint64_t (*function)(uint64_t), uint64_t argument, uint64_t rflags)
 {
     caught.vector = -1;
-    enter_user(function, argument, rflags | 2);
+    enter_user(function, argument, rflags | RFLAGS_FIXED);
     return caught.vector;
 }
 
 static void at_cpl3(void)
 {
-    CHECK_EQ(enter_user(user_add, 1000, 2), 1000 + SELECTOR_USER_CODE);
+    CHECK_EQ(enter_user(user_add, 1000, RFLAGS_FIXED), 1000 + SELECTOR_USER_CODE);
+    trap_handlers[VECTOR_USER] = on_gate;
+    interrupts = 0;
+    CHECK_EQ(enter_user(user_gate, 77, RFLAGS_FIXED), 77);
+    CHECK_EQ(interrupts, 1);
     for (int vector = 0; vector < 32; vector++)
         trap_handlers[vector] = trap_user_exit;
 
@@ -169,6 +188,9 @@ static void at_cpl3(void)
     CHECK_EQ(caught.error, IDT_ERROR(INTERRUPT));
     CHECK_EQ(user_trap(user_port, PORT_POST, 0), GP);
     CHECK_EQ(user_trap(user_port, PORT_POST, RFLAGS_IOPL3), -1);
+    user_ports(true);
+    CHECK_EQ(user_trap(user_port, PORT_POST, 0), -1);
+    user_ports(false);
 
     uint64_t at = (uint64_t)page; /* still mapped for CPL 0 alone */
     CHECK_EQ(user_trap(user_read, at, 0), PF);
