@@ -78,6 +78,7 @@ class Uart(Device):
     _scr: int
     _dll: int
     _dlm: int
+    _polled: bool
 
     def __init__(self, console: SerialConsole) -> None:
         self.console = console
