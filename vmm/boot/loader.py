@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vmm.boot.image import BytesLike
     from vmm.boot.request import Request
 
-KINDS = ("auto", "bzimage", "linux64", "pvh", "multiboot", "elf64", "elf32", "flat")
+KINDS = ("auto", "bzimage", "linux64", "pvh", "multiboot", "elf", "flat")
 UNPACK = ("auto", "host", "guest")
 
 # What people hand over by mistake, by its first bytes.
@@ -32,7 +32,7 @@ _LOOK_ALIKES = (
 
 
 def identify(image: Image | BytesLike, name: str = "image") -> str:
-    """The kind of ``image``: one of KINDS but "auto" and "flat", or "unknown". ImageError: a broken ELF.
+    """What ``image`` is: an `Entry.kind` other than "flat", or "unknown". ImageError: an ELF file that lies.
 
     A Linux vmlinux is "linux64" even where it has a PVH note; then PVH, multiboot, and ELF for what it is.
     """
@@ -138,8 +138,6 @@ def _load_elf(request: Request, kind: str, program: elf.Elf) -> Entry:
         return pvh.load(request, program)
     if kind == "multiboot":
         return multiboot.load(request)
-    if kind != f"elf{program.bits}":
-        raise ImageError(f"{program.image.name}: a {program.bits}-bit ELF file; it cannot be loaded as {kind}")
     return baremetal.load_elf(request, program)
 
 

@@ -78,7 +78,7 @@ def test_a_damaged_image_loads_cleanly_or_is_refused_cleanly(
     check(damaged(IMAGES[name], damage, keep))
 
 
-@pytest.mark.parametrize("kind", ["bzimage", "linux64", "pvh", "multiboot", "elf64", "elf32", "flat"])
+@pytest.mark.parametrize("kind", ["bzimage", "linux64", "pvh", "multiboot", "elf", "flat"])
 @settings(max_examples=60, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=st.sampled_from(sorted(IMAGES.values())), damage=_DAMAGE)
 def test_a_kind_forced_on_any_image_loads_cleanly_or_is_refused_cleanly(
