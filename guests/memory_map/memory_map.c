@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The memory map the loader gave is the memory there is: every range's ends and each 64 MiB between hold what
- * is written there and nothing else's, also above 4 GiB. "mem=BYTES": what the RAM ranges sum to, give or
- * take the legacy hole below 1 MiB; "beyond=1": what follows the last RAM below 4 GiB reads as ones.
+ * The memory map the loader gave is the memory there is: the RAM ranges' ends and each 64 MiB between hold
+ * what is written there and nothing else's, also above 4 GiB. "mem=BYTES": what the RAM ranges sum to, give
+ * or take the legacy hole below 1 MiB; "beyond=1": what follows the last RAM below 4 GiB reads as ones.
  */
 #include "cpu.h"
 
@@ -13,11 +13,8 @@ extern char image_end[];
 static uint64_t probes[PROBES_MAX];
 static unsigned count;
 
-/* The guest's own image, and below it what the loader left for it, stay as they are. */
 static void probe(uint64_t gpa)
 {
-    if (gpa < (uint64_t)image_end)
-        return;
     CHECK(count < PROBES_MAX);
     probes[count++] = gpa;
     *(volatile uint64_t *)physical_window(gpa) = gpa ^ 0x5aa5a55a5aa5a55a;
@@ -42,7 +39,11 @@ void guest_main(void)
         sum += range->size;
         if (end <= 1ull << 32 && end > low_end)
             low_end = end;
-        for (uint64_t at = range->base; at < end - 8; at += STEP)
+        /* The guest's own image, and below it what the loader left for it, stay as they are. */
+        uint64_t start = ((uint64_t)image_end + 4095) & ~4095ull;
+        if (end <= start)
+            continue;
+        for (uint64_t at = range->base < start ? start : range->base; at < end - 8; at += STEP)
             probe(at);
         probe(end - 8);
     }

@@ -1,0 +1,53 @@
+"""Bare-metal guests for tests that run a machine: built once a session, skipped by name where that cannot be."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "guests"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every module of this directory needs KVM unless it says NEEDS_KVM = False."""
+    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    for item in items:
+        here = Path(__file__).parent in item.path.parents
+        if here and getattr(getattr(item, "module", None), "NEEDS_KVM", True):
+            item.add_marker(pytest.mark.kvm)
+            if not usable:
+                item.add_marker(pytest.mark.skip(reason="/dev/kvm is missing or may not be opened"))
+
+
+@pytest.fixture(scope="session")
+def guest() -> Callable[[str], str]:
+    """The path of a built guest by its name (``"hello"``, ``"hello_real.bin"``)."""
+    for tool in ("cmake", "gcc"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: guests cannot be built")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / ".lock", "w") as lock:  # several pytest workers, one build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", str(ROOT / "guests"), "-B", str(BUILD)],
+            ["cmake", "--build", str(BUILD), "-j2"],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            assert done.returncode == 0, done.stdout
+
+    def path(name: str) -> str:
+        found = BUILD / "bin" / name
+        assert found.exists(), f"{found}: guests/CMakeLists.txt builds no such guest"
+        return str(found)
+
+    return path
