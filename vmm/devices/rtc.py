@@ -84,7 +84,7 @@ class Rtc(Device):
         hour = self._encode(now.tm_hour)
         if not self._cmos[B] & B_24H:
             hour = self._encode((now.tm_hour + 11) % 12 + 1) | (PM if now.tm_hour >= 12 else 0)
-        fields = (now.tm_sec, now.tm_min, 0, (now.tm_wday + 1) % 7 + 1, now.tm_mday, now.tm_mon + 1)
+        fields = (now.tm_sec, now.tm_min, 0, (now.tm_wday + 1) % 7 + 1, now.tm_mday, now.tm_mon)
         for at, value in zip(TIME, fields, strict=False):
             self._cmos[at] = self._encode(value)
         self._cmos[HOURS] = hour
