@@ -220,6 +220,20 @@ static void closing_releases_everybody_who_waits(void)
     vmm_console_destroy(console);
 }
 
+static void closing_lets_a_refused_device_go_on(void)
+{
+    vmm_console *console = create(16, 64, 1);
+    rooms = 0;
+    vmm_console_listen(console, NULL, count_room, NULL);
+    vmm_console_set_pump(console, 0);
+    CHECK(vmm_console_put(console, 'a'));
+    CHECK_EQUAL(vmm_console_put(console, 'b'), 0);
+    vmm_console_close(console);
+    CHECK_EQUAL(rooms, 1);
+    CHECK(vmm_console_ready(console));
+    vmm_console_destroy(console);
+}
+
 static void *put_soon(void *opaque)
 {
     nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
@@ -364,6 +378,7 @@ int main(void)
     send_takes_what_there_is_room_for_and_room_fd_tells_when_to_go_on();
     ungot_bytes_come_first_again_even_when_the_queue_is_full();
     closing_releases_everybody_who_waits();
+    closing_lets_a_refused_device_go_on();
     a_waiter_is_woken_by_the_byte_and_not_by_its_deadline();
     no_wake_up_is_lost_and_no_byte_either();
     a_listener_is_left_before_listen_returns();
