@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Completion's KVM side: registers and bytes in, one pure completion, registers and events out. */
+#include "vcpu.h"
+
+#include <string.h>
+#include <sys/ioctl.h>
+
+enum { DR6_BS = 0x4000 };
+
+static bool load_xsave(void *opaque, void *area)
+{
+    struct compat_vcpu *compat = opaque;
+    return ioctl(compat->vcpu->fd, KVM_GET_XSAVE, area) == 0;
+}
+
+static bool store_xsave(void *opaque, const void *area)
+{
+    struct compat_vcpu *compat = opaque;
+    return ioctl(compat->vcpu->fd, KVM_SET_XSAVE, area) == 0;
+}
+
+static bool load_xcr0(void *opaque, uint64_t *xcr0)
+{
+    struct compat_vcpu *compat = opaque;
+    struct kvm_xcrs xcrs;
+    if (ioctl(compat->vcpu->fd, KVM_GET_XCRS, &xcrs) != 0)
+        return false;
+    for (uint32_t i = 0; i < xcrs.nr_xcrs && i < KVM_MAX_XCRS; i++)
+        if (xcrs.xcrs[i].xcr == 0) {
+            *xcr0 = xcrs.xcrs[i].value;
+            return true;
+        }
+    return false;
+}
+
+static bool load_msr(void *opaque, uint32_t index, uint64_t *value)
+{
+    struct compat_vcpu *compat = opaque;
+    return vmm_vcpu_get_msrs(compat->vcpu, &index, value, 1) == 1;
+}
+
+/* KVM drops what it cached of the guest's page tables when a paging bit changes: change CR4.PGE and change it
+ * back. */
+static bool flush_tlb(void *opaque)
+{
+    struct compat_vcpu *compat = opaque;
+    struct kvm_sregs sregs;
+    if (ioctl(compat->vcpu->fd, KVM_GET_SREGS, &sregs) != 0)
+        return false;
+    for (int i = 0; i < 2; i++) {
+        sregs.cr4 ^= CR4_PGE;
+        if (ioctl(compat->vcpu->fd, KVM_SET_SREGS, &sregs) != 0)
+            return false;
+    }
+    return true;
+}
+
+static void *guest_memory(void *opaque, uint64_t gpa, uint64_t size)
+{
+    struct compat_vcpu *compat = opaque;
+    return vmm_vm_gpa(compat->vcpu->vm, gpa, size);
+}
+
+const struct completion_source kvm_completion_source = {
+    .memory = guest_memory,
+    .get_xsave = load_xsave,
+    .set_xsave = store_xsave,
+    .get_xcr0 = load_xcr0,
+    .get_msr = load_msr,
+    .flush_tlb = flush_tlb,
+};
+
+bool completion_load(struct compat_vcpu *compat, struct completion *c)
+{
+    *c = (struct completion){.source = &compat->source};
+    return ioctl(compat->vcpu->fd, KVM_GET_REGS, &c->regs) == 0 &&
+           ioctl(compat->vcpu->fd, KVM_GET_SREGS, &c->sregs) == 0;
+}
+
+size_t completion_fetch(struct completion *c, uint8_t bytes[INSN_MAX])
+{
+    uint64_t linear = completion_mode(c) == CPU_64 ? c->regs.rip : (uint32_t)(c->sregs.cs.base + c->regs.rip);
+    size_t n = 0;
+    while (n < INSN_MAX) {
+        size_t in_page = 4096 - ((linear + n) & 4095), part = in_page < INSN_MAX - n ? in_page : INSN_MAX - n;
+        uint64_t gpa;
+        unsigned access = ACCESS_FETCH | (completion_cpl(c) == 3 ? ACCESS_USER : 0);
+        if (linear_translate(c, linear + n, access, &gpa) != COMPLETE_DONE)
+            break;
+        const void *at = vmm_vm_gpa(((struct compat_vcpu *)c->source->opaque)->vcpu->vm, gpa, part);
+        if (!at)
+            break;
+        memcpy(bytes + n, at, part);
+        n += part;
+    }
+    return n;
+}
+
+/* The exception or interrupt a completion ends in, queued as KVM queues one whose delivery was cut short. */
+static void queue_event(const struct completion *c, struct kvm_vcpu_events *events)
+{
+    if (c->event.software) {
+        events->interrupt.injected = 1;
+        events->interrupt.nr = c->event.vector;
+        events->interrupt.soft = 1;
+    } else {
+        events->exception.injected = 1;
+        events->exception.pending = 0;
+        events->exception.nr = c->event.vector;
+        events->exception.has_error_code = c->event.has_error;
+        events->exception.error_code = c->event.error;
+    }
+}
+
+static bool single_step_trap(struct compat_vcpu *compat, struct completion *c)
+{
+    struct kvm_debugregs debug;
+    if (ioctl(compat->vcpu->fd, KVM_GET_DEBUGREGS, &debug) != 0)
+        return false;
+    debug.dr6 |= DR6_BS;
+    c->event.vector = V_DB;
+    return ioctl(compat->vcpu->fd, KVM_SET_DEBUGREGS, &debug) == 0;
+}
+
+bool completion_store(struct compat_vcpu *compat, struct completion *c, enum outcome outcome)
+{
+    int fd = compat->vcpu->fd;
+    struct kvm_vcpu_events events;
+    if (ioctl(fd, KVM_GET_VCPU_EVENTS, &events) != 0)
+        return false;
+    bool shadow = events.interrupt.shadow, event = outcome == COMPLETE_FAULT || outcome == COMPLETE_TRAP;
+    if (outcome == COMPLETE_DONE && c->regs.rflags & FLAG_TF)
+        event = single_step_trap(compat, c);
+    if (outcome == COMPLETE_FAULT) {
+        c->regs.rflags |= FLAG_RF; /* SDM volume 3, 17.3.1.1: the image a fault pushes has RF set */
+        if (c->event.vector == V_PF) {
+            c->sregs.cr2 = c->event.address;
+            c->sregs_changed = true;
+        }
+    }
+    if (c->sregs_changed && ioctl(fd, KVM_SET_SREGS, &c->sregs) != 0)
+        return false;
+    if (ioctl(fd, KVM_SET_REGS, &c->regs) != 0)
+        return false;
+    if (!event && !shadow)
+        return true;
+    /* STI's and MOV SS's shadow ends with the instruction after them, which this was. */
+    events.flags = KVM_VCPUEVENT_VALID_SHADOW;
+    events.interrupt.shadow = 0;
+    if (event)
+        queue_event(c, &events);
+    return ioctl(fd, KVM_SET_VCPU_EVENTS, &events) == 0;
+}
+
+int compat_internal_error(struct vmm_vcpu *vcpu)
+{
+    struct compat_vcpu *compat = vcpu->compat;
+    const struct kvm_run *run = vcpu->run;
+    if (run->internal.suberror != KVM_INTERNAL_ERROR_EMULATION)
+        return 0;
+    struct completion c;
+    if (!completion_load(compat, &c))
+        return 0;
+    uint8_t bytes[INSN_MAX];
+    size_t n = 0;
+    bool reported = run->emulation_failure.ndata >= 1 &&
+                    run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
+    if (reported && run->emulation_failure.insn_size == INSN_MAX) {
+        memcpy(bytes, run->emulation_failure.insn_bytes, INSN_MAX);
+        n = INSN_MAX;
+    } else {
+        n = completion_fetch(&c, bytes); /* at a page's end KVM reports only what it had read */
+    }
+    enum outcome outcome = complete(&c, bytes, n);
+    if (outcome == COMPLETE_UNKNOWN || !completion_store(compat, &c, outcome))
+        return 0;
+    syscall_repair_refresh(compat, &c);
+    atomic_fetch_add_explicit(&compat_of(vcpu)->completed, 1, memory_order_relaxed);
+    return 1;
+}

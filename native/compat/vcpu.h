@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The remedies' state, per machine and per vCPU, and what complete.c's and syscall.c's KVM sides share. */
+#ifndef VMM_COMPAT_VCPU_H
+#define VMM_COMPAT_VCPU_H
+
+#include "compat.h"
+#include "core/core.h"
+
+#include <stdatomic.h>
+
+struct compat_machine {
+    uint32_t flags; /* enum vmm_compat_flags */
+    _Atomic uint64_t completed, syscalls, faults;
+};
+
+struct compat_vcpu {
+    struct vmm_vcpu *vcpu;
+    struct completion_source source;
+    /* The SYSCALL repair. */
+    uint64_t lstar, sfmask, star; /* as the guest wrote them; lstar 0: not yet */
+    uint64_t breakpoint;          /* the guest's #PF entry, armed while not 0 */
+    bool stepping;                /* over that entry's first instruction */
+};
+
+static inline struct compat_machine *compat_of(struct vmm_vcpu *vcpu)
+{
+    return vcpu->vm->compat_state;
+}
+
+/* Registers of the vCPU into a completion, ready for complete(); and its outcome back. False: KVM refused. */
+bool completion_load(struct compat_vcpu *compat, struct completion *c);
+bool completion_store(struct compat_vcpu *compat, struct completion *c, enum outcome outcome);
+
+/* The bytes at RIP, as many as can be fetched. */
+size_t completion_fetch(struct completion *c, uint8_t bytes[INSN_MAX]);
+
+extern const struct completion_source kvm_completion_source; /* less opaque and layout */
+
+/* exits (exits.c, syscall.c): 1 handled, 0 not */
+int compat_internal_error(struct vmm_vcpu *vcpu);
+int compat_debug(struct vmm_vcpu *vcpu);
+int compat_wrmsr(struct vmm_vcpu *vcpu);
+
+/* Look again for the guest's #PF entry, which it may have moved. */
+void syscall_repair_refresh(struct compat_vcpu *compat, struct completion *c);
+
+/* 0 or -errno */
+int syscall_repair_enable(struct vmm_vm *vm);
+
+#endif
