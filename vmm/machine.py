@@ -63,6 +63,8 @@ class Machine:
         self.notes: list[str] = []
         self._kvm_path = kvm
         self._vm: Any = None
+        self._starters: list[Any] = []
+        self._stoppers: list[Any] = []
         self._closers: list[Any] = []
         self._threads: list[threading.Thread] = []
         self._exception: BaseException | None = None
@@ -162,7 +164,8 @@ class Machine:
     def stop_callback(self, reason: int) -> Any:
         """A function for a device that ends the machine: called with the code, on the vCPU's thread."""
         vm = self._vm
-        return lambda code=0: lib.vmm_vm_stop(vm, reason, code)
+        stop = lib.vmm_vm_stop
+        return lambda code=0: stop(vm, reason, code)
 
     # ---- running ----
 
@@ -187,6 +190,8 @@ class Machine:
                 name = f"vcpu{vcpu.number}"
                 thread = threading.Thread(target=lib.vmm_vcpu_run, args=(vcpu.native,), name=name, daemon=True)
                 self._threads.append(thread)
+            for starter in self._starters:
+                starter()
             for thread in self._threads:
                 thread.start()
 
@@ -240,6 +245,8 @@ class Machine:
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.join()
+        for stopper in self._stoppers if threads else ():
+            stopper()
         if self.outcome is None:
             self.outcome = self._make_outcome()
             self.console.close()
@@ -301,6 +308,8 @@ class Machine:
             for thread in self._threads:
                 thread.join()
             self._threads = []
+            for stopper in self._stoppers:
+                stopper()
         for device in self.devices:
             device.reset()
         if hasattr(self, "memory"):
@@ -311,6 +320,14 @@ class Machine:
             closer()
         if hasattr(self, "console"):
             self.console.destroy()
+
+    def on_start(self, starter: Any) -> None:
+        """Have ``starter()`` called before the vCPUs run."""
+        self._starters.append(starter)
+
+    def on_stop(self, stopper: Any) -> None:
+        """Have ``stopper()`` called once no vCPU runs any more."""
+        self._stoppers.append(stopper)
 
     def on_close(self, closer: Any) -> None:
         """Have ``closer()`` called once the machine's native half is gone."""

@@ -9,34 +9,129 @@ from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
     from vmm.boot import Entry
+    from vmm.boot.acpi import Tables
     from vmm.machine import Machine
+
+# enum vmm_stop_reason
+_POWEROFF, _RESET, _DEBUG_EXIT, _PANIC = 2, 3, 4, 5
+
+RESET_VALUE = 1
+S5 = 5
+TICK_SECONDS = 0.02  # where a tick costs milliseconds of emulation: at most 50 a second
+
+E820_RESERVED, E820_ACPI = 2, 3
+LINUX_KINDS = frozenset({"bzimage", "linux64", "pvh"})
 
 
 def create_devices(machine: Machine) -> None:
     """Create and attach what every machine has."""
+    from vmm.devices.acpi_pm import PmTimer, PowerManagement, ResetRegister
+    from vmm.devices.debug_exit import DebugExit
+    from vmm.devices.i8042 import I8042
     from vmm.devices.native import NativeUart
+    from vmm.devices.post import Post
+    from vmm.devices.pvpanic import Pvpanic
+    from vmm.devices.rtc import Rtc
 
     uart = NativeUart(machine.line(layout.GSI_COM1), machine.console)
     machine.on_close(uart.destroy)
     machine.attach(uart, port=layout.COM1, size=8)
+    i8042 = I8042(machine.stop_callback(_RESET))
+    machine.attach(i8042, port=layout.I8042, size=1, gsi=layout.GSI_I8042)
+    machine.attach(i8042, port=layout.I8042 + 4, size=1, first=4)
+    machine.attach(Rtc(memory=machine.config.memory), port=layout.RTC, size=2, gsi=layout.GSI_RTC)
+    machine.attach(Post(), port=layout.POST, size=1)
+    machine.attach(DebugExit(machine.stop_callback(_DEBUG_EXIT)), port=layout.DEBUG_EXIT, size=4)
+    machine.attach(Pvpanic(machine.stop_callback(_PANIC)), port=layout.PVPANIC, size=1)
+    power = PowerManagement(machine.stop_callback(_POWEROFF), S5)
+    machine.attach(power, port=layout.PM_BASE, size=6, gsi=layout.GSI_SCI)
+    machine.attach(PmTimer(), port=layout.PM_TIMER, size=4)
+    machine.attach(ResetRegister(machine.stop_callback(_RESET), RESET_VALUE), port=layout.RESET, size=1)
+    if machine.host.merge_ticks:
+        _attach_pit(machine)
+
+
+def _attach_pit(machine: Machine) -> None:
+    from vmm.devices.pit import Pit
+
+    pit = Pit(min_period=TICK_SECONDS)
+    machine.attach(pit, port=layout.PIT, size=4, gsi=layout.GSI_PIT)
+    machine.attach(pit, port=layout.SPEAKER, size=1, first=layout.SPEAKER - layout.PIT)
+    machine.on_start(pit.start)
+    machine.on_stop(pit.stop)
+
+
+def describe(machine: Machine) -> Tables:
+    """What the guest is told of the machine: fixed hardware, and what each device adds of itself."""
+    from vmm.boot import acpi
+
+    tables = acpi.Tables()
+    tables.pm1a_event, tables.pm1a_control = layout.PM1_EVENT, layout.PM1_CONTROL
+    tables.pm_timer = layout.PM_TIMER
+    tables.reset = (layout.RESET, RESET_VALUE)
+    tables.s5, tables.sci = S5, layout.GSI_SCI
+    tables.rtc, tables.century = True, 0x32
+    tables.dsdt += [
+        acpi.uart_node(layout.COM1, irq=layout.GSI_COM1, uid=1),
+        acpi.rtc_node(layout.RTC, irq=layout.GSI_RTC),
+        acpi.pvpanic_node(layout.PVPANIC),
+    ]
+    for device in machine.devices:
+        device.describe(tables)
+    return tables
 
 
 def load_image(machine: Machine) -> Entry:
     """Put ACPI tables and the configured image into guest memory."""
     from vmm import boot
+    from vmm.boot import acpi
 
     config = machine.config
     if config.kernel is None:
-        raise ConfigError("there is nothing to boot: give a kernel image")
+        raise ConfigError("there is nothing to boot: give a kernel image (kernel=..., --kernel FILE)")
     image = boot.Image.open(config.kernel)
+    kind = boot.identify(image) if config.kind == "auto" else config.kind
     initrds = [boot.Image.open(path) for path in config.initrd]
+    tables = describe(machine)
+    rsdp = 0
+    reserved: list[tuple[int, int, int]] = []
+    if config.memory >= layout.ACPI_START + layout.ACPI_SIZE:
+        rsdp, blobs = acpi.build(
+            tables, cpus=config.cpus, address=layout.ACPI_START, size=layout.ACPI_SIZE,
+            local_apic=layout.LAPIC, io_apic=layout.IOAPIC,
+        )  # fmt: skip
+        for gpa, data in blobs:
+            machine.memory.write(gpa, data)
     return boot.load(
         machine.memory,
         image=image,
         kind=config.kind,
-        cmdline=config.append,
+        cmdline=command_line(machine, kind, tables),
         initrds=initrds,
+        acpi_rsdp=rsdp,
         load_address=config.address,
         flat_mode=config.mode,
         unpack=config.unpack,
+        e820=reserved,
     )
+
+
+def command_line(machine: Machine, kind: str, tables: Tables) -> str:
+    """The user's words; for Linux also a console, an end after a panic, and what this host needs.
+
+    What the user says about the same option wins: nothing is added then.
+    """
+    given = machine.config.append
+    if kind not in LINUX_KINDS:
+        return given
+    words = given.split()
+    added = [] if any(word.startswith("console=") for word in words) else ["console=ttyS0"]
+    # A panic is over at once: the machine ends with it instead of looping for ever.
+    added += [] if any(word.startswith("panic=") for word in words) else ["panic=-1"]
+    added += [word for word in machine.host.cmdline if not _said(word, words)]
+    return " ".join([*added, *tables.cmdline, given]).strip()
+
+
+def _said(word: str, words: list[str]) -> bool:
+    option = word.split("=", 1)[0]
+    return any(given.split("=", 1)[0] == option for given in words)

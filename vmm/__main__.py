@@ -1,0 +1,5 @@
+"""``python -m vmm`` is ``pyvmm``."""
+
+from vmm.cli import entry
+
+entry()

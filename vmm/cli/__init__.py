@@ -1,0 +1,61 @@
+"""The ``pyvmm`` command. One module a subcommand; each only parses, calls the library and maps the result.
+
+Exit status: that of the guest's end (see ``pyvmm boot --help``), 2 for a request that cannot be, 0 otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import vmm
+
+# name -> what it is for; the module of that name is imported only when it is the one asked for.
+COMMANDS = {
+    "boot": "boot a kernel, or a Linux that pyvmm gets for itself",
+    "doctor": "say what this host's KVM is and can do",
+}
+
+
+def _overview() -> str:
+    lines = [
+        "usage: pyvmm COMMAND [OPTIONS]",
+        "",
+        "A KVM virtual machine monitor.",
+        "",
+        *(f"  {name:10}{purpose}" for name, purpose in COMMANDS.items()),
+        "",
+        "pyvmm COMMAND --help explains a command; pyvmm --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; answers the exit status."""
+    if argv and argv[0] in ("--version", "-V"):
+        print(f"pyvmm {vmm.__version__}")
+        return 0
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        print(f"pyvmm: there is no command {name!r}: it is one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    from importlib import import_module
+
+    from vmm.errors import VmmError
+
+    try:
+        return int(import_module(f"vmm.cli.{name}").run(rest))
+    except VmmError as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""``pyvmm boot``: boot an image with the console on the terminal, and exit as the guest ended."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vmm.config import FIELDS, MachineConfig, read_file
+from vmm.errors import ConfigError
+from vmm.outcome import REASONS
+
+if TYPE_CHECKING:
+    import argparse
+    from types import FrameType
+
+    from vmm.console_host import HostEnd
+    from vmm.outcome import Outcome
+
+# flag -> (field, how argparse takes it)
+FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "--kernel": ("kernel", {"metavar": "FILE"}),
+    "--mem": ("memory", {"metavar": "SIZE"}),
+    "--cpus": ("cpus", {"metavar": "N", "type": int}),
+    "--initrd": ("initrd", {"metavar": "FILE[,FILE]"}),
+    "--append": ("append", {"metavar": '"WORDS"'}),
+    "--timeout": ("timeout", {"metavar": "SECONDS", "type": float}),
+    "--console": ("console", {"metavar": "KIND"}),
+    "--kind": ("kind", {"metavar": "KIND"}),
+    "--mode": ("mode", {"metavar": "MODE"}),
+    "--address": ("address", {"metavar": "GPA"}),
+    "--unpack": ("unpack", {"metavar": "WHO"}),
+    "--compat": ("compat", {"metavar": "HOW"}),
+    "--huge-pages": ("huge_pages", {"action": "store_true"}),
+    "--reboot": ("reboot", {"action": "store_true"}),
+}
+DEFAULTS: dict[str, Any] = {"console": "stdio"}  # where the command differs from the library
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    statuses = "\n".join(f"  {status:>4}  {reason}: {text}" for reason, (status, text) in REASONS.items())
+    parser = argparse.ArgumentParser(
+        prog="pyvmm boot",
+        description="Boot an image; without --kernel, a Linux that pyvmm gets for itself.\n\n"
+        "On a terminal: Ctrl-A x quits, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A.",
+        epilog="exit status:\n" + statuses.replace("     1  debug", "   odd  debug") + "\n     2  a request that "
+        "cannot be: one sentence on standard error says why\n\ndebug-exit with value v is status (v << 1) | 1.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="machine file (TOML, or JSON by its name); flags win over it")
+    for flag, (name, how) in FLAGS.items():
+        field = FIELDS[name]
+        default = DEFAULTS.get(name, field.default)
+        shown = "" if default in (None, "", (), False) else f" (default: {_show(name, default)})"
+        parser.add_argument(flag, dest=name, default=None, help=(field.help + shown).replace("%", "%%"), **how)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say on standard error how the image is booted")
+    return parser
+
+
+def _show(name: str, default: Any) -> str:
+    return f"{default >> 20}M" if name == "memory" else str(default)
+
+
+def configure(args: argparse.Namespace) -> MachineConfig:
+    """Defaults, then the machine file, then flags."""
+    fields = dict(DEFAULTS)
+    if args.config:
+        fields.update(read_file(args.config))
+    fields.update((name, getattr(args, name)) for name, _ in FLAGS.values() if getattr(args, name) is not None)
+    config = MachineConfig(**fields)
+    if config.kernel is None:
+        from vmm.cli.default_linux import find
+
+        config = find(config)
+    return config
+
+
+def run(argv: list[str]) -> int:
+    """Boot; answers the exit status."""
+    args = _parser().parse_args(argv)
+    config = configure(args)
+    from vmm.console_host import open_end
+
+    end = open_end(config.console)
+    try:
+        while True:
+            outcome, report = _once(config, end, args.verbose)
+            if not (outcome.reason == "reset" and config.reboot):
+                break
+    finally:
+        end.close()
+    if report:
+        sys.stderr.write(report)
+    return outcome.status
+
+
+def _once(config: MachineConfig, end: HostEnd, verbose: bool) -> tuple[Outcome, str]:
+    from vmm.console_host import PeerGone, serve
+    from vmm.machine import Machine
+
+    with Machine(config) as machine:
+        machine.load()
+        if verbose:
+            for note in machine.notes:
+                print(f"pyvmm: {note}", file=sys.stderr)
+        _end_on_signals(machine)
+        machine.start()
+        try:
+            serve(machine, end, config.timeout)
+        except PeerGone as error:
+            machine.stop()
+            raise ConfigError(str(error)) from error
+        outcome = machine.wait()
+        if outcome.ok or (outcome.reason in ("timeout", "interrupted", "terminated") and not verbose):
+            return outcome, "" if outcome.ok else f"pyvmm: {outcome.sentence}\n"
+        from vmm.observe.postmortem import report
+
+        return outcome, report(machine, outcome)
+
+
+def _end_on_signals(machine: Any) -> None:
+    codes = {signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 3}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        machine.interrupt(codes[signal.Signals(number)])
+
+    for number in codes:
+        signal.signal(number, end)

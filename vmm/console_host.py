@@ -1,0 +1,362 @@
+"""The host's end of a machine's console: the terminal, a pty, a file, a UNIX socket, or nothing.
+
+:func:`serve` moves bytes both ways on the calling thread until the machine ends. It holds the guest back when the
+peer reads slowly (no byte is lost), never the monitor: a peer that stops reading altogether does not keep a time
+limit, a signal or Ctrl-A x from working.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import ConfigError, VmmError
+
+if TYPE_CHECKING:
+    from vmm.console import Console
+    from vmm.machine import Machine
+
+ESCAPE = 0x01  # Ctrl-A
+HELP = b"\r\nCtrl-A x  quit\r\nCtrl-A h  this help (also Ctrl-A c)\r\nCtrl-A Ctrl-A  send Ctrl-A\r\n"
+DRAIN_SECONDS = 2.0  # how long an ended machine waits for a peer that does not read
+CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
+
+
+class PeerGone(VmmError):
+    """Whoever read the console went away, or stopped reading until the end."""
+
+
+class HostEnd:
+    """Where console bytes go to and come from. ``None`` for a direction it has not.
+
+    Subclasses open what they need in ``__init__`` and undo it in :meth:`close`. ``listen_fd`` is a file descriptor
+    that turns readable when :meth:`accept` should be called.
+    """
+
+    in_fd: int | None = None
+    out_fd: int | None = None
+    listen_fd: int | None = None
+    escapes = False
+
+    def accept(self) -> None:
+        """A peer is waiting at ``listen_fd``."""
+
+    def peer_gone(self) -> None:
+        """The peer closed its end. Raises :class:`PeerGone` when there can be no other."""
+        raise PeerGone("the console's reader went away; the guest was stopped (use --console none to run without)")
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Stdio(HostEnd):
+    """Standard input and output; a terminal is put into raw mode and restored by :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._saved: Any = None
+        self._own: int | None = None
+        try:
+            os.fstat(0)
+            self.in_fd = 0
+        except OSError:
+            self.in_fd = None
+        try:
+            self.out_fd = self._own_description(1)
+        except OSError as error:
+            raise ConfigError("standard output is closed: use --console none, file:PATH or unix:PATH") from error
+        if self.in_fd is not None and os.isatty(0):
+            self._raw()
+
+    def _own_description(self, fd: int) -> int:
+        # O_NONBLOCK belongs to the open file description, which our parent shares: open another one. A regular
+        # file keeps its shared offset and never blocks, a socket has no path: both are used as they are.
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+            try:
+                self._own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            except OSError:
+                return fd
+            return self._own
+        return fd
+
+    def _raw(self) -> None:
+        import termios
+
+        self._saved = termios.tcgetattr(0)
+        raw = termios.tcgetattr(0)
+        raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON | termios.INLCR)
+        raw[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
+        raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(0, termios.TCSADRAIN, raw)
+        self.escapes = True
+
+    def close(self) -> None:
+        """Restore the terminal."""
+        if self._saved is not None:
+            import termios
+
+            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
+            self._saved = None
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
+
+class Pty(HostEnd):
+    """A new pseudo-terminal; its path is printed so that a terminal program can open it."""
+
+    def __init__(self) -> None:
+        import tty
+
+        master, self._slave = os.openpty()  # the slave stays open: without a reader, output waits in the pty
+        tty.setraw(self._slave)
+        os.set_blocking(master, False)
+        self.in_fd = self.out_fd = master
+        self.path = os.ttyname(self._slave)
+        os.write(2, f"pyvmm: console is {self.path}\n".encode())
+
+    def close(self) -> None:
+        """Close both ends."""
+        if self.in_fd is not None:
+            os.close(self.in_fd)
+            os.close(self._slave)
+            self.in_fd = self.out_fd = None
+
+
+class File(HostEnd):
+    """Output into a file, which is truncated; no input."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.out_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise ConfigError(f"cannot write the console to {path}: {error.strerror}; choose another file") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.out_fd is not None:
+            os.close(self.out_fd)
+            self.out_fd = None
+
+
+class Unix(HostEnd):
+    """A listening UNIX socket. One client at a time; without one, output is only logged."""
+
+    def __init__(self, path: str) -> None:
+        import socket
+
+        self._path = path
+        self._client: Any = None
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            self._server.bind(path)
+        except OSError as error:
+            self._server.close()
+            why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
+            raise ConfigError(f"cannot listen on console socket {path}: {why}") from error
+        self._server.listen(1)
+        self.listen_fd = self._server.fileno()
+
+    def accept(self) -> None:
+        """Take a client; a second one is turned away while there is a first."""
+        try:
+            client, _ = self._server.accept()
+        except BlockingIOError:
+            return
+        if self._client is not None:
+            client.close()
+            return
+        client.setblocking(False)
+        self._client = client
+        self.in_fd = self.out_fd = client.fileno()
+
+    def peer_gone(self) -> None:
+        """Wait for the next client."""
+        self._client.close()
+        self._client = self.in_fd = self.out_fd = None
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._client is not None:
+            self.peer_gone()
+        if self.listen_fd is not None:
+            self._server.close()
+            self.listen_fd = None
+            os.unlink(self._path)
+
+
+def open_end(kind: str) -> HostEnd:
+    """The host end for a console of this kind (see ``vmm.config.CONSOLES``)."""
+    name, _, path = kind.partition(":")
+    if name == "stdio":
+        return Stdio()
+    if name == "pty":
+        return Pty()
+    if name == "file":
+        return File(path)
+    if name == "unix":
+        return Unix(path)
+    return HostEnd()
+
+
+class _Pump:
+    def __init__(self, machine: Machine, end: HostEnd) -> None:
+        self.machine = machine
+        self.console: Console = machine.console
+        self.end = end
+        self.position = 0
+        self.pending = b""
+        self.typed = b""
+        self.in_escape = False
+        self.input_open = True
+        self.quit = False
+
+    # output: guest -> peer
+
+    def refill(self) -> None:
+        if not self.pending:
+            self.pending, self.position = self.console.output(self.position)
+
+    def write(self) -> None:
+        """Write until there is no more or the peer is full."""
+        fd = self.end.out_fd
+        self.refill()
+        while self.pending and fd is not None:
+            try:
+                n = os.write(fd, self.pending[:CHUNK])
+            except BlockingIOError:
+                break
+            except OSError:  # EPIPE, ECONNRESET, EIO: the reading side is closed
+                self.gone()
+                return
+            self.pending = self.pending[n:]
+            self.refill()
+            if self.pending and not select.select([], [fd], [], 0)[1]:
+                break  # also for descriptors that could not be made non-blocking
+        if fd is not None:
+            self.console.pumped(self.position - len(self.pending))
+
+    def gone(self) -> None:
+        self.pending = b""
+        self.console.pumped(None)
+        self.end.peer_gone()
+
+    # input: peer -> guest
+
+    def read(self) -> None:
+        assert self.end.in_fd is not None
+        try:
+            data = os.read(self.end.in_fd, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            if self.end.listen_fd is not None:
+                self.gone()
+            else:
+                self.input_open = False
+            return
+        self.typed += self.unescape(data) if self.end.escapes else data
+        self.type()
+
+    def type(self) -> None:
+        self.typed = self.typed[self.console.offer(self.typed) :] if self.typed else b""
+
+    def unescape(self, data: bytes) -> bytes:
+        out = bytearray()
+        for byte in data:
+            if not self.in_escape:
+                if byte == ESCAPE:
+                    self.in_escape = True
+                else:
+                    out.append(byte)
+                continue
+            self.in_escape = False
+            if byte in b"xX":
+                self.quit = True
+                return bytes(out)
+            if byte in b"hHcC?":
+                os.write(2, HELP)
+            elif byte == ESCAPE:
+                out.append(byte)
+        return bytes(out)
+
+    # both
+
+    def wait(self, timeout: float | None) -> bool:
+        """One round: wait for something to do and do it. Answers whether the machine goes on."""
+        end, console = self.end, self.console
+        reading = [self.machine.stop_fd]
+        writing = []
+        if end.listen_fd is not None:
+            reading.append(end.listen_fd)
+        if end.in_fd is not None and self.input_open and not self.typed:
+            reading.append(end.in_fd)
+        if self.typed:
+            reading.append(console.room_fd)
+        if self.pending and end.out_fd is not None:
+            writing.append(end.out_fd)
+        elif end.out_fd is not None:
+            reading.append(console.output_fd)
+        readable, writable, _ = select.select(reading, writing, [], timeout)
+        if end.listen_fd in readable:
+            end.accept()
+            if end.out_fd is not None:
+                console.pumped(self.position)
+        if console.output_fd in readable:
+            console.clear_output()
+            self.write()
+        elif writable:
+            self.write()
+        if console.room_fd in readable:
+            console.clear_room()
+            self.type()
+        if end.in_fd is not None and end.in_fd in readable:
+            self.read()
+        return self.machine.stop_fd not in readable
+
+    def drain(self) -> None:
+        """Write out what is left, as long as the peer takes any."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self.end.out_fd is not None:
+            before = self.position - len(self.pending)
+            self.write()
+            if not self.pending:
+                return
+            if self.position - len(self.pending) > before:
+                deadline = time.monotonic() + DRAIN_SECONDS
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([], [self.end.out_fd], [], left)[1]:
+                lost = self.console.end - self.position + len(self.pending)
+                raise PeerGone(f"the console's reader stopped reading: {lost} bytes were not delivered")
+
+
+def serve(machine: Machine, end: HostEnd, timeout: float | None = None) -> None:
+    """Move console bytes until the machine has ended or ``timeout`` seconds have passed (it is stopped then).
+
+    Raises :class:`PeerGone` (machine stopped) when the only possible peer went away or did not take everything.
+    """
+    pump = _Pump(machine, end)
+    if end.out_fd is not None:
+        machine.console.pumped(0)
+        pump.write()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not pump.wait(left):
+                break
+            if pump.quit:
+                machine.interrupt(0)
+            elif deadline is not None and time.monotonic() >= deadline:
+                machine.interrupt(1)
+        pump.drain()
+    except PeerGone:
+        machine.interrupt(0)
+        raise
+    finally:
+        machine.console.pumped(None)

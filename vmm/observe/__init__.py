@@ -1,0 +1,1 @@
+"""Looking at a machine from outside: what it did, and why it died."""

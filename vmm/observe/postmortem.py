@@ -1,0 +1,76 @@
+"""One screen about how a guest died: reason, where it was, what it did last, what it said last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmm.bus import MMIO, PIO
+
+if TYPE_CHECKING:
+    from vmm.cpu.vcpu import Exit
+    from vmm.machine import Machine
+    from vmm.outcome import Outcome
+
+EXITS_SHOWN = 8
+CONSOLE_LINES = 8
+
+
+def describe_exit(machine: Machine, event: Exit) -> str:
+    """One exit in words: ``uart RBR/THR <- 0x48 'H'``."""
+    if event.reason not in ("io", "mmio"):
+        return f"{event.reason} {event.address:#x}"
+    space = PIO if event.reason == "io" else MMIO
+    attachment = machine.bus.find(space, event.address)
+    where = f"{attachment.name} {attachment.register(event.address)}" if attachment else "(unclaimed)"
+    arrow = "<-" if event.write else "->"
+    text = f" {chr(event.value)!r}" if event.size == 1 and 32 <= event.value < 127 else ""
+    times = f" x{event.count}" if event.count > 1 else ""
+    return f"{event.reason:4} {event.address:#x}/{event.size}  {where} {arrow} {event.value:#x}{text}{times}"
+
+
+def folded(events: list[str]) -> list[str]:
+    """Runs of the same line as one, with how often."""
+    lines: list[tuple[str, int]] = []
+    for line in events:
+        if lines and lines[-1][0] == line:
+            lines[-1] = (line, lines[-1][1] + 1)
+        else:
+            lines.append((line, 1))
+    return [line if n == 1 else f"{line}  ({n} times)" for line, n in lines]
+
+
+def report(machine: Machine, outcome: Outcome) -> str:
+    """The screen, as text ending in a newline."""
+    from vmm.observe.disassembly import disassemble
+
+    r = outcome.registers
+    who = "" if outcome.vcpu is None else f" on vCPU {outcome.vcpu}"
+    lines = ["", f"pyvmm: {outcome.sentence}{who} (after {outcome.seconds:.3g} s)"]
+    if outcome.reason == "emulation-failure":
+        lines.append(f"  instruction bytes {outcome.instruction.hex(' ') or '(unknown)'}; suberror {outcome.code}")
+    linear = r["rip"] + (r["cs_base"] if outcome.bits == 16 else 0)
+    lines.append(f"  rip {r['rip']:#x}{_symbol(machine, r['rip'])}  {outcome.bits}-bit  rflags {r['rflags']:#x}")
+    for row in (("rax", "rbx", "rcx", "rdx"), ("rsi", "rdi", "rsp", "rbp"), ("cr0", "cr2", "cr3", "cr4")):
+        lines.append("  " + "  ".join(f"{name} {r[name]:#018x}" for name in row))
+    lines.append(f"  cs {r['cs']:#x}  ss {r['ss']:#x}  idt {r['idt_base']:#x}/{r['idt_limit']:#x}  efer {r['efer']:#x}")
+    lines.append("code:")
+    lines += [f"  {line}" for line in disassemble(outcome.instruction, linear, outcome.bits, 4)]
+    if outcome.last_exits:
+        lines.append("last exits:")
+        shown = folded([describe_exit(machine, event) for event in outcome.last_exits])
+        lines += [f"  {line}" for line in shown[-EXITS_SHOWN:]]
+    tail = [line.rstrip() for line in outcome.console.decode(errors="replace").splitlines() if line.strip()]
+    if tail:
+        lines.append("console:")
+        lines += [f"  {line[:116]}" for line in tail[-CONSOLE_LINES:]]
+    return "\n".join(lines) + "\n"
+
+
+def _symbol(machine: Machine, rip: int) -> str:
+    path = machine.entry.symbols if machine.entry else None
+    if not path:
+        return ""
+    from vmm.observe.symbols import Symbols
+
+    name = Symbols(path).name(rip)
+    return f" <{name}>" if name else ""
