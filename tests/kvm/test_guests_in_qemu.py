@@ -28,6 +28,8 @@ CASES = [
     ("multiboot_kludge.bin", "pc", "", (), PASSED),
     # What TCG 7.2 does not do is left out, see guests/traps and guests/uart.
     ("traps", "pc", "ac=0 idt_shift=4", (), PASSED),
+    ("syscall", "pc", "", (), PASSED),
+    ("instructions", "pc", "", ("-cpu", "max"), PASSED),
     ("irq", "pc", "", (), PASSED),
     ("smp", "pc", "cpus=4", ("-smp", "4"), PASSED),
     ("uart", "pc", "qemu=1", (), PASSED),
@@ -66,6 +68,6 @@ def test_the_guest_does_on_qemu_what_it_claims(
 
 
 def test_the_real_mode_guest_is_a_boot_sector(guest: GuestPath) -> None:
-    status, output = qemu("pc", "-drive", f"format=raw,readonly=on,file={guest('hello_real.bin')}")
+    status, output = qemu("pc", "-drive", f"format=raw,snapshot=on,file={guest('hello_real.bin')}")
     assert status == PASSED, output
     assert "Hello from real mode\nPASS\n" in output
