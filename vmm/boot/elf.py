@@ -29,6 +29,7 @@ _TYPES = {
 _EM_386 = 3
 _EM_X86_64 = 62
 _PT_LOAD = 1
+_PT_INTERP = 3
 _PT_NOTE = 4
 
 # A kernel has under ten; every walk over program headers ends here. (PN_XNUM, 0xffff, is above it too.)
@@ -160,6 +161,8 @@ def parse(image: Image) -> Elf:
         raise ImageError(f"{name}: ELF machine {machine:#x} is not x86 (x86-64 is 0x3e, 386 is 0x3)")
     if kind not in (_ET_EXEC, _ET_DYN):
         raise ImageError(f"{name}: ELF type {kind:#x}: {_TYPES.get(kind, 'not an executable')}")
+    if entry == 0:
+        raise ImageError(f"{name}: ELF file without an entry point; link it as a program, not as a shared library")
     if phentsize != (56 if wide else 32):
         raise ImageError(f"{name}: ELF program headers of {phentsize:#x} bytes; the file is damaged")
     if not 1 <= phnum <= SEGMENTS_MAX:
@@ -172,6 +175,8 @@ def parse(image: Image) -> Elf:
             ptype, _, offset, vaddr, paddr, filesz, memsz, align = fields
         else:
             ptype, offset, vaddr, paddr, filesz, memsz, _, align = fields
+        if ptype == _PT_INTERP:
+            raise ImageError(f"{name}: a program for an operating system (it names its dynamic linker), not a kernel")
         if ptype not in (_PT_LOAD, _PT_NOTE):
             continue
         if offset + filesz > image.size:

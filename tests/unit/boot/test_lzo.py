@@ -51,10 +51,20 @@ def test_literals_ride_on_the_low_bits_of_a_match() -> None:
         bytes([17 + 4]) + b"abcd",
         bytes([17 + 4]) + b"abcd" + bytes([0b1_00_111_00, 0]) + END,
         bytes([17 + 9]) + b"ninebytes" + END,
+        bytes([17 + 4]) + b"abcd" + bytes([0b1_00_000_00, 0]) + END,
         bytes([0, 0, 0, 0, 0]),
         bytes([17, 1]) + END,
     ],
-    ids=["empty", "literals cut", "no end", "distance before start", "too long", "endless length", "version 1"],
+    ids=[
+        "empty",
+        "literals cut",
+        "no end",
+        "distance before start",
+        "too long",
+        "match too long",
+        "endless length",
+        "version 1",
+    ],
 )
 def test_a_stream_that_leaves_its_bounds_is_refused(stream: bytes) -> None:
     with pytest.raises(lzo.LzoError):
