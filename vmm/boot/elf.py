@@ -84,6 +84,10 @@ class Elf:
         Linux and most loaders' guests give a physical address in e_entry; a higher-half kernel that gives the
         virtual one, as the ELF specification has it, is translated through the segment that holds it.
         """
+        if self.entry == 0:
+            raise ImageError(
+                f"{self.image.name}: ELF file without an entry point; link it as a program, not as a shared library"
+            )
         for segment in self.segments:
             if segment.paddr <= self.entry < segment.paddr + segment.memsz:
                 return self.entry
@@ -107,7 +111,7 @@ class Elf:
     def move(self, base: int) -> None:
         """Shift every address so that the lowest physical one is ``base``."""
         shift = base - self.low
-        self.entry += shift
+        self.entry += shift if self.entry else 0  # none stays none
         for segment in self.segments:
             segment.paddr += shift
             segment.vaddr += shift
@@ -161,8 +165,6 @@ def parse(image: Image) -> Elf:
         raise ImageError(f"{name}: ELF machine {machine:#x} is not x86 (x86-64 is 0x3e, 386 is 0x3)")
     if kind not in (_ET_EXEC, _ET_DYN):
         raise ImageError(f"{name}: ELF type {kind:#x}: {_TYPES.get(kind, 'not an executable')}")
-    if entry == 0:
-        raise ImageError(f"{name}: ELF file without an entry point; link it as a program, not as a shared library")
     if phentsize != (56 if wide else 32):
         raise ImageError(f"{name}: ELF program headers of {phentsize:#x} bytes; the file is damaged")
     if not 1 <= phnum <= SEGMENTS_MAX:

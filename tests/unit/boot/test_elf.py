@@ -66,6 +66,7 @@ def test_ram_above_4_gib_can_be_loaded_but_not_entered() -> None:
         (elf(Load(MIB, b"x"), kind=4), "core dump"),
         (elf(Load(MIB, b"x"), phentsize=40), "program headers of 0x28 bytes"),
         (elf(Load(MIB, b"x"), entry=0), "without an entry point"),
+        (elf(Load(0, b"x"), entry=0, kind=3), "without an entry point"),
         (elf(Load(MIB, b"/lib/ld.so", kind=3), Load(MIB, b"x")), "names its dynamic linker"),
         (elf(Load(MIB, b"x"), phnum=0), "0 ELF program headers"),
         (elf(Load(MIB, b"x"), phnum=0xFFFF), "65535 ELF program headers"),

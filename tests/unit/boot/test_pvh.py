@@ -21,7 +21,7 @@ def text(ram: FakeMemory, gpa: int) -> bytes:
 @pytest.mark.parametrize("bits", [32, 64])
 def test_a_pvh_file_starts_in_protected_mode_with_start_info_in_ebx(bits: int) -> None:
     ram = FakeMemory(16 * MIB)
-    image = elf(Load(MIB, b"\xf4" * 32), bits=bits, notes=ENTRY)
+    image = elf(Load(MIB, b"\xf4" * 32), bits=bits, notes=ENTRY, entry=0)
     assert boot.identify(image) == "pvh"
     entry = boot.load(
         ram, image=image, cmdline="quiet", initrds=[("/x/a.img", b"AAAA"), ("b", b"B" * 5000)], acpi_rsdp=0xE0000
