@@ -61,6 +61,7 @@ enum {
     MSR_CONNECTED = MSR_CTS | MSR_DSR | MSR_DCD,
 
     FIFO_DEPTH = 16,
+    POLLING = 8, /* LSR reads that asked for nothing else; Linux's start-up makes four in a row at most */
 };
 _Static_assert(FIFO_DEPTH <= VMM_CONSOLE_SLACK, "a FIFO of held bytes must fit the console's slack");
 _Static_assert(sizeof((vmm_uart_state *)0)->rx == FIFO_DEPTH, "the state holds one receive FIFO");
@@ -69,7 +70,8 @@ _Static_assert(sizeof((vmm_uart_state *)0)->rx == FIFO_DEPTH, "the state holds o
 typedef struct registers {
     uint8_t ier, fcr, lcr, mcr, lsr, msr, scr, dll, dlm;
     bool transmit_pending; /* "transmitter empty" has not been acknowledged */
-    bool polled;           /* the previous access read LSR */
+    bool asked;            /* the previous access read LSR, transmitter empty */
+    uint8_t polls;         /* such reads that no write to THR followed, up to POLLING */
     unsigned count;
     unsigned host_count; /* of these the newest so many came from the console; the others were looped back */
     uint8_t rx[FIFO_DEPTH];
@@ -164,10 +166,14 @@ static void pull(vmm_uart *uart)
     }
 }
 
-/* A driver listens when it enables the receive interrupt, or reads LSR twice running: it polls. */
-static void pull_if_enabled(vmm_uart *uart)
+/*
+ * A driver listens once it enables the receive interrupt, or keeps reading LSR for something else than leave
+ * to send. Until then bytes stay with the console: a driver that starts up reads RBR to discard what is
+ * there.
+ */
+static void pull_if_listened_for(vmm_uart *uart)
 {
-    if (uart->r.ier & IER_RECEIVE)
+    if ((uart->r.ier & IER_RECEIVE) || uart->r.polls == POLLING)
         pull(uart);
 }
 
@@ -186,18 +192,21 @@ static void clear_receiver(vmm_uart *uart)
 {
     return_host_bytes(uart);
     uart->r.count = 0;
+    uart->r.polls = 0;
 }
 
 static uint8_t read_rbr(vmm_uart *uart)
 {
-    if (uart->r.count == 0)
+    if (uart->r.count == 0) {
+        uart->r.polls = 0;
         return 0;
+    }
     const uint8_t byte = uart->r.rx[0];
     uart->r.count--;
     memmove(uart->r.rx, uart->r.rx + 1, uart->r.count);
     if (uart->r.host_count > uart->r.count)
         uart->r.host_count = uart->r.count; /* looped bytes are older, so they went first */
-    pull_if_enabled(uart);
+    pull_if_listened_for(uart);
     return byte;
 }
 
@@ -224,8 +233,10 @@ static void transmitter_empty(vmm_uart *uart)
 
 /* A driver that saw THRE may write a FIFO's worth without looking again: these are taken after put refused.
  */
-static void write_thr(vmm_uart *uart, uint8_t byte)
+static void write_thr(vmm_uart *uart, uint8_t byte, bool asked)
 {
+    if (asked && uart->r.polls < POLLING)
+        uart->r.polls--;
     uart->r.transmit_pending = false;
     if (uart->r.mcr & MCR_LOOP) {
         loop_back(uart, byte);
@@ -268,7 +279,7 @@ static void write_mcr(vmm_uart *uart, uint8_t value)
     if (uart->r.mcr & MCR_LOOP)
         return_host_bytes(uart);
     else
-        pull_if_enabled(uart);
+        pull_if_listened_for(uart);
 }
 
 /* ---- registers ---------------------------------------------------------------------------------------- */
@@ -276,8 +287,7 @@ static void write_mcr(vmm_uart *uart, uint8_t value)
 static uint8_t read_register(vmm_uart *uart, uint64_t offset)
 {
     const bool dlab = uart->r.lcr & LCR_DLAB;
-    const bool polled = uart->r.polled;
-    uart->r.polled = offset == LSR;
+    uart->r.asked = false;
     uint8_t value;
     switch (offset) {
     case RBR_THR:
@@ -294,8 +304,10 @@ static uint8_t read_register(vmm_uart *uart, uint64_t offset)
     case MCR:
         return uart->r.mcr;
     case LSR:
-        if (polled)
-            pull(uart);
+        uart->r.asked = uart->r.lsr & LSR_EMPTY;
+        if (uart->r.asked && uart->r.polls < POLLING)
+            uart->r.polls++;
+        pull_if_listened_for(uart);
         value = lsr_value(&uart->r);
         uart->r.lsr &= (uint8_t)~LSR_ERRORS;
         return value;
@@ -317,7 +329,7 @@ static void write_ier(vmm_uart *uart, uint8_t value)
     /* Enabling the transmit interrupt with an idle transmitter raises it: drivers start sending this way. */
     if (enabled & IER_TRANSMIT)
         uart->r.transmit_pending = uart->r.lsr & LSR_EMPTY;
-    pull_if_enabled(uart);
+    pull_if_listened_for(uart);
 }
 
 static void write_fcr(vmm_uart *uart, uint8_t value)
@@ -327,19 +339,20 @@ static void write_fcr(vmm_uart *uart, uint8_t value)
     if (switched || (value & FCR_ENABLE && value & FCR_CLEAR_RECEIVE))
         clear_receiver(uart);
     uart->r.fcr = fcr;
-    pull_if_enabled(uart);
+    pull_if_listened_for(uart);
 }
 
 static void write_register(vmm_uart *uart, uint64_t offset, uint8_t value)
 {
     const bool dlab = uart->r.lcr & LCR_DLAB;
-    uart->r.polled = false;
+    const bool asked = uart->r.asked;
+    uart->r.asked = false;
     switch (offset) {
     case RBR_THR:
         if (dlab)
             uart->r.dll = value;
         else
-            write_thr(uart, value);
+            write_thr(uart, value, asked);
         break;
     case IER:
         if (dlab)
@@ -401,7 +414,7 @@ static void uart_on_input(void *opaque)
 {
     vmm_uart *uart = opaque;
     pthread_mutex_lock(&uart->lock);
-    pull_if_enabled(uart);
+    pull_if_listened_for(uart);
     update_line(uart);
     pthread_mutex_unlock(&uart->lock);
 }
@@ -509,7 +522,7 @@ int vmm_uart_load(vmm_uart *uart, const vmm_uart_state *state)
     pthread_mutex_lock(&uart->lock);
     uart->r = r;
     resume_transmitter(uart);
-    pull_if_enabled(uart);
+    pull_if_listened_for(uart);
     update_line(uart);
     pthread_mutex_unlock(&uart->lock);
     return 0;

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.devices.device import State
 
 FIFO_DEPTH = 16
+POLLING = 8  # LSR reads that asked for nothing else; Linux's start-up makes four in a row at most
 TRIGGER_LEVELS = (1, 4, 8, 14)
 
 IER_RECEIVE, IER_TRANSMIT, IER_LINE, IER_MODEM = 1, 2, 4, 8
@@ -62,8 +63,9 @@ class Uart(Device):
     """A 16550A between a :class:`SerialConsole` and an interrupt line.
 
     Bytes leave at once; while the console refuses them they wait in the transmit FIFO and THRE stays clear. Bytes
-    for the guest stay with the console until the driver listens (enables the receive interrupt, or reads LSR
-    twice running), and return there when it clears a FIFO unread: probing costs no input.
+    for the guest stay with the console until the driver listens (enables the receive interrupt, or keeps reading
+    LSR for something else than leave to send), and return there when it clears a FIFO unread: a driver that probes,
+    clears and discards as it starts up costs no input.
     """
 
     name = "uart"
@@ -78,7 +80,6 @@ class Uart(Device):
     _scr: int
     _dll: int
     _dlm: int
-    _polled: bool
 
     def __init__(self, console: SerialConsole) -> None:
         self.console = console
@@ -129,8 +130,8 @@ class Uart(Device):
             self._rx.append(byte)
             self._from_host += 1
 
-    def _pull_if_enabled(self) -> None:
-        if self._ier & IER_RECEIVE:
+    def _pull_if_listened_for(self) -> None:
+        if self._ier & IER_RECEIVE or self._polls == POLLING:
             self._pull()
 
     def _return_host_bytes(self) -> None:
@@ -139,12 +140,18 @@ class Uart(Device):
         del self._rx[looped:]
         self._from_host = 0
 
+    def _clear_receiver(self) -> None:
+        self._return_host_bytes()
+        self._rx.clear()
+        self._polls = 0
+
     def _read_rbr(self) -> int:
         if not self._rx:
+            self._polls = 0
             return 0
         byte = self._rx.pop(0)
         self._from_host = min(self._from_host, len(self._rx))  # looped bytes are older, so they went first
-        self._pull_if_enabled()
+        self._pull_if_listened_for()
         return byte
 
     def _loop_back(self, byte: int) -> None:
@@ -167,7 +174,9 @@ class Uart(Device):
         if not self._tx and not self._lsr & LSR_EMPTY:
             self._transmitter_empty()
 
-    def _write_thr(self, byte: int) -> None:
+    def _write_thr(self, byte: int, asked: bool) -> None:
+        if asked and self._polls < POLLING:
+            self._polls -= 1  # that LSR read was to learn whether this byte may be sent
         self._transmit_pending = False
         if self._mcr & MCR_LOOP:
             self._loop_back(byte)
@@ -196,13 +205,13 @@ class Uart(Device):
         if self._mcr & MCR_LOOP:
             self._return_host_bytes()
         else:
-            self._pull_if_enabled()
+            self._pull_if_listened_for()
 
     # -- registers ----------------------------------------------------------------------------------------------
 
     def _read_register(self, offset: int) -> int:
         dlab = self._lcr & LCR_DLAB
-        polled, self._polled = self._polled, offset == 5
+        self._asked = False
         if offset == 0:
             return self._dll if dlab else self._read_rbr()
         if offset == 1:
@@ -213,8 +222,9 @@ class Uart(Device):
                 self._transmit_pending = False  # reading it as the cause acknowledges it
             return cause | (IIR_FIFO if self._fcr else 0)
         if offset == 5:
-            if polled:
-                self._pull()
+            self._asked = bool(self._lsr & LSR_EMPTY)
+            self._polls = min(self._polls + self._asked, POLLING)
+            self._pull_if_listened_for()
             value = self._lsr | (LSR_READY if self._rx else 0)
             self._lsr &= ~LSR_ERRORS
             return value
@@ -228,23 +238,22 @@ class Uart(Device):
         if value & ~self._ier & IER_TRANSMIT:
             self._transmit_pending = bool(self._lsr & LSR_EMPTY)
         self._ier = value & 0x0F
-        self._pull_if_enabled()
+        self._pull_if_listened_for()
 
     def _write_fcr(self, value: int) -> None:
         fcr = value & FCR_KEPT if value & FCR_ENABLE else 0
         if (fcr ^ self._fcr) & FCR_ENABLE or (fcr and value & FCR_CLEAR_RECEIVE):
-            self._return_host_bytes()
-            self._rx.clear()
+            self._clear_receiver()
         self._fcr = fcr
-        self._pull_if_enabled()
+        self._pull_if_listened_for()
 
     def _write_register(self, offset: int, value: int) -> None:
         dlab = self._lcr & LCR_DLAB
-        self._polled = False
+        asked, self._asked = self._asked, False
         if offset == 0 and dlab:
             self._dll = value
         elif offset == 0:
-            self._write_thr(value)
+            self._write_thr(value, asked)
         elif offset == 1 and dlab:
             self._dlm = value
         elif offset == 1:
@@ -278,7 +287,7 @@ class Uart(Device):
 
     def _on_input(self) -> None:
         with self._lock:
-            self._pull_if_enabled()
+            self._pull_if_listened_for()
             self._update_line()
 
     def _on_room(self) -> None:
@@ -293,14 +302,15 @@ class Uart(Device):
         self._dll = 1  # 115200 baud, as firmware would leave it
         self._lsr = LSR_EMPTY
         self._msr = self._modem_inputs(0)
-        self._transmit_pending = self._polled = False
+        self._transmit_pending = False
+        self._asked = False  # the previous access read LSR, transmitter empty
+        self._polls = 0  # such reads that no write to THR followed, up to POLLING
         self._tx: list[int] = []
 
     def reset(self) -> None:
         """Master reset: as after power-on; input not yet read stays with the console."""
         with self._lock:
-            self._return_host_bytes()
-            self._rx.clear()
+            self._clear_receiver()
             self._power_on()
             self._update_line()
 
@@ -330,7 +340,7 @@ class Uart(Device):
                 setattr(self, "_" + field, s[field])
             self._rx, self._tx = list(s["rx"]), list(s["tx"])
             self._from_host = 0 if self._mcr & MCR_LOOP else len(self._rx)
-            self._transmit_pending, self._polled = bool(s["transmit_pending"]), False
+            self._transmit_pending, self._asked, self._polls = bool(s["transmit_pending"]), False, 0
             self._drain()
-            self._pull_if_enabled()
+            self._pull_if_listened_for()
             self._update_line()
