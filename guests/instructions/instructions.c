@@ -3,6 +3,9 @@
  * Instructions at CPL 0 that CPUID promises and a kernel may use, each for its result: what the kind of KVM
  * that emulates kernel code is likely not to know. Prints each by name before it runs; those CPUID denies are
  * left out.
+ * What completion by the monitor cannot reach, because KVM's emulator does not fail, can be left out:
+ *   counts=0   tzcnt and lzcnt: taken for the bsf and bsr they are encoded as on older processors
+ *   movbe=0    movbe: #UD where KVM's own CPUID has none, though the guest's shows it
  */
 #include "cpu.h"
 
@@ -40,6 +43,7 @@ static bool has(const char *name, bool promised)
 
 static void integer(void)
 {
+    bool counts = argument("counts", 1);
     uint64_t result, memory = 0x1122334455667788;
     if (has("popcnt", ecx1 & ECX1_POPCNT)) {
         __asm__("popcntq %1, %0" : "=r"(result) : "r"(0xf0f0ull) : "cc");
@@ -47,17 +51,17 @@ static void integer(void)
         __asm__("popcntl %1, %k0" : "=r"(result) : "m"(memory) : "cc");
         CHECK_EQ(result, __builtin_popcount(0x55667788));
     }
-    if (has("tzcnt", ebx7 & EBX7_BMI1)) {
+    if (has("tzcnt", ebx7 & EBX7_BMI1 && counts)) {
         __asm__("tzcntq %1, %0" : "=r"(result) : "r"(0x100ull) : "cc");
         CHECK_EQ(result, 8);
         __asm__("tzcntq %1, %0" : "=r"(result) : "r"(0ull) : "cc"); /* where bsf leaves it undefined */
         CHECK_EQ(result, 64);
     }
-    if (has("lzcnt", ecx81 & ECX81_LZCNT)) {
+    if (has("lzcnt", ecx81 & ECX81_LZCNT && counts)) {
         __asm__("lzcntl %1, %k0" : "=r"(result) : "r"(0x100) : "cc");
         CHECK_EQ(result, 23);
     }
-    if (has("movbe", ecx1 & ECX1_MOVBE)) {
+    if (has("movbe", ecx1 & ECX1_MOVBE && argument("movbe", 1))) {
         __asm__("movbeq %1, %0" : "=r"(result) : "m"(memory));
         CHECK_EQ(result, 0x8877665544332211);
         __asm__("movbel %k1, %0" : "+m"(memory) : "r"(0xaabbccddull));

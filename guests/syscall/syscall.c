@@ -68,8 +68,8 @@ static uint64_t make_call(uint64_t number)
                      "stc\n\t"
                      "syscall\n"
                      "1: cld"
-                     : "=&a"(answer), "=m"(user_rsp), "=m"(user_rip)
-                     : "D"(number)
+                     : "=&a"(answer), "=m"(user_rsp), "=m"(user_rip), "+D"(number)
+                     :
                      : "rcx", "rdx", "rsi", "r8", "r9", "r10", "r11", "memory", "cc");
     return answer;
 }
