@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vmm import host
-from vmm.config import MachineConfig
 from vmm.devices.device import Device
 from vmm.errors import ConsoleTimeout
 from vmm.machine import Machine
@@ -142,8 +141,7 @@ def test_the_guest_ends_as_it_says(guest: GuestPath, name: str, append: str, rea
 @pytest.mark.parametrize(("name", "departures"), [("traps", "iopl=0 user_int=0"), ("instructions", "counts=0 movbe=0")])
 def test_the_processor_does_as_the_architecture_says(guest: GuestPath, name: str, departures: str) -> None:
     # Where kernel code is emulated some of it is beyond a monitor's power: each guest says what and why.
-    found = host.check("/dev/kvm", MachineConfig()).findings
-    assert_passed(run(guest(name), "" if found is None or found.native else departures))
+    assert_passed(run(guest(name), "" if host.findings().native else departures))
 
 
 def test_hello_prints_nothing_before_its_greeting(guest: GuestPath) -> None:
