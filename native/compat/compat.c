@@ -62,6 +62,9 @@ int vmm_compat_enable(vmm_vm *vm, uint32_t flags)
         return vmm_error_set(-EINVAL, "vmm_compat_enable: unknown flags 0x%x", flags);
     if (!flags)
         return 0;
+    const int synced = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+    if ((vmm_vm_check_extension(vm, KVM_CAP_SYNC_REGS) & synced) != synced)
+        return vmm_error_set(-ENOTSUP, "host compatibility needs KVM_CAP_SYNC_REGS");
     /* Without this KVM also queues the #UD that it could not decide on. */
     if (flags & VMM_COMPAT_COMPLETE &&
         vmm_vm_enable_cap(vm, KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, 0, 0, 0) != 0)

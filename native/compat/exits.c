@@ -2,6 +2,7 @@
 /* Completion's KVM side: registers and bytes in, one pure completion, registers and events out. */
 #include "vcpu.h"
 
+#include <errno.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -70,11 +71,23 @@ const struct completion_source kvm_completion_source = {
     .flush_tlb = flush_tlb,
 };
 
+/*
+ * One KVM_RUN that comes straight back brings registers, segments and events together, for a third of what
+ * the three ioctls cost; what completion_store() changes goes in with the guest's next entry. The core clears
+ * immediate_exit and reads the requests before that entry, so a kick that arrives here is not lost.
+ */
 bool completion_load(struct compat_vcpu *compat, struct completion *c)
 {
-    *c = (struct completion){.source = &compat->source};
-    return ioctl(compat->vcpu->fd, KVM_GET_REGS, &c->regs) == 0 &&
-           ioctl(compat->vcpu->fd, KVM_GET_SREGS, &c->sregs) == 0;
+    struct kvm_run *run = compat->vcpu->run;
+    uint32_t exit_reason = run->exit_reason;
+    run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+    __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    bool stayed_out = ioctl(compat->vcpu->fd, KVM_RUN, 0) != 0 && errno == EINTR;
+    __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+    run->kvm_valid_regs = 0;
+    run->exit_reason = exit_reason;
+    *c = (struct completion){.source = &compat->source, .regs = run->s.regs.regs, .sregs = run->s.regs.sregs};
+    return stayed_out;
 }
 
 size_t completion_fetch(struct completion *c, uint8_t bytes[INSN_MAX])
@@ -124,13 +137,14 @@ static bool single_step_trap(struct compat_vcpu *compat, struct completion *c)
 
 bool completion_store(struct compat_vcpu *compat, struct completion *c, enum outcome outcome)
 {
-    int fd = compat->vcpu->fd;
-    struct kvm_vcpu_events events;
-    if (ioctl(fd, KVM_GET_VCPU_EVENTS, &events) != 0)
-        return false;
-    bool shadow = events.interrupt.shadow, event = outcome == COMPLETE_FAULT || outcome == COMPLETE_TRAP;
-    if (outcome == COMPLETE_DONE && c->regs.rflags & FLAG_TF)
-        event = single_step_trap(compat, c);
+    struct kvm_run *run = compat->vcpu->run;
+    struct kvm_sync_regs *sync = &run->s.regs;
+    bool event = outcome == COMPLETE_FAULT || outcome == COMPLETE_TRAP;
+    if (outcome == COMPLETE_DONE && c->regs.rflags & FLAG_TF) {
+        if (!single_step_trap(compat, c))
+            return false;
+        event = true;
+    }
     if (outcome == COMPLETE_FAULT) {
         c->regs.rflags |= FLAG_RF; /* SDM volume 3, 17.3.1.1: the image a fault pushes has RF set */
         if (c->event.vector == V_PF) {
@@ -138,18 +152,22 @@ bool completion_store(struct compat_vcpu *compat, struct completion *c, enum out
             c->sregs_changed = true;
         }
     }
-    if (c->sregs_changed && ioctl(fd, KVM_SET_SREGS, &c->sregs) != 0)
-        return false;
-    if (ioctl(fd, KVM_SET_REGS, &c->regs) != 0)
-        return false;
-    if (!event && !shadow)
-        return true;
-    /* STI's and MOV SS's shadow ends with the instruction after them, which this was. */
-    events.flags = KVM_VCPUEVENT_VALID_SHADOW;
-    events.interrupt.shadow = 0;
-    if (event)
-        queue_event(c, &events);
-    return ioctl(fd, KVM_SET_VCPU_EVENTS, &events) == 0;
+    sync->regs = c->regs;
+    run->kvm_dirty_regs |= KVM_SYNC_X86_REGS;
+    if (c->sregs_changed) {
+        sync->sregs = c->sregs;
+        run->kvm_dirty_regs |= KVM_SYNC_X86_SREGS;
+    }
+    if (event || sync->events.interrupt.shadow) {
+        /* STI's and MOV SS's shadow ends with the instruction after them, which this was. */
+        sync->events.flags = KVM_VCPUEVENT_VALID_SHADOW;
+        sync->events.interrupt.shadow = 0;
+        if (event)
+            queue_event(c, &sync->events);
+        run->kvm_dirty_regs |= KVM_SYNC_X86_EVENTS;
+    }
+    compat->vcpu->unsettled = true; /* a pause must first let these in */
+    return true;
 }
 
 int compat_internal_error(struct vmm_vcpu *vcpu)

@@ -27,7 +27,8 @@ static inline struct compat_machine *compat_of(struct vmm_vcpu *vcpu)
     return vcpu->vm->compat_state;
 }
 
-/* Registers of the vCPU into a completion, ready for complete(); and its outcome back. False: KVM refused. */
+/* Registers of the vCPU into a completion, ready for complete(); and its outcome back. False: the host
+ * refused. */
 bool completion_load(struct compat_vcpu *compat, struct completion *c);
 bool completion_store(struct compat_vcpu *compat, struct completion *c, enum outcome outcome);
 
