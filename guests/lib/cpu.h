@@ -136,13 +136,6 @@ static inline void wrmsr(uint32_t index, uint64_t value)
     __asm__ volatile("wrmsr" ::"c"(index), "a"((uint32_t)value), "d"((uint32_t)(value >> 32)) : "memory");
 }
 
-static inline uint64_t rdtsc(void)
-{
-    uint32_t low, high;
-    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high)::"memory");
-    return (uint64_t)high << 32 | low;
-}
-
 static inline void interrupts_off(void)
 {
     __asm__ volatile("cli" ::: "memory");

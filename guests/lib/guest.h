@@ -84,6 +84,8 @@ _Noreturn void guest_fail(uint32_t value, const char *file, int line, const char
 _Noreturn void guest_fail_eq(uint32_t value, const char *file, int line, const char *expression,
                              unsigned long left, unsigned long right);
 _Noreturn void halt_forever(void);
+/* Return only after about a second: a power-off or reset may take effect some time after it was asked for. */
+void await_the_end(void);
 
 /* ---- serial line, polled ---- */
 
@@ -199,6 +201,13 @@ MMIO_ACCESSORS(32, "l", "r")
 #ifdef __x86_64__
 MMIO_ACCESSORS(64, "q", "r")
 #endif
+
+static inline uint64_t rdtsc(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high)::"memory");
+    return (uint64_t)high << 32 | low;
+}
 
 #endif /* __ASSEMBLER__ */
 #endif

@@ -81,6 +81,13 @@ void halt_forever(void)
         __asm__ volatile("cli; hlt");
 }
 
+void await_the_end(void)
+{
+    uint64_t start = rdtsc();
+    while (rdtsc() - start < 2000000000)
+        ;
+}
+
 void guest_exit(uint32_t value)
 {
     outl(PORT_DEBUG_EXIT, value);

@@ -52,7 +52,6 @@ void guest_main(void)
             outb((uint16_t)fadt->smi_command, fadt->acpi_enable);
         outw(port, (uint16_t)(type << SLP_TYP_SHIFT | SLP_EN));
     }
-    for (volatile int i = 0; i < 10000; i++)
-        ;
+    await_the_end();
     CHECK(!"reached: the power did not go");
 }

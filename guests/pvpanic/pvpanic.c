@@ -12,4 +12,6 @@ void guest_main(void)
     CHECK_EQ(supported & event, event);
     print("panicking\n");
     outb(port, event);
+    await_the_end();
+    CHECK(!"reached: the panic went unheard");
 }

@@ -11,7 +11,6 @@ void guest_main(void)
         inb(DATA);
     print("resetting\n");
     outb(COMMAND, 0xfe);
-    for (volatile int i = 0; i < 10000; i++)
-        ;
+    await_the_end();
     CHECK(!"reached: the reset did not happen");
 }
