@@ -36,24 +36,26 @@ def identify(image: Image | BytesLike, name: str = "image") -> str:
 
     A Linux vmlinux is "linux64" even where it has a PVH note; then PVH, multiboot, and ELF for what it is.
     """
-    from vmm.boot import bzimage, multiboot
-
     source = image if isinstance(image, Image) else Image.of(image, name)
     head = source.head(0x290)
-    if bzimage.is_bzimage(head):
-        return "bzimage"
     if head.startswith(elf.MAGIC):
         return _identify_elf(elf.parse(source))
+    from vmm.boot import bzimage, multiboot
+
+    if bzimage.is_bzimage(head):
+        return "bzimage"
     return "multiboot" if multiboot.find_header(source) else "unknown"
 
 
 def _identify_elf(program: elf.Elf) -> str:
-    from vmm.boot import multiboot, pvh
-
     if program.bits == 64 and program.is_linux():
         return "linux64"
+    from vmm.boot import pvh
+
     if pvh.entry_point(program) is not None:
         return "pvh"
+    from vmm.boot import multiboot
+
     if multiboot.find_header(program.image):
         return "multiboot"
     return f"elf{program.bits}"
@@ -103,15 +105,10 @@ def load(
 def _load_kind(request: Request, kind: str, load_address: int | None, flat_mode: str, unpack: str) -> Entry:
     # Each kind is imported when it is met: most starts need one of them.
     image = request.image
-    if kind == "auto":
-        from vmm.boot import bzimage
-
-        if bzimage.is_bzimage(image.head(0x290)):
-            kind = "bzimage"
-        elif image.head(4) != elf.MAGIC:
-            kind = identify(image)
-            if kind == "unknown" and load_address is None:
-                raise _not_a_kernel(image)
+    if kind == "auto" and image.head(4) != elf.MAGIC:
+        kind = identify(image)
+        if kind == "unknown" and load_address is None:
+            raise _not_a_kernel(image)
     if kind == "bzimage":
         from vmm.boot import bzimage
 
@@ -128,16 +125,22 @@ def _load_kind(request: Request, kind: str, load_address: int | None, flat_mode:
 
 
 def _load_elf(request: Request, kind: str, program: elf.Elf) -> Entry:
-    from vmm.boot import baremetal, linux64, multiboot, pvh
-
     if kind == "auto":
         kind = _identify_elf(program)
     if kind == "linux64":
+        from vmm.boot import linux64
+
         return linux64.load(request, program)
     if kind == "pvh":
+        from vmm.boot import pvh
+
         return pvh.load(request, program)
     if kind == "multiboot":
+        from vmm.boot import multiboot
+
         return multiboot.load(request)
+    from vmm.boot import baremetal
+
     return baremetal.load_elf(request, program)
 
 

@@ -63,12 +63,43 @@ def _show(name: str, default: Any) -> str:
     return f"{default >> 20}M" if name == "memory" else str(default)
 
 
-def configure(args: argparse.Namespace) -> MachineConfig:
+def _arguments(argv: list[str]) -> dict[str, Any]:
+    """What a command line gives, by name of the field (and ``config``, ``verbose``); exits as argparse does."""
+    plain = _plain_arguments(argv)
+    return vars(_parser().parse_args(argv)) if plain is None else plain
+
+
+def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
+    """The usual command line: flags spelt out, each with its value. Anything else is argparse's: ``None``.
+
+    Importing argparse and building its parser takes longer than creating a machine.
+    """
+    verbose = ("verbose", {"action": "store_true"})
+    flags = {**FLAGS, "--config": ("config", {}), "--verbose": verbose, "-v": verbose}
+    given: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name, how = flags.get(flag, ("", {}))
+        if how.get("action") == "store_true" and not equals:
+            given[name] = True
+            continue
+        value = value if equals else next(words, "-")
+        if not name or "action" in how or (value.startswith("-") and not equals):
+            return None
+        try:
+            given[name] = how.get("type", str)(value)
+        except ValueError:
+            return None
+    return given
+
+
+def configure(given: dict[str, Any]) -> MachineConfig:
     """Defaults, then the machine file, then flags."""
     fields = dict(DEFAULTS)
-    if args.config:
-        fields.update(read_file(args.config))
-    fields.update((name, getattr(args, name)) for name, _ in FLAGS.values() if getattr(args, name) is not None)
+    if given.get("config"):
+        fields.update(read_file(given["config"]))
+    fields.update((name, given[name]) for name, _ in FLAGS.values() if given.get(name) is not None)
     config = MachineConfig(**fields)
     if config.kernel is None:
         from vmm.cli.default_linux import find
@@ -79,14 +110,14 @@ def configure(args: argparse.Namespace) -> MachineConfig:
 
 def run(argv: list[str]) -> int:
     """Boot; answers the exit status."""
-    args = _parser().parse_args(argv)
-    config = configure(args)
+    given = _arguments(argv)
+    config = configure(given)
     from vmm.console_host import open_end
 
     end = open_end(config.console)
     try:
         while True:
-            outcome, report = _once(config, end, args.verbose)
+            outcome, report = _once(config, end, bool(given.get("verbose")))
             if not (outcome.reason == "reset" and config.reboot):
                 break
     finally:
