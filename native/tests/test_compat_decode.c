@@ -1,0 +1,586 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Decoding, page walks and completions on plain memory, without KVM. What this processor can execute, it is
+ * asked: a completion has to come to the processor's own registers, flags and bytes.
+ */
+#include "check.h"
+#include "compat/compat.h"
+#include "compat_cases.h"
+
+#include <cpuid.h>
+
+enum {
+    MEMORY = 0x40000,
+    PML4 = 0x1000,
+    PDPT = 0x2000,
+    PD = 0x3000,
+    PT = 0x4000,
+    GDT = 0x5000,
+    CODE = 0x8000,
+    DATA = 0x10000, /* linear and physical */
+};
+#define PTE_NX (1ull << 63)
+
+static struct fixture {
+    _Alignas(4096) uint8_t memory[MEMORY];
+    _Alignas(64) uint8_t fpu[4096];
+    uint64_t xcr0, xss;
+    struct completion_source source;
+    struct completion c;
+} f;
+
+static void *memory_at(void *opaque, uint64_t gpa, uint64_t size)
+{
+    (void)opaque;
+    return gpa <= MEMORY && size <= MEMORY - gpa ? f.memory + gpa : NULL;
+}
+
+static bool get_xsave(void *opaque, void *area)
+{
+    (void)opaque;
+    memcpy(area, f.fpu, sizeof f.fpu);
+    return true;
+}
+
+static bool set_xsave(void *opaque, const void *area)
+{
+    (void)opaque;
+    memcpy(f.fpu, area, sizeof f.fpu);
+    return true;
+}
+
+static bool get_xcr0(void *opaque, uint64_t *xcr0)
+{
+    (void)opaque;
+    *xcr0 = f.xcr0;
+    return true;
+}
+
+static bool get_msr(void *opaque, uint32_t index, uint64_t *value)
+{
+    (void)opaque;
+    *value = index == 0xda0 ? f.xss : 0x1122334455667788;
+    return true;
+}
+
+static unsigned flushes;
+static bool flush_tlb(void *opaque)
+{
+    (void)opaque;
+    flushes++;
+    return true;
+}
+
+static void put64(uint64_t at, uint64_t value)
+{
+    memcpy(f.memory + at, &value, 8);
+}
+
+static uint64_t get64(uint64_t at)
+{
+    uint64_t value;
+    memcpy(&value, f.memory + at, 8);
+    return value;
+}
+
+static void map(uint64_t linear, uint64_t entry)
+{
+    put64(PT + (linear >> 12) * 8, entry);
+}
+
+/* Long mode at CPL 0 with the first 256 KiB mapped one to one, user and writable, in 4 KiB pages. */
+static void fresh(void)
+{
+    memset(&f, 0, sizeof f);
+    flushes = 0;
+    put64(PML4, PDPT | 7);
+    put64(PDPT, PD | 7);
+    put64(PD, PT | 7);
+    for (uint64_t linear = 0; linear < MEMORY; linear += 4096)
+        map(linear, linear | 7);
+    f.source = (struct completion_source){.memory = memory_at,
+                                          .get_xsave = get_xsave,
+                                          .set_xsave = set_xsave,
+                                          .get_xcr0 = get_xcr0,
+                                          .get_msr = get_msr,
+                                          .flush_tlb = flush_tlb};
+    xsave_layout_init(&f.source.layout);
+    f.c.source = &f.source;
+    f.c.regs = (struct kvm_regs){.rip = CODE, .rflags = 2, .rsi = DATA, .rsp = DATA + 0x8000};
+    f.c.sregs.cr0 = 0x80010033;
+    f.c.sregs.cr3 = PML4;
+    f.c.sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXSAVE;
+    f.c.sregs.efer = 0xd01;
+    f.c.sregs.cs = (struct kvm_segment){.type = 11, .present = 1, .s = 1, .l = 1, .limit = 0xffffffff};
+    f.c.sregs.ss = (struct kvm_segment){.type = 3, .present = 1, .s = 1, .db = 1, .limit = 0xffffffff};
+    f.c.sregs.ds = f.c.sregs.es = f.c.sregs.fs = f.c.sregs.gs = f.c.sregs.ss;
+    f.xcr0 = 7;
+}
+
+#define COMPLETE(...) complete(&f.c, (const uint8_t[]){__VA_ARGS__}, sizeof((const uint8_t[]){__VA_ARGS__}))
+
+static void every_case_agrees_with_the_processor(void)
+{
+    uint64_t seed = 0x9e3779b97f4a7c15ull;
+    for (int i = 0; i < N_COMPAT_CASES; i++) {
+        const struct compat_case *test = &compat_cases[i];
+        size_t n = (size_t)(test->end - test->bytes);
+        if (!processor_has(test->needs)) {
+            printf("not on this processor: %s\n", test->name);
+            continue;
+        }
+        fresh();
+        for (int trial = 0; trial < 2000; trial++) {
+            struct native_state native, completed;
+            _Alignas(64) uint8_t memory[64];
+            random_start(&seed, &native, memory);
+            memcpy(f.memory + DATA, memory, 64);
+            state_to_regs(&native, &f.c.regs);
+            f.c.regs.rip = CODE;
+            f.c.regs.rsi = DATA;
+            native.gpr[6] = (uintptr_t)memory;
+            uint64_t dirty = native.rflags;
+            native_execute(&native, test->bytes, n);
+            enum outcome outcome = complete(&f.c, test->bytes, n);
+            regs_to_state(&f.c.regs, &completed);
+            /* Flags no definition covers have to stay as they were. */
+            bool kept = ((completed.rflags ^ dirty) & test->undefined) == 0;
+            if (outcome != COMPLETE_DONE || f.c.regs.rip != CODE + n ||
+                !same_end(test, &native, &completed) || !kept || memcmp(memory, f.memory + DATA, 64) != 0) {
+                fprintf(stderr, "%s: trial %d, outcome %d\n", test->name, trial, outcome);
+                print_state("processor", &native);
+                print_state("completed", &completed);
+                exit(1);
+            }
+        }
+    }
+}
+
+static void lengths_and_operands_are_decoded(void)
+{
+    static const struct {
+        uint8_t bytes[INSN_MAX], n;
+        enum cpu_mode mode;
+        uint8_t opcode, size, base, index, segment;
+        int32_t displacement;
+    } tests[] = {
+        {{0xf3, 0x48, 0x0f, 0xb8, 0x44, 0x8d, 0x10}, 7, CPU_64, 0xb8, 8, 5, 1, SEG_SS, 0x10},
+        {{0xf3, 0x4a, 0x0f, 0xb8, 0x04, 0x25, 1, 0, 0, 0x80},
+         10,
+         CPU_64,
+         0xb8,
+         8,
+         REG_NONE,
+         12,
+         SEG_DS,
+         INT32_MIN + 1},
+        {{0xf3, 0x0f, 0xb8, 0x04, 0x25, 1, 0, 0, 0}, 9, CPU_64, 0xb8, 4, REG_NONE, REG_NONE, SEG_DS, 1},
+        {{0x65, 0xf3, 0x0f, 0xb8, 0x04, 0x24}, 6, CPU_64, 0xb8, 4, 4, REG_NONE, SEG_GS, 0},
+        {{0x65, 0x2e, 0xf3, 0x0f, 0xb8, 0x01}, 6, CPU_64, 0xb8, 4, 1, REG_NONE, SEG_GS, 0},
+        {{0xf3, 0x0f, 0xb8, 0x42, 0xff}, 5, CPU_16, 0xb8, 2, 5, 6, SEG_SS, -1},
+        {{0xf3, 0x0f, 0xb8, 0x06, 0x34, 0x12}, 6, CPU_16, 0xb8, 2, REG_NONE, REG_NONE, SEG_DS, 0x1234},
+        {{0x67, 0x66, 0xf3, 0x0f, 0xb8, 0x00}, 6, CPU_16, 0xb8, 4, 0, REG_NONE, SEG_DS, 0},
+        {{0xf3, 0x0f, 0xb8, 0x05, 1, 0, 0, 0}, 8, CPU_32, 0xb8, 4, REG_NONE, REG_NONE, SEG_DS, 1},
+        {{0x48, 0x66, 0xf3, 0x0f, 0xb8, 0x00}, 6, CPU_64, 0xb8, 2, 0, REG_NONE, SEG_DS, 0}, /* a stale REX */
+        {{0xc4, 0xc2, 0xf8, 0xf7, 0x18}, 5, CPU_64, 0xf7, 8, 8, REG_NONE, SEG_DS, 0},
+    };
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        struct insn insn;
+        CHECK(insn_decode(&insn, tests[i].bytes, tests[i].n, tests[i].mode));
+        CHECK_EQUAL(insn.length, tests[i].n);
+        CHECK_EQUAL(insn.opcode, tests[i].opcode);
+        CHECK_EQUAL(insn.operand_size, tests[i].size);
+        CHECK_EQUAL(insn.base, tests[i].base);
+        CHECK_EQUAL(insn.index, tests[i].index);
+        CHECK_EQUAL(insn.segment, tests[i].segment);
+        CHECK_EQUAL(insn.displacement, tests[i].displacement);
+        for (uint8_t n = 0; n < tests[i].n; n++) /* cut short anywhere it is no instruction */
+            CHECK(!insn_decode(&insn, tests[i].bytes, n, tests[i].mode));
+    }
+    struct insn insn;
+    uint8_t prefixes[16];
+    memset(prefixes, 0x66, sizeof prefixes);
+    CHECK(!insn_decode(&insn, prefixes, sizeof prefixes, CPU_64));
+    memcpy(prefixes + 12, (const uint8_t[]){0xf3, 0x0f, 0xb8, 0xc0}, 4); /* sixteen bytes: one too many */
+    CHECK(!insn_decode(&insn, prefixes, sizeof prefixes, CPU_64));
+    CHECK(insn_decode(&insn, prefixes + 1, 15, CPU_64));
+    CHECK(!insn_decode(&insn, (const uint8_t[]){0x62, 0xf1, 0x7c, 0x48, 0x10, 0x00}, 6, CPU_64)); /* EVEX */
+}
+
+/* No bytes whatever may crash, read too far, or touch the guest and then say that they did not. */
+static void any_bytes_are_safe(void)
+{
+    uint64_t seed = 2463534242ull;
+    fresh();
+    for (int i = 0; i < 300000; i++) {
+        uint8_t *bytes = malloc(INSN_MAX); /* on the heap: a read past them is seen */
+        uint64_t noise[2] = {next_random(&seed), next_random(&seed)};
+        memcpy(bytes, noise, INSN_MAX);
+        if (i & 1) {
+            static const uint8_t starts[][3] = {
+                {0x0f, 0xae}, {0x0f, 0xc7}, {0xf3, 0x0f}, {0xc4, 0xe2}, {0x0f, 0x01}};
+            memcpy(bytes, starts[noise[1] % 5], 2);
+        }
+        size_t n = 1 + (noise[0] >> 60) % INSN_MAX;
+        uint8_t *exact = malloc(n);
+        memcpy(exact, bytes, n);
+        f.c.sregs.cs.l = i % 3 != 0;
+        f.c.sregs.cs.db = i % 3 == 1;
+        struct kvm_regs before = f.c.regs;
+        enum outcome outcome = complete(&f.c, exact, n);
+        if (outcome == COMPLETE_UNKNOWN)
+            CHECK(memcmp(&before, &f.c.regs, sizeof before) == 0);
+        f.c.regs = (struct kvm_regs){.rip = CODE,
+                                     .rflags = 2,
+                                     .rsi = noise[1] % (2 * MEMORY),
+                                     .rax = noise[0],
+                                     .rdx = 7,
+                                     .rcx = noise[1],
+                                     .rbx = DATA,
+                                     .rsp = DATA + 0x8000};
+        free(exact);
+        free(bytes);
+    }
+}
+
+static void page_rights_become_the_right_faults(void)
+{
+    static const struct {
+        uint64_t entry;
+        uint32_t cr4;
+        bool user, write, ac;
+        int64_t error; /* -1: allowed */
+    } tests[] = {
+        {DATA | 7, 0, false, false, false, -1},        {DATA | 7, CR4_SMAP, false, false, false, 1},
+        {DATA | 7, CR4_SMAP, false, false, true, -1},  {DATA | 7, CR4_SMAP, true, true, false, -1},
+        {DATA | 5, 0, false, true, false, 3},          {DATA | 5, 0, true, true, false, 7},
+        {DATA | 3, 0, true, false, false, 5},          {DATA | 3, 0, false, true, false, -1},
+        {DATA | 6, 0, false, true, false, 2},          {DATA | 6, 0, true, false, false, 4},
+        {DATA | 7 | PTE_NX, 0, true, true, false, -1},
+    };
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        fresh();
+        map(DATA, tests[i].entry);
+        f.c.sregs.cr4 |= tests[i].cr4;
+        f.c.sregs.ss.dpl = tests[i].user ? 3 : 0;
+        f.c.regs.rflags |= tests[i].ac ? FLAG_AC : 0;
+        f.c.regs.rcx = 0x0102030405060708;
+        /* movbe %rcx, (%rsi) or movbe (%rsi), %rcx */
+        enum outcome outcome =
+            tests[i].write ? COMPLETE(0x48, 0x0f, 0x38, 0xf1, 0x0e) : COMPLETE(0x48, 0x0f, 0x38, 0xf0, 0x0e);
+        if (tests[i].error < 0) {
+            CHECK_EQUAL(outcome, COMPLETE_DONE);
+            CHECK_EQUAL(get64(PT + (DATA >> 12) * 8) & 0x60, tests[i].write ? 0x60 : 0x20);
+            CHECK_EQUAL(get64(PML4) & 0x60, 0x20);
+            continue;
+        }
+        CHECK_EQUAL(outcome, COMPLETE_FAULT);
+        CHECK_EQUAL(f.c.event.vector, V_PF);
+        CHECK_EQUAL(f.c.event.error, tests[i].error);
+        CHECK_EQUAL(f.c.event.address, DATA);
+        CHECK_EQUAL(f.c.regs.rip, CODE);
+        CHECK_EQUAL(f.c.regs.rcx, 0x0102030405060708);
+    }
+}
+
+static void a_write_across_pages_is_whole_or_not_at_all(void)
+{
+    fresh();
+    map(DATA + 0x1000, 0x30000 | 7); /* physically elsewhere */
+    f.c.regs.rsi = DATA + 0xffd;
+    f.c.regs.rcx = 0x1122334455667788;
+    CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0x38, 0xf1, 0x0e), COMPLETE_DONE);
+    CHECK_EQUAL(f.memory[DATA + 0xffd], 0x11);
+    CHECK_EQUAL(f.memory[DATA + 0xfff], 0x33);
+    CHECK_EQUAL(f.memory[0x30000], 0x44);
+    CHECK_EQUAL(f.memory[0x30004], 0x88);
+    map(DATA + 0x1000, 0);
+    f.c.regs.rcx = 0;
+    CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0x38, 0xf1, 0x0e), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.address, DATA + 0x1000);
+    CHECK_EQUAL(f.c.event.error, 2);
+    CHECK_EQUAL(f.memory[DATA + 0xffd], 0x11);
+}
+
+static void large_pages_and_other_paging_modes_are_walked(void)
+{
+    fresh();
+    put64(PD + 8, 0x0 | 0x87); /* 2 MiB at linear 2 MiB */
+    f.c.regs.rsi = 0x200000 + DATA;
+    put64(DATA, 0xff);
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
+    CHECK_EQUAL(f.c.regs.rax, 8);
+
+    fresh(); /* 32-bit, two levels, linear 4 MiB onto 0 */
+    f.c.sregs.efer = 0;
+    f.c.sregs.cs.l = 0;
+    f.c.sregs.cs.db = 1;
+    f.c.sregs.cr4 = CR4_PSE;
+    memset(f.memory + PML4, 0, 4096);
+    f.memory[PML4 + 4] = 0x87;
+    f.c.regs.rsi = 0x400000 + DATA;
+    put64(DATA, 0xffff);
+    CHECK_EQUAL(COMPLETE(0xf3, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
+    CHECK_EQUAL(f.c.regs.rax, 16);
+
+    fresh(); /* 32-bit PAE: the PDPT is at CR3 */
+    f.c.sregs.efer = 0;
+    f.c.sregs.cs.l = 0;
+    f.c.sregs.cs.db = 1;
+    f.c.sregs.cr3 = PDPT;
+    put64(PDPT, PD | 1);
+    put64(DATA, 7);
+    CHECK_EQUAL(COMPLETE(0xf3, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
+    CHECK_EQUAL(f.c.regs.rax, 3);
+}
+
+static void what_is_not_ram_or_not_modelled_is_left_alone(void)
+{
+    fresh();
+    map(DATA, 0x10000000 | 7);
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_UNKNOWN);
+    fresh();
+    put64(PD, 0x7ffffff000 | 7);
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_UNKNOWN);
+    fresh();
+    f.c.sregs.cr4 |= CR4_LA57;
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_UNKNOWN);
+    fresh();
+    CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0xef, 0xc8), COMPLETE_UNKNOWN); /* pxor */
+    CHECK_EQUAL(COMPLETE(0x90 ^ 0x91), COMPLETE_UNKNOWN);            /* add */
+}
+
+static void segments_have_limits_and_bases(void)
+{
+    fresh();
+    f.c.sregs.gs.base = DATA;
+    f.c.regs.rsi = 8;
+    put64(DATA + 8, 1);
+    CHECK_EQUAL(COMPLETE(0x65, 0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
+    CHECK_EQUAL(f.c.regs.rax, 1);
+
+    fresh();
+    f.c.sregs.efer = 0;
+    f.c.sregs.cr0 = 1;
+    f.c.sregs.cs.l = 0;
+    f.c.sregs.cs.db = 1;
+    f.c.sregs.ds.limit = DATA + 2;
+    CHECK_EQUAL(COMPLETE(0xf3, 0x0f, 0xb8, 0x06), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.vector, V_GP);
+    f.c.sregs.ds.limit = DATA + 3;
+    CHECK_EQUAL(COMPLETE(0xf3, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
+}
+
+static void exceptions_and_privilege(void)
+{
+    fresh();
+    CHECK_EQUAL(COMPLETE(0xcc), COMPLETE_TRAP);
+    CHECK_EQUAL(f.c.event.vector, V_BP);
+    CHECK_EQUAL(f.c.regs.rip, CODE + 1);
+    fresh();
+    CHECK_EQUAL(COMPLETE(0xcd, 0x80), COMPLETE_TRAP);
+    CHECK_EQUAL(f.c.event.vector, 0x80);
+    CHECK(f.c.event.software);
+    fresh();
+    CHECK_EQUAL(COMPLETE(0xce), COMPLETE_FAULT); /* INTO in 64-bit mode */
+    CHECK_EQUAL(f.c.event.vector, V_UD);
+    fresh();
+    f.c.sregs.ss.dpl = 3;
+    CHECK_EQUAL(COMPLETE(0x0f, 0x01, 0xca), COMPLETE_FAULT); /* CLAC */
+    CHECK_EQUAL(f.c.event.vector, V_UD);
+    CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), COMPLETE_FAULT); /* INVPCID */
+    CHECK_EQUAL(f.c.event.vector, V_GP);
+    fresh();
+    CHECK_EQUAL(COMPLETE(0xf0, 0xf3, 0x48, 0x0f, 0xb8, 0xc0), COMPLETE_FAULT); /* LOCK POPCNT */
+    CHECK_EQUAL(f.c.event.vector, V_UD);
+    CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xc7, 0x4e, 0x08), COMPLETE_FAULT); /* CMPXCHG16B off its alignment */
+    CHECK_EQUAL(f.c.event.vector, V_GP);
+}
+
+static void invpcid_flushes_and_checks_its_descriptor(void)
+{
+    for (uint64_t type = 0; type < 5; type++) {
+        fresh();
+        f.c.regs.rax = type;
+        CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), type < 4 ? COMPLETE_DONE : COMPLETE_FAULT);
+        CHECK_EQUAL(flushes, type < 4);
+    }
+    fresh();
+    put64(DATA, 1); /* a PCID without CR4.PCIDE */
+    CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), COMPLETE_FAULT);
+    fresh();
+    put64(DATA + 8, 1ull << 63);
+    CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), COMPLETE_FAULT);
+}
+
+/* ---- the XSAVE family, against this processor's own ---- */
+
+#define NATIVE(instruction, area, features)                                                                  \
+    __asm__ volatile(instruction " %0"                                                                       \
+                     : "+m"(*(uint8_t(*)[4096])(area))                                                       \
+                     : "a"((uint32_t)(features)), "d"(0)                                                     \
+                     : "memory")
+
+static const struct {
+    const char *name, *needs;
+    uint8_t bytes[4];
+} save_forms[] = {
+    {"xsave64", "xsave", {0x48, 0x0f, 0xae, 0x26}},
+    {"xsaveopt64", "xsaveopt", {0x48, 0x0f, 0xae, 0x36}},
+    {"xsavec64", "xsavec", {0x48, 0x0f, 0xc7, 0x26}},
+};
+
+static void native_save(size_t form, uint8_t *area, uint32_t features)
+{
+    if (form == 0)
+        NATIVE("xsave64", area, features);
+    else if (form == 1)
+        NATIVE("xsaveopt64", area, features);
+    else
+        NATIVE("xsavec64", area, features);
+}
+
+/*
+ * A random state in standard format whose header says `in_use`; x87 without pending exceptions, MXCSR legal
+ * and, as KVM has it, initial while SSE is not in use.
+ */
+static void random_fpu(uint64_t *seed, uint8_t *area, uint64_t in_use)
+{
+    memset(area, 0, 4096);
+    for (int i = 32; i < 416; i += 8) {
+        uint64_t value = next_random(seed);
+        memcpy(area + i, &value, 8);
+    }
+    for (int i = 0; i < 8; i++) /* upper bytes of the x87 registers are reserved */
+        memset(area + 32 + 16 * i + 10, 0, 6);
+    for (int i = 576; i < 832; i += 8) {
+        uint64_t value = next_random(seed);
+        memcpy(area + i, &value, 8);
+    }
+    const uint16_t fcw = 0x037f;
+    const uint32_t mxcsr = in_use & 2 && next_random(seed) & 1 ? 0x1fa1 : 0x1f80;
+    memcpy(area, &fcw, 2);
+    area[4] = (uint8_t)next_random(seed); /* abridged tag word */
+    memcpy(area + 24, &mxcsr, 4);
+    memcpy(area + 512, &in_use, 8);
+}
+
+static void saves_agree_with_the_processor(void)
+{
+    static _Alignas(64) uint8_t mine[4096], state[4096], native[4096];
+    uint64_t seed = 1234567;
+    NATIVE("xsave64", mine, ~0u);
+    for (size_t form = 0; form < 3; form++)
+        for (int trial = 0; processor_has(save_forms[form].needs) && trial < 500; trial++) {
+            fresh();
+            uint32_t features = next_random(&seed) & 7;
+            uint64_t in_use = next_random(&seed) & 7;
+            random_fpu(&seed, state, in_use);
+            uint8_t fill = (uint8_t)next_random(&seed);
+            memset(native, fill, sizeof native);
+            memset(native + 512, 0, 64);
+            memcpy(f.memory + DATA, native, sizeof native);
+
+            NATIVE("xrstor64", state, 7);
+            NATIVE("xsave64", f.fpu, 7); /* as KVM would hand it out */
+            NATIVE("xrstor64", state, 7);
+            native_save(form, native, features);
+            NATIVE("xrstor64", mine, ~0u);
+
+            f.c.regs.rax = features;
+            CHECK_EQUAL(complete(&f.c, save_forms[form].bytes, 4), COMPLETE_DONE);
+            /* MXCSR_MASK is the processor's to write; KVM's area has the same. */
+            for (int i = 0; i < 4096; i++)
+                if (native[i] != f.memory[DATA + i]) {
+                    fprintf(stderr, "%s features %x in use %x: byte %d is %02x, not %02x\n",
+                            save_forms[form].name, features, (unsigned)in_use, i, f.memory[DATA + i],
+                            native[i]);
+                    exit(1);
+                }
+        }
+}
+
+static void restores_agree_with_the_processor(void)
+{
+    static _Alignas(64) uint8_t mine[4096], before[4096], image[4096], native[4096], completed[4096];
+    uint64_t seed = 7654321;
+    NATIVE("xsave64", mine, ~0u);
+    for (int compact = 0; compact < (processor_has("xsavec") ? 2 : 1); compact++)
+        for (int trial = 0; trial < 500; trial++) {
+            fresh();
+            uint32_t features = next_random(&seed) & 7;
+            random_fpu(&seed, before, next_random(&seed) & 7);
+            random_fpu(&seed, image, next_random(&seed) & 7);
+            if (next_random(&seed) & 1) /* the standard format's MXCSR counts whether or not SSE is in use */
+                memcpy(image + 24, &(const uint32_t){0x1fa1}, 4);
+            if (compact) {
+                NATIVE("xrstor64", image, 7);
+                memset(image, 0, sizeof image);
+                NATIVE("xsavec64", image, 7);
+            }
+            NATIVE("xrstor64", before, 7);
+            NATIVE("xsave64", f.fpu, 7);
+            memcpy(f.memory + DATA, image, sizeof image);
+            NATIVE("xrstor64", before, 7);
+            NATIVE("xrstor64", image, features);
+            memset(native, 0, sizeof native);
+            NATIVE("xsave64", native, 7);
+            NATIVE("xrstor64", mine, ~0u);
+
+            f.c.regs.rax = features;
+            CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xae, 0x2e), COMPLETE_DONE);
+            NATIVE("xrstor64", f.fpu, 7); /* what KVM would load */
+            memset(completed, 0, sizeof completed);
+            NATIVE("xsave64", completed, 7);
+            NATIVE("xrstor64", mine, ~0u);
+            for (int i = 0; i < 4096; i++)
+                if (native[i] != completed[i] && i / 8 != 512 / 8) {
+                    fprintf(stderr, "xrstor compact %d features %x: byte %d is %02x, not %02x\n", compact,
+                            features, i, completed[i], native[i]);
+                    exit(1);
+                }
+        }
+}
+
+static void bad_restore_headers_are_refused(void)
+{
+    static const struct {
+        unsigned at;
+        uint8_t value;
+    } tests[] = {{512, 8}, {520, 1}, {527, 0x40}, {528, 1}, {24 + 3, 0x80}};
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        fresh();
+        f.memory[DATA + 512] = 3;
+        f.memory[DATA + 24 + 1] = 0x1f;
+        f.memory[DATA + tests[i].at] = tests[i].value;
+        f.c.regs.rax = 7;
+        CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xae, 0x2e), COMPLETE_FAULT);
+        CHECK_EQUAL(f.c.event.vector, V_GP);
+    }
+    fresh(); /* XRSTORS takes the compacted format only */
+    CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xc7, 0x1e), COMPLETE_FAULT);
+    fresh();
+    f.c.sregs.cr0 |= CR0_TS;
+    CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xae, 0x2e), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.vector, V_NM);
+}
+
+int main(void)
+{
+    lengths_and_operands_are_decoded();
+    every_case_agrees_with_the_processor();
+    any_bytes_are_safe();
+    page_rights_become_the_right_faults();
+    a_write_across_pages_is_whole_or_not_at_all();
+    large_pages_and_other_paging_modes_are_walked();
+    what_is_not_ram_or_not_modelled_is_left_alone();
+    segments_have_limits_and_bases();
+    exceptions_and_privilege();
+    invpcid_flushes_and_checks_its_descriptor();
+    if (processor_has("xsave") && processor_has("avx")) {
+        saves_agree_with_the_processor();
+        restores_agree_with_the_processor();
+    }
+    bad_restore_headers_are_refused();
+    return 0;
+}
