@@ -75,6 +75,7 @@ struct vmm_compat_ops {
 struct vmm_vm {
     int kvm_fd, fd;
     uint32_t flags, run_size;
+    bool has_chips;
 
     struct vmm_region regions[VMM_MAX_REGIONS];
     uint32_t n_regions;
@@ -131,6 +132,7 @@ void vmm_bus_deinit(struct vmm_bus *bus);
 bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t size, uint64_t *value,
                     bool write, uint32_t *tag);
 
+int vmm_vm_create_chips(struct vmm_vm *vm);
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
 
 #endif

@@ -28,6 +28,9 @@ int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
     *out = NULL;
     if (vm->n_vcpus == VMM_MAX_VCPUS)
         return vmm_error_set(-ENOSPC, "more than %d vCPUs", VMM_MAX_VCPUS);
+    int rc = vmm_vm_create_chips(vm);
+    if (rc < 0)
+        return rc;
     struct vmm_vcpu *vcpu = calloc(1, sizeof(*vcpu));
     if (!vcpu)
         return vmm_error_set(-ENOMEM, "vCPU");
@@ -37,7 +40,7 @@ int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
     vcpu->fd = ioctl(vm->fd, KVM_CREATE_VCPU, (unsigned long)id);
     if (vcpu->fd >= 0)
         vcpu->run = mmap(NULL, vm->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
-    int rc = vcpu->run == MAP_FAILED ? vmm_error_errno("KVM_CREATE_VCPU") : 0;
+    rc = vcpu->run == MAP_FAILED ? vmm_error_errno("KVM_CREATE_VCPU") : 0;
     if (rc == 0 && vm->compat)
         rc = vm->compat->vcpu_init(vcpu);
     if (rc < 0) {

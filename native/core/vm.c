@@ -41,9 +41,17 @@ static int create_vm(struct vmm_vm *vm)
     do {
         vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
     } while (vm->fd < 0 && errno == EINTR);
-    if (vm->fd < 0)
-        return vmm_error_errno("KVM_CREATE_VM");
-    if (!(vm->flags & VMM_VM_IRQCHIP))
+    return vm->fd < 0 ? vmm_error_errno("KVM_CREATE_VM") : 0;
+}
+
+/*
+ * KVM wants the interrupt controllers before the first vCPU; they come no earlier than that because a memory
+ * slot that is set after them waits for the SRCU grace period in which KVM frees the buses they replaced (4
+ * to 7 ms).
+ */
+int vmm_vm_create_chips(struct vmm_vm *vm)
+{
+    if (vm->has_chips || !(vm->flags & VMM_VM_IRQCHIP))
         return 0;
     /* Three pages KVM keeps below 4 GiB for itself on Intel; placed under the BIOS area, outside any RAM of
      * ours. */
@@ -54,6 +62,7 @@ static int create_vm(struct vmm_vm *vm)
     struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     if ((vm->flags & VMM_VM_PIT) && ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
         return vmm_error_errno("KVM_CREATE_PIT2");
+    vm->has_chips = true;
     return 0;
 }
 

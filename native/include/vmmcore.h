@@ -37,6 +37,7 @@ const char *vmm_error_text(void);
 typedef struct vmm_vm vmm_vm;
 typedef struct vmm_vcpu vmm_vcpu;
 
+/* What KVM models. It is there from the first vmm_vcpu_create on; a line driven before leads nowhere. */
 enum vmm_vm_flags {
     VMM_VM_IRQCHIP = 1,   /* in-kernel PIC, I/O APIC and local APICs */
     VMM_VM_PIT = 2,       /* in-kernel i8254 and port 0x61 (needs VMM_VM_IRQCHIP) */
