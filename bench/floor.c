@@ -56,16 +56,6 @@ static int64_t now(void)
 
 /* ---- the machine ---- */
 
-static int create_vm(int kvm)
-{
-    int vm = must(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
-    must(ioctl(vm, KVM_SET_TSS_ADDR, TSS_ADDRESS), "KVM_SET_TSS_ADDR");
-    must(ioctl(vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
-    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-    must(ioctl(vm, KVM_CREATE_PIT2, &pit), "KVM_CREATE_PIT2");
-    return vm;
-}
-
 static void add_memory(int vm)
 {
     int fd = must(memfd_create("guest-memory", MFD_CLOEXEC), "memfd_create");
@@ -75,6 +65,16 @@ static void add_memory(int vm)
         err(2, "mmap of guest memory");
     struct kvm_userspace_memory_region region = {.memory_size = MEMORY, .userspace_addr = (uintptr_t)memory};
     must(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
+}
+
+/* After memory: KVM_SET_USER_MEMORY_REGION waits for the SRCU grace period that these leave pending, 4 to 7
+ * ms. */
+static void create_chips(int vm)
+{
+    must(ioctl(vm, KVM_SET_TSS_ADDR, TSS_ADDRESS), "KVM_SET_TSS_ADDR");
+    must(ioctl(vm, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP");
+    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
+    must(ioctl(vm, KVM_CREATE_PIT2, &pit), "KVM_CREATE_PIT2");
 }
 
 static struct kvm_run *add_vcpu(int kvm, int vm, int *vcpu)
@@ -212,8 +212,9 @@ int main(int argc, char **argv)
         errx(2, "usage: floor GUEST [COMMAND-LINE]");
     int64_t start = now();
     int kvm = must(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm"), vcpu;
-    int vm = create_vm(kvm);
+    int vm = must(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
     add_memory(vm);
+    create_chips(vm);
     struct kvm_run *run = add_vcpu(kvm, vm, &vcpu);
     uint32_t entry = load(argv[1]);
     write_start_info(argc == 3 ? argv[2] : "");
