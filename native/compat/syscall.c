@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The SYSCALL repair.
+ * The SYSCALL repair, and its relatives: how CPL 3 gets into the guest's kernel on hosts where that goes
+ * wrong.
  *
- * On the hosts concerned SYSCALL at CPL 3 sets RCX, R11, RFLAGS and RIP as it should but leaves CPL at 3. The
- * entry point is supervisor memory, so its fetch ends in the guest's #PF handler. A hardware breakpoint on
- * that handler's first instruction shows us each #PF before the guest sees it: one that is such a SYSCALL is
- * undone and the vCPU put where SYSCALL should have; any other is let go by completing the handler's first
- * instruction here, because KVM would hit the breakpoint again. LSTAR writes are filtered so that we know
- * when to look for the handler.
+ *   SYSCALL, 64-bit: RCX, R11, RFLAGS and RIP are right, but CPL stays 3. The entry point is supervisor
+ * memory, so its fetch ends in the guest's #PF handler. SYSCALL, 32-bit: CPL is right, but RIP is CSTAR cut
+ * to 32 bits. Again a #PF, taken on the user's stack. INT n:           #UD.
+ *
+ * Hardware breakpoints on the first instructions of the guest's #PF and #UD handlers show us each such
+ * exception before the guest sees it. One that should not have been is undone; any other is let go by
+ * completing the handler's first instruction here, because KVM would hit the breakpoint again. Writes of the
+ * MSRs are filtered, so that we know them and know when to look for the handlers. While armed, the guest's
+ * own debug registers have no effect.
  */
 #include "vcpu.h"
 
@@ -17,31 +21,41 @@
 
 #define MSR_STAR 0xc0000081u
 #define MSR_LSTAR 0xc0000082u
+#define MSR_CSTAR 0xc0000083u
 #define MSR_SFMASK 0xc0000084u
 
-enum { DR6_B0 = 1, DR7_L0_G0_EXACT = 0x702, PF_ERROR_USER = 4 };
+enum { DR7_G0 = 2, DR7_G1 = 8, DR7_EXACT = 0x700, PF_ERROR_USER = 4 };
 
-/* What the processor pushes for #PF in 64-bit mode. */
-struct page_fault_frame {
-    uint64_t error, rip, cs, rflags, rsp, ss;
+/* What the processor pushes for an exception in 64-bit mode, below an error code where there is one. */
+struct exception_frame {
+    uint64_t rip, cs, rflags, rsp, ss;
 };
 
-static bool guest_debug(struct compat_vcpu *compat, uint32_t control, uint64_t breakpoint)
+/* A gate of the 64-bit IDT, as far as it matters here. */
+struct gate {
+    uint64_t entry;
+    uint16_t selector;
+    uint8_t ist, type, dpl;
+};
+enum { GATE_INTERRUPT = 14, GATE_TRAP = 15 };
+
+static bool guest_debug(struct compat_vcpu *compat, uint32_t control)
 {
     struct kvm_guest_debug debug = {.control = control};
     if (control & KVM_GUESTDBG_USE_HW_BP) {
-        debug.arch.debugreg[0] = breakpoint;
-        debug.arch.debugreg[7] = DR7_L0_G0_EXACT;
+        debug.arch.debugreg[0] = compat->page_fault_entry;
+        debug.arch.debugreg[1] = compat->undefined_entry;
+        debug.arch.debugreg[7] =
+            DR7_EXACT | (compat->page_fault_entry ? DR7_G0 : 0) | (compat->undefined_entry ? DR7_G1 : 0);
     }
     return ioctl(compat->vcpu->fd, KVM_SET_GUEST_DEBUG, &debug) == 0;
 }
 
-static bool arm(struct compat_vcpu *compat, uint64_t breakpoint)
+static bool arm(struct compat_vcpu *compat)
 {
     compat->stepping = false;
-    compat->breakpoint = breakpoint;
-    uint32_t control = breakpoint ? KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP : 0;
-    return guest_debug(compat, control, breakpoint);
+    bool any = compat->page_fault_entry || compat->undefined_entry;
+    return guest_debug(compat, any ? KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP : 0);
 }
 
 /* Supervisor memory read whatever the CPL, as exception delivery reads the IDT. */
@@ -61,42 +75,56 @@ static bool read_linear(struct completion *c, uint64_t linear, void *to, size_t 
     return true;
 }
 
-static uint64_t page_fault_entry(struct completion *c)
+static bool read_gate(struct completion *c, unsigned vector, struct gate *gate)
 {
-    uint64_t gate[2];
-    uint64_t at = c->sregs.idt.base + V_PF * sizeof gate;
-    if (!(c->sregs.efer & EFER_LMA) || c->sregs.idt.limit < (V_PF + 1) * sizeof gate - 1 ||
-        !read_linear(c, at, gate, sizeof gate) || !(gate[0] >> 47 & 1))
-        return 0;
-    return (gate[0] & 0xffff) | (gate[0] >> 32 & 0xffff0000u) | gate[1] << 32;
+    uint64_t raw[2];
+    if (!(c->sregs.efer & EFER_LMA) || c->sregs.idt.limit < (vector + 1) * sizeof raw - 1 ||
+        !read_linear(c, c->sregs.idt.base + vector * sizeof raw, raw, sizeof raw))
+        return false;
+    *gate = (struct gate){
+        .entry = (raw[0] & 0xffff) | (raw[0] >> 32 & 0xffff0000u) | raw[1] << 32,
+        .selector = raw[0] >> 16 & 0xffff,
+        .ist = raw[0] >> 32 & 7,
+        .type = raw[0] >> 40 & 15,
+        .dpl = raw[0] >> 45 & 3,
+    };
+    return raw[0] >> 47 & 1 && (gate->type == GATE_INTERRUPT || gate->type == GATE_TRAP);
 }
 
 void syscall_repair_refresh(struct compat_vcpu *compat, struct completion *c)
 {
     if (!compat->lstar)
         return;
-    uint64_t entry = page_fault_entry(c);
-    if (entry != compat->breakpoint || compat->stepping)
-        arm(compat, entry);
+    struct gate page_fault, undefined;
+    uint64_t first = read_gate(c, V_PF, &page_fault) ? page_fault.entry : 0;
+    uint64_t second = read_gate(c, V_UD, &undefined) ? undefined.entry : 0;
+    if (first == compat->page_fault_entry && second == compat->undefined_entry && !compat->stepping)
+        return;
+    compat->page_fault_entry = first;
+    compat->undefined_entry = second;
+    arm(compat);
 }
 
 /*
  * Is this #PF a SYSCALL's? A program that jumps to LSTAR by itself must not get in with an R11 of its choice:
  * SYSCALL has masked RFLAGS with SFMASK, a jump has not, and a program cannot clear IF, which every kernel
- * masks.
+ * masks. The 32-bit form is at CPL 0 by then, where no program gets by itself.
  */
-static bool is_syscall(const struct compat_vcpu *compat, const struct completion *c,
-                       const struct page_fault_frame *frame)
+static bool is_syscall(const struct compat_vcpu *compat, const struct completion *c, uint64_t error,
+                       const struct exception_frame *frame, uint64_t *entry)
 {
     const uint64_t ignored = FLAG_RF | 2;
-    return frame->rip == compat->lstar && c->sregs.cr2 == compat->lstar && (frame->cs & 3) == 3 &&
-           frame->error & PF_ERROR_USER &&
+    bool user = (frame->cs & 3) == 3;
+    *entry = user ? compat->lstar : compat->cstar;
+    uint64_t reached = user ? compat->lstar : (uint32_t)compat->cstar;
+    return *entry && frame->rip == reached && c->sregs.cr2 == reached && user == !!(error & PF_ERROR_USER) &&
            ((frame->rflags ^ (c->regs.r11 & ~compat->sfmask)) & ~ignored) == 0;
 }
 
 /* SYSCALL's own description (SDM volume 2): flat CS and SS from STAR, RFLAGS masked; RCX and R11 are right
  * already. */
-static void enter_kernel(const struct compat_vcpu *compat, struct completion *c, uint64_t user_rsp)
+static void enter_kernel(const struct compat_vcpu *compat, struct completion *c, uint64_t entry,
+                         uint64_t user_rsp)
 {
     uint16_t selector = compat->star >> 32 & 0xfffc;
     c->sregs.cs = (struct kvm_segment){
@@ -109,13 +137,62 @@ static void enter_kernel(const struct compat_vcpu *compat, struct completion *c,
                                        .s = 1,
                                        .g = 1};
     c->sregs_changed = true;
-    c->regs.rip = compat->lstar;
+    c->regs.rip = entry;
     c->regs.rsp = user_rsp;
     c->regs.rflags = (c->regs.r11 & ~compat->sfmask & ~(uint64_t)FLAG_RF) | 2;
 }
 
-/* Let the handler's first instruction happen: completed here, or else single-stepped with the breakpoint off.
+static bool repair_syscall(struct compat_vcpu *compat, struct completion *c)
+{
+    uint64_t error, entry;
+    struct exception_frame frame;
+    if (!read_linear(c, c->regs.rsp, &error, sizeof error) ||
+        !read_linear(c, c->regs.rsp + sizeof error, &frame, sizeof frame) ||
+        !is_syscall(compat, c, error, &frame, &entry))
+        return false;
+    enter_kernel(compat, c, entry, frame.rsp);
+    return true;
+}
+
+/*
+ * A #UD that is CPL 3's INT n: its frame lies where INT n's would and differs in RIP and RF, so it is put
+ * right in place and the other gate's handler entered. A gate that CPL 3 may not use stays a #UD.
  */
+static bool repair_int(struct completion *c)
+{
+    enum { INT_N = 0xcd, LENGTH = 2 };
+    struct exception_frame frame;
+    struct gate undefined, gate;
+    if (!read_linear(c, c->regs.rsp, &frame, sizeof frame) || (frame.cs & 3) != 3)
+        return false;
+    uint8_t bytes[LENGTH];
+    for (unsigned i = 0; i < LENGTH; i++) {
+        uint64_t gpa;
+        if (linear_translate(c, frame.rip + i, ACCESS_FETCH | ACCESS_USER, &gpa) != COMPLETE_DONE)
+            return false;
+        const uint8_t *at = c->source->memory(c->source->opaque, gpa, 1);
+        if (!at)
+            return false;
+        bytes[i] = *at;
+    }
+    if (bytes[0] != INT_N || !read_gate(c, V_UD, &undefined) || !read_gate(c, bytes[1], &gate) ||
+        gate.dpl != 3 || gate.ist || undefined.ist || gate.selector != undefined.selector)
+        return false;
+    frame.rip += LENGTH;
+    frame.rflags &= ~(uint64_t)FLAG_RF;
+    struct span span;
+    if (linear_span(c, c->regs.rsp, sizeof frame, ACCESS_WRITE, &span) != COMPLETE_DONE)
+        return false;
+    span_write(&span, 0, &frame, sizeof frame);
+    c->regs.rip = gate.entry;
+    c->regs.rflags &= ~(uint64_t)(FLAG_IF | FLAG_RF);
+    if (gate.type == GATE_TRAP)
+        c->regs.rflags |= frame.rflags & FLAG_IF;
+    return true;
+}
+
+/* Let the handler's first instruction happen: completed here, or else single-stepped with the breakpoints
+ * off. */
 static bool step_over(struct compat_vcpu *compat, struct completion *c)
 {
     uint8_t bytes[INSN_MAX];
@@ -124,7 +201,7 @@ static bool step_over(struct compat_vcpu *compat, struct completion *c)
     if (outcome == COMPLETE_DONE)
         return completion_store(compat, c, outcome);
     compat->stepping = true;
-    return guest_debug(compat, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP, 0);
+    return guest_debug(compat, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP);
 }
 
 int compat_debug(struct vmm_vcpu *vcpu)
@@ -132,23 +209,17 @@ int compat_debug(struct vmm_vcpu *vcpu)
     struct compat_vcpu *compat = vcpu->compat;
     struct compat_machine *machine = compat_of(vcpu);
     if (compat->stepping) /* wherever the step ended, an interrupt's entry included */
-        return arm(compat, compat->breakpoint);
-    const struct kvm_debug_exit_arch *debug = &vcpu->run->debug.arch;
-    if (!compat->breakpoint || debug->exception != V_DB || !(debug->dr6 & DR6_B0))
+        return arm(compat);
+    uint64_t at = vcpu->run->debug.arch.pc;
+    bool page_fault = at == compat->page_fault_entry;
+    if (!at || (!page_fault && at != compat->undefined_entry))
         return 0;
     struct completion c;
-    struct page_fault_frame frame;
-    if (!completion_load(compat, &c))
+    if (!completion_load(compat, &c) || c.regs.rip != at || completion_cpl(&c) != 0)
         return 0;
-    if (c.regs.rip != compat->breakpoint)
-        return 0;
-    if (page_fault_entry(&c) == compat->breakpoint && completion_cpl(&c) == 0 &&
-        read_linear(&c, c.regs.rsp, &frame, sizeof frame) && is_syscall(compat, &c, &frame)) {
-        enter_kernel(compat, &c, frame.rsp);
-        if (!completion_store(compat, &c, COMPLETE_JUMPED))
-            return 0;
+    if (page_fault ? repair_syscall(compat, &c) : repair_int(&c)) {
         atomic_fetch_add_explicit(&machine->syscalls, 1, memory_order_relaxed);
-        return 1;
+        return completion_store(compat, &c, COMPLETE_JUMPED);
     }
     atomic_fetch_add_explicit(&machine->faults, 1, memory_order_relaxed);
     return step_over(compat, &c);
@@ -162,6 +233,7 @@ int compat_wrmsr(struct vmm_vcpu *vcpu)
     uint64_t value = run->msr.data;
     uint64_t *kept = index == MSR_STAR     ? &compat->star
                      : index == MSR_LSTAR  ? &compat->lstar
+                     : index == MSR_CSTAR  ? &compat->cstar
                      : index == MSR_SFMASK ? &compat->sfmask
                                            : NULL;
     if (!kept)
@@ -178,10 +250,9 @@ int compat_wrmsr(struct vmm_vcpu *vcpu)
 
 int syscall_repair_enable(struct vmm_vm *vm)
 {
-    /* Denied writes exit to us: bits of STAR, LSTAR and SFMASK clear, CSTAR's set. */
-    _Static_assert(MSR_LSTAR == MSR_STAR + 1 && MSR_SFMASK == MSR_STAR + 3,
-                   "bit n of the bitmap is STAR + n");
-    uint8_t allowed[1] = {1u << 2};
+    /* Writes of these four exit to us: a clear bit denies. */
+    _Static_assert(MSR_LSTAR == MSR_STAR + 1 && MSR_SFMASK == MSR_STAR + 3, "one range of four");
+    uint8_t allowed[1] = {0};
     struct kvm_msr_filter filter = {
         .flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
         .ranges[0] = {.flags = KVM_MSR_FILTER_WRITE, .nmsrs = 4, .base = MSR_STAR, .bitmap = allowed},

@@ -16,10 +16,10 @@ struct compat_machine {
 struct compat_vcpu {
     struct vmm_vcpu *vcpu;
     struct completion_source source;
-    /* The SYSCALL repair. */
-    uint64_t lstar, sfmask, star; /* as the guest wrote them; lstar 0: not yet */
-    uint64_t breakpoint;          /* the guest's #PF entry, armed while not 0 */
-    bool stepping;                /* over that entry's first instruction */
+    /* The SYSCALL repair. The MSRs are as the guest wrote them; lstar 0: not yet. */
+    uint64_t star, lstar, cstar, sfmask;
+    uint64_t page_fault_entry, undefined_entry; /* breakpoints, armed while not 0 */
+    bool stepping;                              /* over such an entry's first instruction */
 };
 
 static inline struct compat_machine *compat_of(struct vmm_vcpu *vcpu)

@@ -242,9 +242,6 @@ static int sequences_end_as_the_architecture_says(void)
     memcpy(m.memory + HANDLERS + 0x1000, return_0x42, sizeof return_0x42);
     gate(3, KERNEL_BASE + HANDLERS + 0x1000, 0);
     gate(0x41, KERNEL_BASE + HANDLERS + 0x1000, 0);
-    vmm_sregs sregs = m.sregs;
-    sregs.cr4 |= 0x200000; /* SMAP: STAC and CLAC are #UD without it */
-    bool smap = processor_has("smap");
     for (size_t i = 0; i < sizeof sequences / sizeof *sequences; i++) {
         place(CODE, sequences[i].bytes, (size_t)(sequences[i].end - sequences[i].bytes));
         uint64_t seed = 1;
@@ -265,7 +262,6 @@ static int sequences_end_as_the_architecture_says(void)
             failures++;
         }
     }
-    (void)smap;
     machine_destroy();
     return failures;
 }
@@ -320,6 +316,52 @@ __asm__(".pushsection .rodata\n"
 extern const uint8_t user_program[], user_program_end[], kernel_entry[], kernel_entry_end[],
     page_fault_handler[], page_fault_handler_end[], stepped_handler[], stepped_handler_end[];
 
+/*
+ * CPL 3's other ways in, each leaving its mark: INT 0x80 from 64-bit code, then, by a far return, SYSCALL and
+ * INT 0x80 from 32-bit code. R8 is not theirs to keep below 64 bits, so the marks are in memory.
+ */
+__asm__(".pushsection .rodata\n"
+        "other_ways:\n"
+        "    mov $5, %eax\n"
+        "    int $0x80\n"
+        "    cmp $6, %eax\n"
+        "    jne 3f\n"
+        "    lea 2f(%rip), %rax\n"
+        "    pushq $0x23\n"
+        "    push %rax\n"
+        "    lretq\n"
+        "3:  ud2\n"
+        ".code32\n"
+        "2:  mov $7, %eax\n"
+        "    mov %esp, %esi\n"
+        "    syscall\n"
+        "    cmp $9, %eax\n"
+        "    jne 4f\n"
+        "    cmp %esp, %esi\n"
+        "    jne 4f\n"
+        "    mov $0x30, %eax\n"
+        "    int $0x80\n"
+        "    cmp $0x31, %eax\n"
+        "    jne 4f\n"
+        "    int $0x81\n" /* ends it; HLT in its handler */
+        "4:  ud2\n"
+        ".code64\n"
+        "other_ways_end:\n"
+        "increment_and_return:\n"
+        "    inc %eax\n"
+        "    iretq\n"
+        "increment_and_return_end:\n"
+        "compat_entry:\n"
+        "    mov %cs, %edi\n"
+        "    test $3, %dil\n"
+        "    jnz 5f\n"
+        "    add $2, %eax\n"
+        "5:  sysretl\n"
+        "compat_entry_end:\n"
+        ".popsection\n");
+extern const uint8_t other_ways[], other_ways_end[], increment_and_return[], increment_and_return_end[],
+    compat_entry[], compat_entry_end[];
+
 static double seconds(void)
 {
     struct timespec t;
@@ -371,6 +413,54 @@ static int system_calls(const char *name, const uint8_t *handler, const uint8_t 
     return failures;
 }
 
+/* mov $index, %ecx; mov $low, %eax; mov $high, %edx; wrmsr */
+static uint64_t put_wrmsr(uint64_t at, uint32_t index, uint64_t value)
+{
+    uint8_t code[17] = {0xb9, 0, 0, 0, 0, 0xb8, 0, 0, 0, 0, 0xba, 0, 0, 0, 0, 0x0f, 0x30};
+    const uint32_t low = (uint32_t)value, high = (uint32_t)(value >> 32);
+    memcpy(code + 1, &index, 4);
+    memcpy(code + 6, &low, 4);
+    memcpy(code + 11, &high, 4);
+    memcpy(m.memory + at, code, sizeof code);
+    return at + sizeof code;
+}
+
+static int cpl3_gets_in_every_way(void)
+{
+    enum { COMPAT_ENTRY = 0x24000, INT_HANDLER = 0x25000 };
+    if (!processor_has("sse4a")) {
+        printf("skipped: SYSCALL from 32-bit code is AMD's alone\n");
+        return 0;
+    }
+    machine_create(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL);
+    memcpy(m.memory + USER_CODE, other_ways, (size_t)(other_ways_end - other_ways));
+    memcpy(m.memory + INT_HANDLER, increment_and_return,
+           (size_t)(increment_and_return_end - increment_and_return));
+    memcpy(m.memory + COMPAT_ENTRY, compat_entry, (size_t)(compat_entry_end - compat_entry));
+    gate(0x80, KERNEL_BASE + INT_HANDLER, 3);
+    uint64_t at = put_wrmsr(CODE, 0xc0000081, 0x0020001000000000);
+    at = put_wrmsr(at, 0xc0000083, KERNEL_BASE + COMPAT_ENTRY);
+    at = put_wrmsr(at, 0xc0000084, 0x700);
+    at = put_wrmsr(at, 0xc0000082, KERNEL_BASE + COMPAT_ENTRY);
+    static const uint8_t leave[] = {0xb9, 0x00, 0x80, 0x01, 0x00,       /* mov $USER_CODE, %ecx */
+                                    0x41, 0xbb, 0x02, 0x02, 0x00, 0x00, /* mov $0x202, %r11d */
+                                    0x48, 0x0f, 0x07};                  /* sysretq */
+    memcpy(m.memory + at, leave, sizeof leave);
+    vmm_regs regs = {.rip = KERNEL_BASE + CODE, .rsp = 0xe000, .rflags = 2};
+    need(vmm_vcpu_set_regs(m.vcpu, &regs), "vmm_vcpu_set_regs");
+    int failures = !run_to_halt("other ways into the kernel");
+    need(vmm_vcpu_get_regs(m.vcpu, &regs), "vmm_vcpu_get_regs");
+    if ((regs.rax & 0xff) != 0x81) {
+        fprintf(stderr, "other ways into the kernel: rax %llx rip %llx rcx %llx\n",
+                (unsigned long long)regs.rax, (unsigned long long)regs.rip, (unsigned long long)regs.rcx);
+        for (uint64_t a = regs.rsp; a < regs.rsp + 48; a += 8)
+            fprintf(stderr, "  %llx\n", (unsigned long long)*(uint64_t *)(void *)(m.memory + (a & 0xfffff)));
+        failures++;
+    }
+    machine_destroy();
+    return failures;
+}
+
 int main(void)
 {
     vmm_vm *vm;
@@ -387,6 +477,7 @@ int main(void)
                              page_fault_handler_end);
     failures +=
         system_calls("system calls, #PF handler beginning with LEA", stepped_handler, stepped_handler_end);
+    failures += cpl3_gets_in_every_way();
     printf("%d failures\n", failures);
     return failures != 0;
 }
