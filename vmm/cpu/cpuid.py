@@ -24,42 +24,51 @@ PCID = 1 << 17  # CPUID.1:ECX
 GIB_PAGES = 1 << 26  # CPUID.80000001:EDX
 
 
-# What KVM supports does not change while it is loaded, and asking takes 0.3 ms: every leaf is a CPUID exit where
-# this host is itself a virtual machine. Asked once a process. (What depends on the CPU that asks is stamped below.)
-_supported = b""
+_STAMPED = (1, 4, 0xB, 0x1F, 0x8000001E)  # leaves that tell a vCPU's place
 
 
-def _supported_leaves(vm: Any) -> bytes:
-    global _supported
-    if not _supported:
+class _Supported:
+    """The leaves KVM supports, and where each function's entries are among them."""
+
+    def __init__(self, vm: Any) -> None:
         entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
-        count = check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES))
-        _supported = bytes(ffi.buffer(entries, count * ffi.sizeof("vmm_cpuid_entry")))
-    return _supported
+        self.count = check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES))
+        self.leaves = bytes(ffi.buffer(entries, self.count * ffi.sizeof("vmm_cpuid_entry")))
+        self.places: dict[int, list[int]] = {}
+        for i in range(self.count):
+            self.places.setdefault(entries[i].function, []).append(i)
+
+
+# It does not change while KVM is loaded, and asking takes 0.3 ms where CPUID exits to a hypervisor below: asked once
+# a process. (What depends on the CPU that asks is stamped for each vCPU.)
+_supported: _Supported | None = None
 
 
 class CpuidTable:
     """The host's supported leaves, edited once for the machine, then stamped for each vCPU."""
 
     def __init__(self, vm: Any, cpus: int, *, hypercalls: bool = True) -> None:
-        self._entries = ffi.from_buffer("vmm_cpuid_entry[]", bytearray(_supported_leaves(vm)))
-        self.count = len(self._entries)
+        global _supported
+        _supported = _supported or _Supported(vm)
+        self._places = _supported.places
+        self.count = _supported.count
+        self._entries = ffi.from_buffer("vmm_cpuid_entry[]", bytearray(_supported.leaves))
         self.cpus = cpus
-        self._per_vcpu = [e for e in self._all() if e.function in (1, 4, 0xB, 0x1F, 0x8000001E)]
+        self._per_vcpu = list(self._entries_of(*_STAMPED))
         width = max(0, (cpus - 1).bit_length())
-        for e in self._all():
-            if e.function == 1:
-                e.ecx |= HYPERVISOR | TSC_DEADLINE
-                e.edx = e.edx | HTT if cpus > 1 else e.edx & ~HTT
-            elif e.function == KVM_FEATURES and not hypercalls:
+        for e in self._entries_of(1):
+            e.ecx |= HYPERVISOR | TSC_DEADLINE
+            e.edx = e.edx | HTT if cpus > 1 else e.edx & ~HTT
+        for e in self._entries_of(KVM_FEATURES):
+            if not hypercalls:
                 e.eax &= ~KVM_HYPERCALL_FEATURES
-            elif e.function in (0xB, 0x1F):
-                self._topology(e, width)
-            elif e.function == 0x80000008:
-                e.ecx = (e.ecx & ~0xF0FF) | min(cpus - 1, 0xFF) | width << 12
+        for e in self._entries_of(0xB, 0x1F):
+            self._topology(e, width)
+        for e in self._entries_of(0x80000008):
+            e.ecx = (e.ecx & ~0xF0FF) | min(cpus - 1, 0xFF) | width << 12
 
-    def _all(self) -> Iterator[Any]:
-        return (self._entries[i] for i in range(self.count))
+    def _entries_of(self, *functions: int) -> Iterator[Any]:
+        return (self._entries[i] for function in functions for i in self._places.get(function, ()))
 
     def _topology(self, e: Any, width: int) -> None:
         # One thread per core, all cores in one package (SDM vol. 2, CPUID leaf 0BH: level types 1 SMT, 2 core).
