@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,8 @@ def _once(config: MachineConfig, end: HostEnd, verbose: bool) -> tuple[Outcome, 
                 print(f"pyvmm: {note}", file=sys.stderr)
         _end_on_signals(machine)
         machine.start()
+        gc.freeze()  # see vmm.cli.entry
+        gc.enable()
         try:
             serve(machine, end, config.timeout)
         except PeerGone as error:
