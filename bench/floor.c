@@ -4,6 +4,7 @@
  * What pyvmm, or any other monitor, takes beyond this is its own doing.
  *
  *   floor GUEST [COMMAND-LINE]
+ *   floor --chips-first GUEST    creates them before memory, as monitors usually do
  *
  * The same calls to KVM as a machine of ours (in-kernel interrupt controllers and PIT, guest memory on a
  * memfd, supported CPUID) and then a bare loop around KVM_RUN: a switch, a few bytes copied, back in.
@@ -208,13 +209,19 @@ static int loop(int vcpu, struct kvm_run *run)
 
 int main(int argc, char **argv)
 {
+    bool chips_first = argc > 1 && !strcmp(argv[1], "--chips-first");
+    argc -= chips_first;
+    argv += chips_first;
     if (argc < 2 || argc > 3)
-        errx(2, "usage: floor GUEST [COMMAND-LINE]");
+        errx(2, "usage: floor [--chips-first] GUEST [COMMAND-LINE]");
     int64_t start = now();
     int kvm = must(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm"), vcpu;
     int vm = must(ioctl(kvm, KVM_CREATE_VM, 0), "KVM_CREATE_VM");
+    if (chips_first)
+        create_chips(vm);
     add_memory(vm);
-    create_chips(vm);
+    if (!chips_first)
+        create_chips(vm);
     struct kvm_run *run = add_vcpu(kvm, vm, &vcpu);
     uint32_t entry = load(argv[1]);
     write_start_info(argc == 3 ? argv[2] : "");
