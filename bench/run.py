@@ -296,7 +296,7 @@ def show(table: dict[str, dict[str, Any]], qemu: bool) -> None:
         for monitor in monitors:
             cell = cells.get(monitor)
             if cell is None:
-                absent = "not installed" if monitor == "QEMU" and not qemu else "-"
+                absent = "not installed" if monitor == "QEMU" and not qemu and "floor" in cells else "-"
                 line += f" {absent:>31}"
                 continue
             for which, width in (("median", 17), ("least", 15)):
