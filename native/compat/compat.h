@@ -218,6 +218,6 @@ completer complete_nop, complete_memory_nop, complete_undefined, complete_clac, 
 
 /* fpu.c */
 void xsave_layout_init(struct xsave_layout *layout);
-completer complete_fwait, complete_mxcsr, complete_xsave, complete_xrstor;
+completer complete_x87_control, complete_fwait, complete_mxcsr, complete_xsave, complete_xrstor;
 
 #endif

@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum { AREA_SIZE = 4096, LEGACY_SIZE = 512, HEADER_SIZE = 64, EXTENDED_AT = LEGACY_SIZE + HEADER_SIZE };
-enum { FSW_AT = 2, MXCSR_AT = 24, MXCSR_MASK_AT = 28, XSTATE_BV_AT = 512, XCOMP_BV_AT = 520 };
+enum { FSW_AT = 2, FTW_AT = 4, MXCSR_AT = 24, MXCSR_MASK_AT = 28, XSTATE_BV_AT = 512, XCOMP_BV_AT = 520 };
 enum { COMPONENT_X87 = 1, COMPONENT_SSE = 2, COMPONENT_AVX = 4, N_COMPONENTS = 32 };
 enum { MXCSR_INIT = 0x1f80, MSR_XSS = 0xda0 };
 #define COMPACTED (1ull << 63)
@@ -116,6 +116,53 @@ enum outcome complete_fwait(struct completion *c)
     if (!pending)
         return COMPLETE_DONE;
     return c->sregs.cr0 & CR0_NE ? fault(c, V_MF) : COMPLETE_UNKNOWN; /* else FERR# and IRQ 13 */
+}
+
+/*
+ * The x87 control instructions a kernel uses outside arithmetic: FNSTSW AX (DF E0), FNCLEX (DB E2), FLDCW (D9
+ * /5), and EMMS (0F 77).
+ */
+enum outcome complete_x87_control(struct completion *c)
+{
+    enum { FCW_RESERVED_ONE = 0x40, FSW_EXCEPTIONS = 0xff, FSW_ES = 0x80, FSW_B = 0x8000 };
+    const struct insn *i = &c->insn;
+    bool emms = i->map == MAP_0F, fldcw = i->opcode == 0xd9 && i->memory, fnstsw = i->opcode == 0xdf;
+    if (emms && c->sregs.cr0 & CR0_EM)
+        return fault(c, V_UD);
+    if (c->sregs.cr0 & (CR0_EM | CR0_TS))
+        return fault(c, V_NM);
+    uint8_t area[AREA_SIZE];
+    if (!fpu_get(c, area))
+        return COMPLETE_UNKNOWN;
+    if (!(load64(area + XSTATE_BV_AT) & COMPONENT_X87)) {
+        memset(area, 0, MXCSR_AT);
+        memset(area + 32, 0, 128);
+        area[0] = 0x7f; /* FCW = 037f */
+        area[1] = 0x03;
+    }
+    uint16_t fcw = (uint16_t)load32(area), fsw = (uint16_t)(load32(area) >> 16);
+    if (fnstsw) {
+        gpr_write(c, 0, 2, fsw);
+        return COMPLETE_DONE;
+    }
+    if ((emms || fldcw) && fsw & FSW_ES)
+        return c->sregs.cr0 & CR0_NE ? fault(c, V_MF) : COMPLETE_UNKNOWN;
+    if (emms) {
+        area[FTW_AT] = 0; /* every register empty */
+    } else if (fldcw) {
+        uint64_t value;
+        enum outcome o = rm_read(c, 2, &value);
+        if (o != COMPLETE_DONE)
+            return o;
+        fcw = (uint16_t)((value & 0x1f3f) | FCW_RESERVED_ONE);
+        bool unmasked = fsw & ~fcw & 0x3f;
+        fsw = (uint16_t)(unmasked ? fsw | FSW_ES | FSW_B : fsw & ~(FSW_ES | FSW_B));
+    } else {
+        fsw &= (uint16_t) ~(FSW_EXCEPTIONS | FSW_B);
+    }
+    store32(area, fcw | (uint32_t)fsw << 16);
+    store64(area + XSTATE_BV_AT, load64(area + XSTATE_BV_AT) | COMPONENT_X87);
+    return fpu_set(c, area);
 }
 
 static uint32_t mxcsr_mask(const uint8_t *area)

@@ -217,6 +217,10 @@ static int instructions_agree_with_the_processor(void)
       "xrstor64 0x1000(%rsi)\n hlt\n",                                                                       \
       13)                                                                                                    \
     X(xsave_unaligned, "mov $7, %eax\n xor %edx, %edx\n xsave64 8(%rsi)\n hlt\n", 13)                        \
+    X(fldcw, "movw $0x27f, (%rsi)\n fninit\n fldcw (%rsi)\n fnstcw 8(%rsi)\n movzwl 8(%rsi), %eax\n hlt\n",  \
+      0x27f)                                                                                                 \
+    X(fnstsw, "fninit\n fnclex\n mov $-1, %eax\n fnstsw %ax\n hlt\n", 0xffff0000)                            \
+    X(emms, "emms\n mov $0x41, %eax\n hlt\n", 0x41)                                                          \
     X(verw, "mov $0x18, %eax\n verw %ax\n setz %al\n movzbl %al, %eax\n hlt\n", 1)                           \
     X(verw_null, "xor %eax, %eax\n verw %ax\n setz %al\n movzbl %al, %eax\n hlt\n", 0)                       \
     X(lsl, "mov $0x38, %ebx\n lsl %bx, %eax\n hlt\n", 0x67)                                                  \
