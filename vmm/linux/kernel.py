@@ -37,7 +37,7 @@ _BUILDER_VERSION = 1
 _KCFLAGS = "-mstringop-strategy=libcall"
 
 # What a build prints a line for, for the progress report; an estimate is enough.
-_BUILD_STEPS = 1500
+_BUILD_STEPS = 1700
 
 # Commands a build runs, and the Debian package that has each. tar, gzip, sed and perl-base are essential there.
 _TOOLS = {
