@@ -1,7 +1,7 @@
 """What this host's KVM is and can do, found by asking it and by running tiny guests, never by the host's name.
 
 :func:`check` is on the way of every start: it reads the findings of an earlier probe on the same running kernel, or
-probes. :func:`examine` is the whole examination that ``pyvmm doctor`` prints.
+probes. :mod:`vmm.cli.doctor` prints the whole examination.
 """
 
 from __future__ import annotations
@@ -99,27 +99,22 @@ class Findings:
 
 
 class Remedies:
-    """What one machine does about its host: native flags, a tick of our own, kernel command line."""
+    """What one machine does about its host: native flags, and whether guest kernel code is ``emulated``."""
 
-    __slots__ = ("cmdline", "findings", "merge_ticks", "remedies", "vmcall_loops")
+    __slots__ = ("emulated", "remedies", "vmcall_loops")
 
-    def __init__(self, findings: Findings | None, mode: str) -> None:
-        self.findings = findings
-        active = mode == "on" or (mode == "auto" and findings is not None and findings.departs)
+    def __init__(self, found: Findings | None, mode: str) -> None:
+        forced = mode == "on"
         self.remedies = 0
-        self.vmcall_loops = bool(active and (findings is None or findings.vmcall_loops or mode == "on"))
-        self.merge_ticks = False
-        self.cmdline: list[str] = []
-        if not active:
+        self.vmcall_loops = self.emulated = False
+        if mode == "off" or found is None:
             return
-        if mode == "on" or findings is None or findings.missing:
+        self.emulated = not found.native
+        self.vmcall_loops = forced or found.vmcall_loops
+        if forced or found.missing:
             self.remedies |= COMPLETE
-        if mode == "on" or findings is None or findings.syscall_broken:
+        if forced or found.syscall_broken:
             self.remedies |= SYSCALL
-        if findings is not None and not findings.native:
-            from vmm.cpu.compat import linux_cmdline
-
-            self.cmdline = linux_cmdline()
 
 
 def check(kvm: str, config: MachineConfig) -> Remedies:
@@ -160,9 +155,15 @@ def findings(kvm: str = "/dev/kvm") -> Findings:
             return Findings.from_text(file.read())
     except (OSError, ValueError):
         pass
+    return probe_now(kvm)
+
+
+def probe_now(kvm: str = "/dev/kvm") -> Findings:
+    """Probe (a fraction of a second) and remember the findings."""
     from vmm.cpu.probe import probe
 
     found = probe(kvm)
+    path = _cache_file(kvm)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.{os.getpid()}", "w") as file:
@@ -194,6 +195,15 @@ def explain_refusal(path: str, code: int, text: str) -> VmmError:
     if number in (errno_names.ENOTTY, errno_names.EPROTO):
         return HostError(f"{path} is not KVM, or not its API version 12 ({text}): is it the right device?", number)
     return HostError(f"{text}: {os.strerror(number)}", number)
+
+
+def require_capabilities(vm: Any) -> None:
+    """Raise :class:`~vmm.errors.HostError` naming each needed capability that this KVM lacks."""
+    absent = [
+        f"{name} ({what})" for number, (name, what) in NEEDED.items() if not lib.vmm_vm_check_extension(vm, number)
+    ]
+    if absent:
+        raise HostError(f"this host's KVM lacks {', '.join(absent)}: a newer kernel has it")
 
 
 def capabilities(vm: Any) -> dict[str, tuple[int, str]]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vmm.devices.device import Device
 
 KVM_PATH = "/dev/kvm"
+LINUX_KINDS = frozenset({"bzimage", "linux64"})
 IRQCHIP, PIT = 1, 2
 
 # enum vmm_stop_reason -> vmm.outcome.REASONS; VMM_STOP_HOST is told apart by its code.
@@ -79,16 +80,29 @@ class Machine:
 
     # ---- boot steps, in order ----
 
+    def _open_image(self) -> None:
+        from vmm import boot
+
+        self.kind = self.config.kind
+        if self.config.kernel is not None:
+            self.image = boot.Image.open(self.config.kernel)
+            self.on_close(self.image.close)
+            if self.kind == "auto" and self.config.address is None:
+                self.kind = boot.identify(self.image)
+
     def _open_kvm(self) -> None:
         from vmm import host
 
         self.host = host.check(self._kvm_path, self.config)
+        # Where a tick costs milliseconds of emulation, a Linux guest gets a PIT of ours, which merges them.
+        self.merge_ticks = self.host.emulated and self.kind in LINUX_KINDS
         out = ffi.new("vmm_vm **")
-        flags = IRQCHIP if self.host.merge_ticks else IRQCHIP | PIT
+        flags = IRQCHIP if self.merge_ticks else IRQCHIP | PIT
         code = lib.vmm_vm_create(self._kvm_path.encode(), flags, out)
         if code < 0:
             raise host.explain_refusal(self._kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
         self._vm = out[0]
+        host.require_capabilities(self._vm)
         self.bus = Bus(self._vm, self._callback_failed)
 
     def _map_memory(self) -> None:
@@ -302,6 +316,7 @@ class Machine:
     def close(self) -> None:
         """Stop and free everything. Twice is fine."""
         if self._vm is None:
+            self._run_closers()
             return
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
@@ -316,10 +331,14 @@ class Machine:
             self.memory.close()
         vm, self._vm = self._vm, None
         lib.vmm_vm_destroy(vm)
-        for closer in reversed(self._closers):
-            closer()
+        self._run_closers()
         if hasattr(self, "console"):
             self.console.destroy()
+
+    def _run_closers(self) -> None:
+        closers, self._closers = self._closers, []
+        for closer in reversed(closers):
+            closer()
 
     def on_start(self, starter: Any) -> None:
         """Have ``starter()`` called before the vCPUs run."""
@@ -351,6 +370,7 @@ class Machine:
 
 
 BOOT_STEPS = [
+    Machine._open_image,
     Machine._open_kvm,
     Machine._map_memory,
     Machine._remedy_host,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmm import layout
 from vmm.errors import ConfigError
+from vmm.machine import LINUX_KINDS
 
 if TYPE_CHECKING:
     from vmm.boot import Entry
@@ -18,9 +19,6 @@ _POWEROFF, _RESET, _DEBUG_EXIT, _PANIC = 2, 3, 4, 5
 RESET_VALUE = 1
 S5 = 5
 TICK_SECONDS = 0.02  # where a tick costs milliseconds of emulation: at most 50 a second
-
-E820_RESERVED, E820_ACPI = 2, 3
-LINUX_KINDS = frozenset({"bzimage", "linux64", "pvh"})
 
 
 def create_devices(machine: Machine) -> None:
@@ -39,7 +37,9 @@ def create_devices(machine: Machine) -> None:
     i8042 = I8042(machine.stop_callback(_RESET))
     machine.attach(i8042, port=layout.I8042, size=1, gsi=layout.GSI_I8042)
     machine.attach(i8042, port=layout.I8042 + 4, size=1, first=4)
-    machine.attach(Rtc(memory=machine.config.memory), port=layout.RTC, size=2, gsi=layout.GSI_RTC)
+    machine.attach(
+        Rtc(memory=min(machine.config.memory, layout.LOW_RAM_END)), port=layout.RTC, size=2, gsi=layout.GSI_RTC
+    )
     machine.attach(Post(), port=layout.POST, size=1)
     machine.attach(DebugExit(machine.stop_callback(_DEBUG_EXIT)), port=layout.DEBUG_EXIT, size=4)
     machine.attach(Pvpanic(machine.stop_callback(_PANIC)), port=layout.PVPANIC, size=1)
@@ -47,7 +47,7 @@ def create_devices(machine: Machine) -> None:
     machine.attach(power, port=layout.PM_BASE, size=6, gsi=layout.GSI_SCI)
     machine.attach(PmTimer(), port=layout.PM_TIMER, size=4)
     machine.attach(ResetRegister(machine.stop_callback(_RESET), RESET_VALUE), port=layout.RESET, size=1)
-    if machine.host.merge_ticks:
+    if machine.merge_ticks:
         _attach_pit(machine)
 
 
@@ -89,12 +89,9 @@ def load_image(machine: Machine) -> Entry:
     config = machine.config
     if config.kernel is None:
         raise ConfigError("there is nothing to boot: give a kernel image (kernel=..., --kernel FILE)")
-    image = boot.Image.open(config.kernel)
-    kind = boot.identify(image) if config.kind == "auto" else config.kind
     initrds = [boot.Image.open(path) for path in config.initrd]
     tables = describe(machine)
     rsdp = 0
-    reserved: list[tuple[int, int, int]] = []
     if config.memory >= layout.ACPI_START + layout.ACPI_SIZE:
         rsdp, blobs = acpi.build(
             tables, cpus=config.cpus, address=layout.ACPI_START, size=layout.ACPI_SIZE,
@@ -104,31 +101,33 @@ def load_image(machine: Machine) -> Entry:
             machine.memory.write(gpa, data)
     return boot.load(
         machine.memory,
-        image=image,
+        image=machine.image,
         kind=config.kind,
-        cmdline=command_line(machine, kind, tables),
+        cmdline=command_line(machine, tables),
         initrds=initrds,
         acpi_rsdp=rsdp,
         load_address=config.address,
         flat_mode=config.mode,
         unpack=config.unpack,
-        e820=reserved,
     )
 
 
-def command_line(machine: Machine, kind: str, tables: Tables) -> str:
+def command_line(machine: Machine, tables: Tables) -> str:
     """The user's words; for Linux also a console, an end after a panic, and what this host needs.
 
     What the user says about the same option wins: nothing is added then.
     """
     given = machine.config.append
-    if kind not in LINUX_KINDS:
+    if machine.kind not in LINUX_KINDS:
         return given
     words = given.split()
     added = [] if any(word.startswith("console=") for word in words) else ["console=ttyS0"]
     # A panic is over at once: the machine ends with it instead of looping for ever.
     added += [] if any(word.startswith("panic=") for word in words) else ["panic=-1"]
-    added += [word for word in machine.host.cmdline if not _said(word, words)]
+    if machine.merge_ticks:
+        from vmm.cpu.compat import linux_cmdline
+
+        added += [word for word in linux_cmdline() if not _said(word, words)]
     return " ".join([*added, *tables.cmdline, given]).strip()
 
 

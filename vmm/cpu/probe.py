@@ -163,7 +163,7 @@ def _measure(guest: TinyGuest, found: host.Findings) -> None:
         times.append(best)
     found.instruction_ns = round(max(0.0, times[1] - times[0]) / (2 * loops) * 1e9, 1)
     found.native = found.instruction_ns < 50  # the slowest processor is far below, the fastest emulator far above
-    found.pio_us = round(max(0.0, times[2] - times[0]) / exits * 1e6, 2)
+    found.pio_us = round(max(0.0, (times[2] - times[0]) / exits * 1e6 - 2 * found.instruction_ns / 1e3), 2)
 
 
 def _instructions(kvm: str, found: host.Findings) -> None:

@@ -11,12 +11,13 @@ class Symbols:
     def __init__(self, path: str) -> None:
         from elftools.common.exceptions import ELFError
         from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import SymbolTableSection
 
         entries: list[tuple[int, int, str]] = []
         try:
             with open(path, "rb") as file:
                 table = ELFFile(file).get_section_by_name(".symtab")
-                for symbol in table.iter_symbols() if table is not None else ():
+                for symbol in table.iter_symbols() if isinstance(table, SymbolTableSection) else ():
                     if symbol["st_info"]["type"] in ("STT_FUNC", "STT_OBJECT", "STT_NOTYPE") and symbol.name:
                         entries.append((symbol["st_value"], symbol["st_size"], symbol.name))
         except (OSError, ELFError, UnicodeDecodeError):

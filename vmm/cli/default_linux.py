@@ -1,0 +1,101 @@
+"""The Linux that ``pyvmm boot`` gets for itself when it is given no kernel."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from vmm import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from vmm.config import MachineConfig
+    from vmm.linux.store import Progress
+
+STOCK_MEMORY = 512 * layout.MIB
+
+
+def find(config: MachineConfig) -> MachineConfig:
+    """``config`` with a kernel, and an initramfs when it has none.
+
+    Where guest kernel code runs natively: Debian's stock cloud kernel, downloaded. Where KVM emulates it: the small
+    kernel, built once (minutes). Raises :class:`~vmm.errors.HostError` when neither can be had.
+    """
+    from vmm import host
+    from vmm.linux import debian, initramfs, kernel
+
+    native = host.findings().native
+    with progress_display() as progress:
+        if native:
+            image = debian.stock_kernel("cloud", progress).vmlinuz
+            config = config.with_(memory=max(config.memory, STOCK_MEMORY))
+        else:
+            if not kernel.is_built():
+                print(
+                    "pyvmm: this host emulates guest kernel code, so a small Linux is built for it, once",
+                    file=sys.stderr,
+                )
+            image = kernel.small_kernel(progress=progress).bzimage
+        initrd = config.initrd or (str(initramfs.default(debian.busybox(progress))),)
+    quiet = "" if "loglevel" in config.append or "quiet" in config.append else "quiet "
+    return config.with_(kernel=str(image), initrd=initrd, append=quiet + config.append)
+
+
+def progress_display() -> AbstractContextManager[Progress]:
+    """A progress callable: bars on a terminal, a line a stage elsewhere."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bars() -> Iterator[Progress]:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as display:
+
+            def show(stage: str, done: int, total: int | None) -> None:
+                if stage not in tasks:
+                    tasks[stage] = display.add_task(stage, total=total)
+                display.update(tasks[stage], completed=done, total=total)
+
+            yield show
+
+    @contextmanager
+    def lines() -> Iterator[Progress]:
+        said: set[str] = set()
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in said:
+                said.add(stage)
+                print(f"pyvmm: {stage} ...", file=sys.stderr)
+
+        yield show
+
+    # Nothing to display when everything is there: the first call decides, rich is not even imported.
+    return _Lazy(bars if sys.stderr.isatty() else lines)
+
+
+class _Lazy:
+    """A context manager that opens the real one when progress is first reported."""
+
+    def __init__(self, make: object) -> None:
+        self._make = make
+        self._open: AbstractContextManager[Progress] | None = None
+        self._show: Progress | None = None
+
+    def __enter__(self) -> Progress:
+        return self._report
+
+    def _report(self, stage: str, done: int, total: int | None) -> None:
+        if self._show is None:
+            self._open = self._make()  # type: ignore[operator]
+            assert self._open is not None
+            self._show = self._open.__enter__()
+        self._show(stage, done, total)
+
+    def __exit__(self, *error: object) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)

@@ -1,0 +1,119 @@
+"""``pyvmm doctor``: what this host's KVM is and can do, and what follows for guests."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm import host
+from vmm._ffi import ffi, lib
+from vmm.errors import VmmError
+
+if TYPE_CHECKING:
+    import argparse
+
+KVM_PATH = "/dev/kvm"
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="pyvmm doctor",
+        description="Say what this host's KVM is and can do: asked, and probed with tiny guests.",
+        epilog="exit status: 0 machines can run here; 2 they cannot, and the report says what to do",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--kvm", default=KVM_PATH, metavar="FILE", help=f"the device to examine (default: {KVM_PATH})")
+    return parser
+
+
+def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
+    """The report as a plain value. ``usable`` is False, with ``problem``, where no machine can be made."""
+    report: dict[str, Any] = {"device": kvm, "usable": False, "backend": host.backend()}
+    out = ffi.new("vmm_vm **")
+    code = lib.vmm_vm_create(kvm.encode(), 0, out)
+    if code < 0:
+        text = ffi.string(lib.vmm_error_text()).decode()
+        report["problem"] = str(host.explain_refusal(kvm, code, text))
+        return report
+    try:
+        report["capabilities"] = {name: value for name, (value, _) in host.capabilities(out[0]).items()}
+        host.require_capabilities(out[0])
+        found = host.probe_now(kvm)
+    except VmmError as error:
+        report["problem"] = str(error)
+        return report
+    finally:
+        lib.vmm_vm_destroy(out[0])
+    report["usable"] = True
+    report["guest_kernel_code"] = "native" if found.native else "emulated"
+    report["instruction_ns"] = found.instruction_ns
+    report["exit_us"] = found.pio_us
+    report["missing_instructions"] = found.missing
+    report["syscall_broken"] = found.syscall_broken
+    report["vmcall_loops"] = found.vmcall_loops
+    report["cpuid_forced"] = found.cpuid_forced
+    report["consequences"] = consequences(found)
+    return report
+
+
+def consequences(found: host.Findings) -> list[str]:
+    """What each departure from the architecture means, and what pyvmm does about it."""
+    said = []
+    if not found.native:
+        said.append(
+            f"guest kernel code is emulated, about {found.instruction_ns:.0f} ns an instruction: a small kernel boots "
+            "in seconds, a stock distribution kernel in 10-20 minutes; user-space code runs at full speed"
+        )
+    if found.missing:
+        said.append(
+            f"KVM cannot execute {', '.join(found.missing)} in guest kernel code: pyvmm completes them (--compat)"
+        )
+    if found.syscall_broken:
+        said.append("SYSCALL does not reach the guest's kernel: pyvmm repairs each one (--compat)")
+    if found.vmcall_loops:
+        said.append("a hypercall never returns: pyvmm hides the KVM features that use one")
+    if found.cpuid_forced:
+        said.append(
+            f"CPUID cannot hide {', '.join(found.cpuid_forced)}: Linux is told by clearcpuid= on its command line"
+        )
+    return said
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [f"device            {report['device']}  ({_access(report['device'])})"]
+    lines.append(f"backend           {report['backend']}")
+    if not report["usable"]:
+        return "\n".join([*lines, f"machines          cannot run here: {report['problem']}"])
+    lines.append("machines          can run here")
+    lines.append(f"guest kernel code {report['guest_kernel_code']} ({report['instruction_ns']:.4g} ns an instruction)")
+    lines.append(f"cost of an exit   {report['exit_us']:.3g} us (port I/O, to a port nobody claims)")
+    lines.append("capabilities")
+    purposes = {name: purpose for name, purpose in (*host.NEEDED.values(), *host.USED.values())}
+    for name, value in report["capabilities"].items():
+        shown = "no" if value == 0 else "yes" if value == 1 else str(value)
+        lines.append(f"  {name:36}{shown:9}{purposes[name]}")
+    lines.append("departures from the architecture")
+    lines += [f"  - {text}" for text in report["consequences"]] or ["  none"]
+    return "\n".join(lines)
+
+
+def _access(path: str) -> str:
+    if not os.path.exists(path):
+        return "missing"
+    return "readable and writable" if os.access(path, os.R_OK | os.W_OK) else "no permission"
+
+
+def run(argv: list[str]) -> int:
+    """Print the report; answers 0, or 2 when machines cannot run here."""
+    args = _parser().parse_args(argv)
+    report = examine(args.kvm)
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print(as_text(report))
+    return 0 if report["usable"] else 2
