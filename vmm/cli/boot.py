@@ -105,7 +105,7 @@ def configure(given: dict[str, Any]) -> MachineConfig:
     if config.kernel is None:
         from vmm.cli.default_linux import find
 
-        config = find(config)
+        config = find(config, memory_given="memory" in fields)
     return config
 
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from vmm.linux.store import Progress
 
 STOCK_MEMORY = 512 * layout.MIB
+SMALL_MEMORY = 128 * layout.MIB  # every page costs about fifty emulated instructions at boot
 
 
-def find(config: MachineConfig) -> MachineConfig:
-    """``config`` with a kernel, and an initramfs when it has none.
+def find(config: MachineConfig, *, memory_given: bool) -> MachineConfig:
+    """``config`` with a kernel, an initramfs when it has none, and memory to suit when none was asked for.
 
     Where guest kernel code runs natively: Debian's stock cloud kernel, downloaded. Where KVM emulates it: the small
     kernel, built once (minutes). Raises :class:`~vmm.errors.HostError` when neither can be had.
@@ -29,17 +30,18 @@ def find(config: MachineConfig) -> MachineConfig:
     native = host.findings().native
     with progress_display() as progress:
         if native:
-            image = debian.stock_kernel("cloud", progress).vmlinuz
-            config = config.with_(memory=max(config.memory, STOCK_MEMORY))
+            image, memory = debian.stock_kernel("cloud", progress).vmlinuz, STOCK_MEMORY
         else:
             if not kernel.is_built():
                 print(
                     "pyvmm: this host emulates guest kernel code, so a small Linux is built for it, once",
                     file=sys.stderr,
                 )
-            image = kernel.small_kernel(progress=progress).bzimage
+            image, memory = kernel.small_kernel(progress=progress).bzimage, SMALL_MEMORY
         initrd = config.initrd or (str(initramfs.default(debian.busybox(progress))),)
     quiet = "" if "loglevel" in config.append or "quiet" in config.append else "quiet "
+    if not memory_given:
+        config = config.with_(memory=memory)
     return config.with_(kernel=str(image), initrd=initrd, append=quiet + config.append)
 
 

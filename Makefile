@@ -1,0 +1,47 @@
+# pyvmm: everything a person does with the source tree. `make setup` makes the virtual environment the rest uses.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BUILD := build/dev
+
+.PHONY: setup boot test native slow lint bench fuzz clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml setup.py CMakeLists.txt native/include/vmmcore.h vmm/_ffi/build.py $(wildcard native/*/*.[ch])
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+boot: setup
+	$(BIN)/pyvmm boot
+
+# The C half under AddressSanitizer and UBSan, then everything else.
+test: setup native
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+native:
+	cmake -S . -B $(BUILD) -DVMM_GUESTS=ON >/dev/null
+	cmake --build $(BUILD) -j2
+	cd $(BUILD) && ctest --output-on-failure
+
+# A stock distribution kernel: 10-20 minutes where KVM emulates guest kernel code.
+slow: setup
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	clang-format --dry-run -Werror $(shell find native -name '*.[ch]')
+
+bench: setup
+	$(BIN)/python bench/run.py
+
+# Random images, registers and requests, much longer than in the ordinary suite.
+fuzz: setup
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/unit -k "hypothesis or mutat or random or any_ or never" $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info vmm/_native*.so vmm/_native.c

@@ -1,0 +1,34 @@
+"""Linux guests for tests: the small kernel (built once, minutes) and a busybox initramfs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmm.errors import VmmError
+
+if TYPE_CHECKING:
+    from vmm.linux.kernel import SmallKernel
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs KVM."""
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="/dev/kvm is missing or may not be opened"))
+
+
+@pytest.fixture(scope="session")
+def small_kernel() -> SmallKernel:
+    """The small kernel; skipped by name where it cannot be built."""
+    from vmm.linux import kernel
+
+    try:
+        return kernel.small_kernel()
+    except VmmError as error:
+        pytest.skip(f"no small kernel: {error}")
