@@ -1,0 +1,52 @@
+"""The documentation is true: its code runs, its paths exist, its flags and statuses are the command's."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from vmm.cli.boot import FLAGS
+from vmm.outcome import REASONS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def _program(page: Path) -> str:
+    """The page with everything but its Python blocks made blank, so that a traceback names the page's line."""
+    lines, inside = [], False
+    for line in page.read_text().splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line == "```python" if fence else inside
+    return "\n".join(lines)
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
+def test_code_of_write_a_device_runs() -> None:
+    page = DOCS / "write-a-device.md"
+    names: dict[str, object] = {"__name__": "write_a_device"}
+    exec(compile(_program(page), page, "exec"), names)
+    assert {"Multiplier", "device", "machine", "outcome", "product"} <= names.keys()
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/write-a-device.md", "docs/debug-a-boot.md"])
+def test_paths_named_in_a_page_exist(page: str) -> None:
+    named = set(re.findall(r"`((?:vmm|native|guests|tests|bench|docs)/[\w./-]*)`", (ROOT / page).read_text()))
+    assert named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_manual_page_has_every_flag_and_exit_status() -> None:
+    manual = (DOCS / "pyvmm.1").read_text().replace("\\-", "-")
+    entries = re.findall(r"^\.TP\n\.BR? (.*)$", manual, re.MULTILINE)
+    flags = {word for entry in entries for word in re.findall(r"--[a-z-]+", entry)}
+    assert flags == {*FLAGS, "--config", "--verbose", "--help", "--version", "--json", "--kvm"}
+    statuses = {entry.split()[0]: entry for entry in entries if entry[0].isdigit()}
+    for reason, (status, _) in REASONS.items():
+        if reason not in ("debug-exit", "stopped"):
+            assert reason in statuses[str(status)]
