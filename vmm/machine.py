@@ -71,6 +71,7 @@ class Machine:
         self._exception: BaseException | None = None
         self._started_at = 0.0
         self._lock = threading.Lock()
+        self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
             for step in BOOT_STEPS:
                 step(self)
@@ -188,10 +189,14 @@ class Machine:
         """Whether vCPU threads are running (or paused)."""
         return bool(self._threads)
 
-    def start(self) -> None:
-        """Load the image if that was not done, and let the vCPUs run. Returns at once."""
+    def _open_vm(self) -> Any:
         if self._vm is None:
             raise StateError("the machine is closed: make a new one")
+        return self._vm
+
+    def start(self) -> None:
+        """Load the image if that was not done, and let the vCPUs run. Returns at once."""
+        self._open_vm()
         with self._lock:
             if self._threads:
                 raise StateError("the machine runs already")
@@ -215,6 +220,7 @@ class Machine:
         An exception raised in a device's or hook's own code comes out of here as itself; the machine is then
         stopped and can be looked at.
         """
+        self._refuse_own_thread()
         if not self._threads and self.outcome is None:
             raise StateError("the machine was not started")
         if self._threads and not select.select([self.stop_fd], [], [], timeout)[0]:
@@ -228,26 +234,29 @@ class Machine:
 
     def stop(self, code: int = 0) -> Outcome:
         """End the run now; the outcome is ``stopped`` unless the guest ended first."""
+        self._refuse_own_thread()
+        if not self._threads and self.outcome is None:
+            raise StateError("the machine was not started")
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, code)
         return self._finish()
 
     def interrupt(self, code: int) -> None:
         """Ask for the end without waiting: 0 stopped, 1 timeout, 2 interrupted, 3 terminated."""
-        lib.vmm_vm_stop(self._vm, _STOP_HOST, code)
+        lib.vmm_vm_stop(self._open_vm(), _STOP_HOST, code)
 
     def pause(self) -> None:
         """Hold every vCPU between two instructions; registers and memory are then consistent. Nests."""
-        check(lib.vmm_vm_pause(self._vm))
+        check(lib.vmm_vm_pause(self._open_vm()))
 
     def resume(self) -> None:
         """Undo one :meth:`pause`."""
-        check(lib.vmm_vm_resume(self._vm))
+        check(lib.vmm_vm_resume(self._open_vm()))
 
     @property
     def stop_fd(self) -> int:
         """A file descriptor that is readable once the machine has ended."""
-        return int(lib.vmm_vm_stop_fd(self._vm))
+        return int(lib.vmm_vm_stop_fd(self._open_vm()))
 
     def _callback_failed(self, error: BaseException) -> None:
         with self._lock:
@@ -255,20 +264,30 @@ class Machine:
                 self._exception = error
         lib.vmm_vm_stop(self._vm, _STOP_CALLBACK, 0)
 
+    def _refuse_own_thread(self) -> None:
+        if threading.current_thread() in self._threads:
+            raise StateError("a device's own code cannot wait for the end: ask for it with interrupt()")
+
+    def _end(self) -> Outcome:
+        """Join the vCPUs and make the outcome; whoever comes second gets the same one."""
+        with self._ending:
+            for thread in self._threads:
+                thread.join()
+            for stopper in self._stoppers if self._threads else ():
+                stopper()
+            if self.outcome is None:
+                self.outcome = self._make_outcome()
+                self.console.close()
+            self._threads = []
+            return self.outcome
+
     def _finish(self) -> Outcome:
-        threads, self._threads = self._threads, []
-        for thread in threads:
-            thread.join()
-        for stopper in self._stoppers if threads else ():
-            stopper()
-        if self.outcome is None:
-            self.outcome = self._make_outcome()
-            self.console.close()
+        outcome = self._end()
         with self._lock:
             error, self._exception = self._exception, None
         if error is not None:
             raise error
-        return self.outcome
+        return outcome
 
     def _make_outcome(self) -> Outcome:
         code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
@@ -318,18 +337,17 @@ class Machine:
         if self._vm is None:
             self._run_closers()
             return
+        self._refuse_own_thread()
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
-            for stopper in self._stoppers:
-                stopper()
+            self._end()
         for device in self.devices:
             device.reset()
         if hasattr(self, "memory"):
             self.memory.close()
         vm, self._vm = self._vm, None
+        for vcpu in self.vcpus:
+            vcpu.native = None  # who still holds one gets an exception, not freed memory
         lib.vmm_vm_destroy(vm)
         self._run_closers()
         if hasattr(self, "console"):
