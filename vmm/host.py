@@ -147,22 +147,25 @@ def _cache_file(kvm: str) -> str:
     return os.path.join(cache_folder(), f"host-1-{boot}-{tag}")
 
 
+_known: dict[str, Findings] = {}
+
+
 def findings(kvm: str = "/dev/kvm") -> Findings:
-    """The probes' findings, from the cache when this boot of the host was probed before."""
-    path = _cache_file(kvm)
-    try:
-        with open(path) as file:
-            return Findings.from_text(file.read())
-    except (OSError, ValueError):
-        pass
-    return probe_now(kvm)
+    """The probes' findings: of this process, else of this boot of the host, else made now."""
+    if kvm not in _known:
+        try:
+            with open(_cache_file(kvm)) as file:
+                _known[kvm] = Findings.from_text(file.read())
+        except (OSError, ValueError):
+            return probe_now(kvm)
+    return _known[kvm]
 
 
 def probe_now(kvm: str = "/dev/kvm") -> Findings:
     """Probe (a fraction of a second) and remember the findings."""
     from vmm.cpu.probe import probe
 
-    found = probe(kvm)
+    found = _known[kvm] = probe(kvm)
     path = _cache_file(kvm)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

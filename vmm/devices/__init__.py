@@ -1,0 +1,1 @@
+"""Device models: what answers the guest's port and memory-mapped accesses. ``device.py`` is the contract."""

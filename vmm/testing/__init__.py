@@ -1,0 +1,1 @@
+"""Stand-ins for testing devices without a machine."""
