@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
@@ -29,7 +30,9 @@ class GuestMemory:
         for gpa, size in self.regions:
             try:
                 check(lib.vmm_vm_add_memory(vm, gpa, size, HUGE_2M if huge_pages else 0, host, memfd))
-            except HostError as error:
+                if huge_pages:  # taken from the pool now: a fault that finds it empty is SIGBUS
+                    os.posix_fallocate(memfd[0], 0, size)
+            except (HostError, OSError) as error:
                 hint = "reserve huge pages (vm.nr_hugepages) or leave them off" if huge_pages else "ask for less"
                 raise HostError(f"cannot map {size >> 20} MiB of guest memory ({error}): {hint}") from error
             self.memfds.append(memfd[0])

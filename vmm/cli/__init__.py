@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import gc
 import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import vmm
+
+if TYPE_CHECKING:
+    import argparse
 
 # name -> what it is for; the module of that name is imported only when it is the one asked for.
 COMMANDS = {
@@ -28,6 +32,19 @@ def _overview() -> str:
         "pyvmm COMMAND --help explains a command; pyvmm --version prints the version.",
     ]
     return "\n".join(lines)
+
+
+def command_parser(name: str, **how: Any) -> argparse.ArgumentParser:
+    """An argument parser that refuses as everything else does: one sentence, no usage."""
+    import argparse
+
+    from vmm.errors import ConfigError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message}; see pyvmm {name} --help")
+
+    return Parser(prog=f"pyvmm {name}", **how)
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vmm.cli import command_parser
 from vmm.config import FIELDS, MachineConfig, read_file
 from vmm.errors import ConfigError
 from vmm.outcome import REASONS
@@ -42,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     import argparse
 
     statuses = "\n".join(f"  {status:>4}  {reason}: {text}" for reason, (status, text) in REASONS.items())
-    parser = argparse.ArgumentParser(
-        prog="pyvmm boot",
+    parser = command_parser(
+        "boot",
         description="Boot an image; without --kernel, a Linux that pyvmm gets for itself.\n\n"
         "On a terminal: Ctrl-A x quits, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A.",
         epilog="exit status:\n" + statuses.replace("     1  debug", "   odd  debug") + "\n     2  a request that "
@@ -53,15 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="machine file (TOML, or JSON by its name); flags win over it")
     for flag, (name, how) in FLAGS.items():
         field = FIELDS[name]
-        default = DEFAULTS.get(name, field.default)
-        shown = "" if default in (None, "", (), False) else f" (default: {_show(name, default)})"
-        parser.add_argument(flag, dest=name, default=None, help=(field.help + shown).replace("%", "%%"), **how)
+        shown = f"{field.help} (default: {_show(name, DEFAULTS.get(name, field.default))})"
+        parser.add_argument(flag, dest=name, default=None, help=shown.replace("%", "%%"), **how)
     parser.add_argument("-v", "--verbose", action="store_true", help="say on standard error how the image is booted")
     return parser
 
 
 def _show(name: str, default: Any) -> str:
-    return f"{default >> 20}M" if name == "memory" else str(default)
+    if name == "memory":
+        return f"{default >> 20}M"
+    if default is False:
+        return "off"
+    return "none" if default in (None, "", ()) else str(default)
 
 
 def _arguments(argv: list[str]) -> dict[str, Any]:

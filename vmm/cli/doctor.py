@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm import host
 from vmm._ffi import ffi, lib
+from vmm.cli import command_parser
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:
@@ -16,10 +17,8 @@ KVM_PATH = "/dev/kvm"
 
 
 def _parser() -> argparse.ArgumentParser:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="pyvmm doctor",
+    parser = command_parser(
+        "doctor",
         description="Say what this host's KVM is and can do: asked, and probed with tiny guests.",
         epilog="exit status: 0 machines can run here; 2 they cannot, and the report says what to do",
     )
