@@ -33,7 +33,7 @@ class HostEnd:
     """Where console bytes go to and come from. ``None`` for a direction it has not.
 
     Subclasses open what they need in ``__init__`` and undo it in :meth:`close`. ``listen_fd`` is a file descriptor
-    that turns readable when :meth:`accept` should be called.
+    that turns readable when :meth:`accept` should be called; it is looked at only while there is no ``out_fd``.
     """
 
     in_fd: int | None = None
@@ -143,7 +143,7 @@ class File(HostEnd):
 
 
 class Unix(HostEnd):
-    """A listening UNIX socket. One client at a time; without one, output is only logged."""
+    """A listening UNIX socket. One client at a time, the next one waits; without one, output is only logged."""
 
     def __init__(self, path: str) -> None:
         import socket
@@ -161,13 +161,10 @@ class Unix(HostEnd):
         self.listen_fd = self._server.fileno()
 
     def accept(self) -> None:
-        """Take a client; a second one is turned away while there is a first."""
+        """Take a client."""
         try:
             client, _ = self._server.accept()
         except BlockingIOError:
-            return
-        if self._client is not None:
-            client.close()
             return
         client.setblocking(False)
         self._client = client
@@ -292,7 +289,7 @@ class _Pump:
         end, console = self.end, self.console
         reading = [self.machine.stop_fd]
         writing = []
-        if end.listen_fd is not None:
+        if end.listen_fd is not None and end.out_fd is None:
             reading.append(end.listen_fd)
         if end.in_fd is not None and self.input_open and not self.typed:
             reading.append(end.in_fd)

@@ -1,0 +1,342 @@
+"""``pyvmm boot`` from outside: exit statuses, signals, and every kind of console with its peer behaving or not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    GuestPath = Callable[[str], str]
+
+HELLO = b"Hello from long mode\nPASS\n"
+
+
+def command(kernel: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "vmm", "boot", "--kernel", kernel, "--mem", "16M", *flags]
+
+
+@contextlib.contextmanager
+def booted(kernel: str, *flags: str, **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    process = subprocess.Popen(command(kernel, *flags), **how)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def read_until(fd: int, wanted: bytes, seconds: float = 10) -> bytes:
+    """What comes from ``fd`` up to and with ``wanted``."""
+    seen = b""
+    deadline = time.monotonic() + seconds
+    while wanted not in seen:
+        left = deadline - time.monotonic()
+        assert left > 0 and select.select([fd], [], [], left)[0], f"{wanted!r} did not come, only {seen!r}"
+        part = os.read(fd, 4096)
+        assert part, f"the end came before {wanted!r}, after {seen!r}"
+        seen += part
+    return seen
+
+
+# ---- how it ends ----
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "status"),
+    [
+        ("hello", (), 33),
+        ("poweroff", (), 0),
+        ("reset_acpi", (), 4),
+        ("pvpanic", (), 10),
+        ("triple_fault", (), 12),
+        ("spin", ("--timeout", "0.3"), 124),
+        ("hang", ("--timeout", "0.3"), 124),
+    ],
+)
+def test_the_exit_status_says_how_the_guest_ended(
+    guest: GuestPath, name: str, flags: tuple[str, ...], status: int
+) -> None:
+    done = subprocess.run(command(guest(name), *flags), stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    assert done.returncode == status, done
+    assert b"Traceback" not in done.stderr
+    assert bool(done.stderr) == (status not in (0, 4, 33))  # orderly ends are silent, others say what happened
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+@pytest.mark.parametrize("name", ["spin", "hang"])
+def test_a_signal_ends_the_machine(guest: GuestPath, name: str, number: str, status: int) -> None:
+    with booted(guest(name)) as process:
+        assert process.stdout is not None and process.stderr is not None
+        read_until(process.stdout.fileno(), b"ing\n")
+        process.send_signal(getattr(signal, number))
+        assert process.wait(5) == status
+        assert process.stderr.read().count(b"\n") == 1
+
+
+# ---- pipes and files ----
+
+
+def test_piped_output_is_exactly_what_the_guest_printed(guest: GuestPath) -> None:
+    done = subprocess.run(command(guest("hello")), stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    assert (done.stdout, done.stderr) == (HELLO, b"")
+
+
+def test_piped_input_reaches_the_guest_and_none_is_lost(guest: GuestPath) -> None:
+    data = bytes(i * 7 & 0xFF for i in range(3000))  # more than the FIFO, and with Ctrl-A in it
+    done = subprocess.run(
+        command(guest("uart"), "--append", f"bytes={len(data)} mode=1"), input=data, capture_output=True, timeout=60
+    )
+    total = total_of_totals = 0
+    for byte in data:
+        total = (total + byte) % 65535
+        total_of_totals = (total_of_totals + total) % 65535
+    assert f"received {len(data)} sums {total} {total_of_totals}".encode() in done.stdout
+    assert done.returncode == 33
+
+
+def test_no_console_prints_nothing(guest: GuestPath) -> None:
+    done = subprocess.run(command(guest("hello"), "--console", "none"), capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (33, b"", b"")
+
+
+def test_a_file_console_is_truncated_and_written(guest: GuestPath, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 1000)
+    done = subprocess.run(command(guest("hello"), "--console", f"file:{path}"), capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout) == (33, b"")
+    assert path.read_bytes() == HELLO
+
+
+def test_standard_output_stays_blocking_for_who_shares_it(guest: GuestPath) -> None:
+    reader, writer = os.pipe()
+    try:
+        done = subprocess.run(command(guest("hello")), stdin=subprocess.DEVNULL, stdout=writer, timeout=20)
+        assert done.returncode == 33
+        assert os.get_blocking(writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_closed_standard_output_is_refused_with_a_sentence(guest: GuestPath) -> None:
+    script = 'exec "$@" >&-'
+    done = subprocess.run(["sh", "-c", script, "sh", *command(guest("hello"))], capture_output=True, timeout=20)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"pyvmm: standard output is closed") and done.stderr.count(b"\n") == 1
+
+
+def test_a_reader_that_goes_away_ends_the_machine_with_a_sentence(guest: GuestPath) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            command(guest("spin")), stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, timeout=20
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"pyvmm: the console's reader went away") and done.stderr.count(b"\n") == 1
+
+
+@contextlib.contextmanager
+def full_pipe() -> Iterator[int]:
+    """A pipe that takes no more, and that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    try:
+        yield writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize(("flags", "number"), [(("--timeout", "0.5"), None), ((), "SIGTERM")])
+def test_a_reader_that_stops_reading_keeps_no_end_from_working(
+    guest: GuestPath, flags: tuple[str, ...], number: str | None
+) -> None:
+    with full_pipe() as writer, booted(guest("spin"), *flags, stdout=writer) as process:
+        start = time.monotonic()
+        if number is not None:
+            time.sleep(0.5)
+            process.send_signal(getattr(signal, number))
+        assert process.wait(8) == 2
+        assert time.monotonic() - start < 6
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert re.fullmatch(rb"pyvmm: the console's reader stopped reading: \d+ bytes were not delivered\n", said), said
+
+
+# ---- a UNIX socket ----
+
+
+def connect(path: Path) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            client.connect(str(path))
+            return client
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_socket_console_lets_a_client_come_go_and_come_again(guest: GuestPath, tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    with booted(guest("uart"), "--append", "bytes=3", "--console", f"unix:{path}") as process:
+        with connect(path) as first:
+            read_until(first.fileno(), b"ready\n")
+            first.sendall(b"a")
+        with connect(path) as second, connect(path) as third:
+            third.sendall(b"c")  # waits for its turn
+            second.sendall(b"b")
+            second.shutdown(socket.SHUT_RDWR)
+            assert b"received 3 sums 294 " in read_until(third.fileno(), b"PASS\n")
+            assert process.wait(10) == 33
+    assert not path.exists()
+
+
+def test_a_socket_console_shows_what_was_printed_before_the_client_came(guest: GuestPath, tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    with booted(guest("spin"), "--console", f"unix:{path}") as process:
+        with connect(path) as client:
+            assert read_until(client.fileno(), b"spinning\n") == b"spinning\n"
+        process.terminate()
+        assert process.wait(5) == 143
+    assert not path.exists()
+
+
+# ---- a pseudo-terminal ----
+
+
+def test_a_pty_console_carries_both_directions(guest: GuestPath) -> None:
+    with booted(guest("uart"), "--append", "bytes=2", "--console", "pty") as process:
+        assert process.stderr is not None
+        said = read_until(process.stderr.fileno(), b"\n")
+        path = re.fullmatch(rb"pyvmm: console is (/dev/pts/\d+)\n", said)
+        assert path, said
+        terminal = os.open(path[1], os.O_RDWR | os.O_NOCTTY)
+        try:
+            read_until(terminal, b"ready\n")
+            os.write(terminal, b"\x01\n")  # raw: no escapes, no translation
+            assert b"received 2 sums 11 12\n" in read_until(terminal, b"PASS\n")
+        finally:
+            os.close(terminal)
+        assert process.wait(5) == 33
+
+
+# ---- a terminal ----
+
+
+class Terminal:
+    """A pseudo-terminal with pyvmm on it; what it shows is read at ``master``."""
+
+    def __init__(self, kernel: str, *flags: str) -> None:
+        self.master, self.slave = pty.openpty()
+        self.before = termios.tcgetattr(self.slave)
+        self.process = subprocess.Popen(
+            command(kernel, *flags), stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True
+        )
+
+    def raw(self) -> bool:
+        return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+    def end(self) -> int:
+        """The exit status; the terminal is then as it was."""
+        status = self.process.wait(5)
+        assert termios.tcgetattr(self.slave) == self.before
+        return status
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def make(kernel: str, *flags: str) -> Terminal:
+        opened.append(Terminal(kernel, *flags))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def test_ctrl_a_x_quits_and_restores_the_terminal(guest: GuestPath, terminal: Callable[..., Terminal]) -> None:
+    on = terminal(guest("spin"))
+    read_until(on.master, b"spinning\r\n")
+    assert on.raw()
+    os.write(on.master, b"\x01x")
+    assert on.end() == 0
+
+
+def test_ctrl_a_h_prints_help_and_goes_on(guest: GuestPath, terminal: Callable[..., Terminal]) -> None:
+    on = terminal(guest("spin"))
+    read_until(on.master, b"spinning\r\n")
+    os.write(on.master, b"\x01h")
+    shown = read_until(on.master, b"send Ctrl-A\r")
+    assert b"Ctrl-A x  quit" in shown
+    assert on.process.poll() is None
+    os.write(on.master, b"\x01")
+    os.write(on.master, b"x")  # the two keys need not come together
+    assert on.end() == 0
+
+
+def test_ctrl_c_is_the_guests_and_ctrl_a_twice_sends_one(guest: GuestPath, terminal: Callable[..., Terminal]) -> None:
+    on = terminal(guest("uart"), "--append", "bytes=2")
+    read_until(on.master, b"ready")
+    os.write(on.master, b"\x03\x01\x01")
+    assert b"received 2 sums 4 7" in read_until(on.master, b"PASS")
+    assert on.end() == 33
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 143)])
+def test_a_signal_restores_the_terminal(
+    guest: GuestPath, terminal: Callable[..., Terminal], number: str, status: int
+) -> None:
+    on = terminal(guest("spin"))
+    read_until(on.master, b"spinning\r\n")
+    on.process.send_signal(getattr(signal, number))
+    assert on.end() == status
+
+
+@pytest.mark.parametrize(("name", "status"), [("hello", 33), ("triple_fault", 12)])
+def test_the_guests_end_restores_the_terminal(
+    guest: GuestPath, terminal: Callable[..., Terminal], name: str, status: int
+) -> None:
+    on = terminal(guest(name))
+    assert on.end() == status
+
+
+def test_a_refused_request_restores_the_terminal(terminal: Callable[..., Terminal]) -> None:
+    on = terminal("/nonexistent/kernel")
+    assert b"no such file" in read_until(on.master, b"\n")
+    assert on.end() == 2
