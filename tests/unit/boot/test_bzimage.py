@@ -64,6 +64,7 @@ def test_a_kernel_that_cannot_be_relocated_is_loaded_at_code32_start() -> None:
 @pytest.mark.parametrize(
     ("payload", "why"),
     [(b"", "no payload"), (b"\x01\x02\x03" * 20, "unknown payload format"), (gzip.compress(bytes(99)), "no ELF")],
+    ids=["empty", "unknown", "not-an-elf"],
 )
 def test_what_cannot_be_unpacked_here_is_left_to_the_guest(payload: bytes, why: str) -> None:
     entry = load(bzimage(payload))
