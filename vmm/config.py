@@ -17,6 +17,7 @@ _UNITS = {"": layout.MIB, "K": layout.KIB, "M": layout.MIB, "G": layout.GIB}
 CONSOLES = ("stdio", "pty", "none", "file:PATH", "unix:PATH")
 COMPAT = ("auto", "on", "off")
 KINDS = ("auto", "bzimage", "linux64", "pvh", "multiboot", "elf", "flat")
+LINUX_KINDS = frozenset({"bzimage", "linux64"})  # of those, what the Linux boot protocol starts
 MODES = ("real", "protected", "long")
 UNPACK = ("auto", "host", "guest")
 
@@ -50,7 +51,11 @@ def _cpus(value: Any) -> int:
 
 
 def _path(value: Any) -> str | None:
-    return None if value is None else os.fspath(value)
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{value!r} is not the path of a file")
+    return os.fspath(value)
 
 
 def _paths(value: Any) -> tuple[str, ...]:
@@ -58,6 +63,8 @@ def _paths(value: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, str | os.PathLike):
         return tuple(part for part in os.fspath(value).split(",") if part)
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str | os.PathLike) for part in value):
+        raise ConfigError(f"{value!r} is not a list of paths of files")
     return tuple(os.fspath(part) for part in value)
 
 
@@ -85,7 +92,7 @@ def _address(value: Any) -> int | None:
     if value is None:
         return None
     try:
-        address = value if isinstance(value, int) else int(str(value), 0)
+        address = value if isinstance(value, int) and not isinstance(value, bool) else int(str(value), 0)
     except ValueError:
         address = -1
     if not 0 <= address < 1 << 52:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vmm import layout
 from vmm._ffi import check, ffi, lib
 from vmm.bus import MMIO, PIO, Bus
-from vmm.config import MachineConfig
+from vmm.config import LINUX_KINDS, MachineConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, HostError, StateError
 from vmm.irq import GsiLine
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vmm.devices.device import Device
 
 KVM_PATH = "/dev/kvm"
-LINUX_KINDS = frozenset({"bzimage", "linux64"})
 IRQCHIP, PIT = 1, 2
 
 # enum vmm_stop_reason -> vmm.outcome.REASONS; VMM_STOP_HOST is told apart by its code.

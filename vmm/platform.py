@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmm import layout
+from vmm.config import LINUX_KINDS
 from vmm.errors import ConfigError
-from vmm.machine import LINUX_KINDS
 
 if TYPE_CHECKING:
     from vmm.boot import Entry
