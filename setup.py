@@ -19,9 +19,7 @@ class BuildNativeFirst(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(NATIVE_BUILD), "-DVMM_TESTS=OFF", "-DVMM_GUESTS=OFF"]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run(
-                ["cmake", "--build", str(NATIVE_BUILD), "--target", "vmmcore", "-j2"], check=True
-            )
+            subprocess.run(["cmake", "--build", str(NATIVE_BUILD), "--target", "vmmcore", "-j2"], check=True)
         except FileNotFoundError as error:
             raise SetupError("pyvmm needs cmake and gcc: apt-get install cmake gcc python3-dev") from error
         except subprocess.CalledProcessError as error:

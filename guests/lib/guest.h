@@ -9,9 +9,9 @@
  *
  *       value       status   meaning
  *       0x10            33   passed: guest_main() returned; the last line is "PASS"
- *       0x11 + n   35 + 2n   CHECK number n of the guest, counted from 0 in source order, failed; the last
- * line is "FAIL file:line: expression" 0x01 .. 0x0f         the library gave up (enum guest_exit); the last
- * line is "FAIL ..." too
+ *       0x11 + n   35 + 2n   CHECK number n of the guest, counted from 0 in source order, failed; the last line
+ *                            is "FAIL file:line: expression"
+ *       0x01 .. 0x0f         the library gave up (enum guest_exit); the last line is "FAIL ..." too
  *
  *   Where there is no such port the guest halts with interrupts off.
  *

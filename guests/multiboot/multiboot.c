@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What multiboot 0.6.96, 3.2 and 3.3 promise a kernel. "modules=N" on the command line: how many to expect.
- */
+/* What multiboot 0.6.96, 3.2 and 3.3 promise a kernel. "modules=N" on the command line: how many to expect. */
 #include "cpu.h"
 #include "guest.h"
 

@@ -6,8 +6,8 @@
  * SYSCALL at CPL 3. Two remedies live here, both off unless vmm_compat_enable() asks for them:
  *
  *   complete   an instruction KVM gave up on is decoded (insn.c), done here (integer.c, system.c, fpu.c) on
- * the vCPU's registers and, through its page tables (paging.c), its memory; then the guest goes on. syscall
- * a SYSCALL that faulted at its entry point is moved to where it should have gone (syscall.c).
+ *              the vCPU's registers and, through its page tables (paging.c), its memory; the guest goes on
+ *   syscall    a SYSCALL that faulted at its entry point is moved to where it should have gone (syscall.c)
  *
  * Completing is pure: it turns a struct completion into another and touches KVM only through its `source`, so
  * that tests run it on plain memory. Anything not known is COMPLETE_UNKNOWN, and the run ends: never a guess.
@@ -20,8 +20,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- decoding (insn.c)
- * -------------------------------------------------------------------------------------- */
+/* ---- decoding (insn.c) ---- */
 
 enum { INSN_MAX = 15 }; /* bytes in the longest legal instruction */
 
@@ -31,8 +30,7 @@ enum segment_register { SEG_ES, SEG_CS, SEG_SS, SEG_DS, SEG_FS, SEG_GS, SEG_NONE
 
 enum { REG_NONE = 0xff, REG_RSP = 4, REG_RBP = 5 };
 
-/* One instruction, as encoded. Register numbers are the encoding's (0 rax, 1 rcx, 2 rdx, 3 rbx, 4 rsp ...).
- */
+/* One instruction, as encoded. Register numbers are the encoding's (0 rax, 1 rcx, 2 rdx, 3 rbx, 4 rsp ...). */
 struct insn {
     uint8_t length;
     uint8_t map, opcode;
@@ -56,8 +54,7 @@ enum cpu_mode { CPU_16, CPU_32, CPU_64 };
 /* False when the bytes are too few, too many (over 15), or not of a form this decoder has. */
 bool insn_decode(struct insn *insn, const uint8_t *bytes, size_t n, enum cpu_mode mode);
 
-/* ---- one completion
- * ----------------------------------------------------------------------------------------- */
+/* ---- one completion ---- */
 
 enum outcome {
     COMPLETE_DONE,    /* go on at the next instruction */
@@ -173,8 +170,7 @@ void gpr_write(struct completion *c, unsigned reg, unsigned size, uint64_t value
 enum outcome rm_read(struct completion *c, unsigned size, uint64_t *value);
 enum outcome rm_write(struct completion *c, unsigned size, uint64_t value);
 
-/* ---- guest memory by linear address (paging.c)
- * -------------------------------------------------------------- */
+/* ---- guest memory by linear address (paging.c) ---- */
 
 enum access { ACCESS_READ = 0, ACCESS_WRITE = 2, ACCESS_USER = 4, ACCESS_FETCH = 16 };
 
@@ -200,8 +196,7 @@ void span_write(const struct span *span, size_t offset, const void *from, size_t
 /* One page-table walk. */
 enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned access, uint64_t *gpa);
 
-/* ---- what instructions do
- * ----------------------------------------------------------------------------------- */
+/* ---- what instructions do ---- */
 
 typedef enum outcome completer(struct completion *c);
 

@@ -310,8 +310,7 @@ enum outcome complete_cmpxchg8b16b(struct completion *c)
     return COMPLETE_DONE;
 }
 
-/* RDRAND (/6) and RDSEED (/7). CF = 0, "try again", is a legal answer when the host's pool has none to give.
- */
+/* RDRAND (/6) and RDSEED (/7). CF = 0, "try again", is a legal answer when the host's pool has none to give. */
 enum outcome complete_rdrand(struct completion *c)
 {
     uint64_t value = 0;

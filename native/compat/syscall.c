@@ -3,9 +3,10 @@
  * The SYSCALL repair, and its relatives: how CPL 3 gets into the guest's kernel on hosts where that goes
  * wrong.
  *
- *   SYSCALL, 64-bit: RCX, R11, RFLAGS and RIP are right, but CPL stays 3. The entry point is supervisor
- * memory, so its fetch ends in the guest's #PF handler. SYSCALL, 32-bit: CPL is right, but RIP is CSTAR cut
- * to 32 bits. Again a #PF, taken on the user's stack. INT n:           #UD.
+ *   SYSCALL, 64-bit: RCX, R11, RFLAGS and RIP are right, but CPL stays 3. The entry point is supervisor memory,
+ *                    so its fetch ends in the guest's #PF handler.
+ *   SYSCALL, 32-bit: CPL is right, but RIP is CSTAR cut to 32 bits. Again a #PF, taken on the user's stack.
+ *   INT n:           #UD.
  *
  * Hardware breakpoints on the first instructions of the guest's #PF and #UD handlers show us each such
  * exception before the guest sees it. One that should not have been is undone; any other is let go by

@@ -191,8 +191,7 @@ int vmm_console_put(vmm_console *console, uint8_t byte)
     return taken;
 }
 
-/* high_water <= log_limit, and the log is SLACK longer: a device that keeps to SLACK never meets this bound.
- */
+/* high_water <= log_limit, and the log is SLACK longer: a device that keeps to SLACK never meets this bound. */
 void vmm_console_put_late(vmm_console *console, uint8_t byte)
 {
     pthread_mutex_lock(&console->lock);

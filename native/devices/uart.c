@@ -231,8 +231,7 @@ static void transmitter_empty(vmm_uart *uart)
     uart->r.transmit_pending = true;
 }
 
-/* A driver that saw THRE may write a FIFO's worth without looking again: these are taken after put refused.
- */
+/* A driver that saw THRE may write a FIFO's worth without looking again: these are taken after put refused. */
 static void write_thr(vmm_uart *uart, uint8_t byte, bool asked)
 {
     if (asked && uart->r.polls < POLLING)

@@ -39,8 +39,8 @@ typedef struct vmm_vcpu vmm_vcpu;
 
 /* What KVM models. It is there from the first vmm_vcpu_create on; a line driven before leads nowhere. */
 enum vmm_vm_flags {
-    VMM_VM_IRQCHIP = 1,   /* in-kernel PIC, I/O APIC and local APICs */
-    VMM_VM_PIT = 2,       /* in-kernel i8254 and port 0x61 (needs VMM_VM_IRQCHIP) */
+    VMM_VM_IRQCHIP = 1, /* in-kernel PIC, I/O APIC and local APICs */
+    VMM_VM_PIT = 2,     /* in-kernel i8254 and port 0x61 (needs VMM_VM_IRQCHIP) */
 };
 
 /*
@@ -57,7 +57,8 @@ void vmm_vm_destroy(vmm_vm *vm);
 int vmm_vm_check_extension(vmm_vm *vm, uint32_t capability);
 
 /* KVM_ENABLE_CAP with four arguments. */
-int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2, uint64_t arg3);
+int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2,
+                      uint64_t arg3);
 
 /* File descriptors, for ioctls that have no function here; they stay the library's. */
 int vmm_vm_fd(vmm_vm *vm);
@@ -116,8 +117,8 @@ enum vmm_space { VMM_PIO = 0, VMM_MMIO = 1 };
  * caller's name for it (traces). Safe while vCPUs run. At most 4096 ranges a space.
  * -EEXIST: overlaps another range (or RAM); -EINVAL: empty, wrapping, or beyond 64 Ki ports; -ENOSPC.
  */
-int vmm_bus_attach(vmm_vm *vm, int space, uint64_t base, uint64_t size, const vmm_device_ops *ops, void *opaque,
-                   uint32_t tag);
+int vmm_bus_attach(vmm_vm *vm, int space, uint64_t base, uint64_t size, const vmm_device_ops *ops,
+                   void *opaque, uint32_t tag);
 
 /* Give a range up. On return no vCPU is inside its ops, except the calling one. -ENOENT: no range starts there. */
 int vmm_bus_detach(vmm_vm *vm, int space, uint64_t base);
@@ -207,20 +208,20 @@ int vmm_vm_set_state(vmm_vm *vm, int kind, const void *buffer, size_t size);
 /* Why a run ended. The first reason given to a machine is the one it keeps. */
 enum vmm_stop_reason {
     VMM_STOP_NONE = 0,
-    VMM_STOP_HOST = 1,         /* the monitor asked (code: the caller's) */
-    VMM_STOP_POWEROFF = 2,     /* the guest powered off */
-    VMM_STOP_RESET = 3,        /* the guest asked for a reset */
-    VMM_STOP_DEBUG_EXIT = 4,   /* isa-debug-exit (code: the value written) */
-    VMM_STOP_PANIC = 5,        /* pvpanic (code: the event bits) */
-    VMM_STOP_TRIPLE_FAULT = 6, /* KVM_EXIT_SHUTDOWN */
-    VMM_STOP_EMULATION = 7,    /* KVM_EXIT_INTERNAL_ERROR (code: suberror) */
-    VMM_STOP_FAIL_ENTRY = 8,   /* KVM_EXIT_FAIL_ENTRY (code: hardware reason) */
-    VMM_STOP_HALT = 9,         /* HLT with no interrupt controller to wake it */
+    VMM_STOP_HOST = 1,          /* the monitor asked (code: the caller's) */
+    VMM_STOP_POWEROFF = 2,      /* the guest powered off */
+    VMM_STOP_RESET = 3,         /* the guest asked for a reset */
+    VMM_STOP_DEBUG_EXIT = 4,    /* isa-debug-exit (code: the value written) */
+    VMM_STOP_PANIC = 5,         /* pvpanic (code: the event bits) */
+    VMM_STOP_TRIPLE_FAULT = 6,  /* KVM_EXIT_SHUTDOWN */
+    VMM_STOP_EMULATION = 7,     /* KVM_EXIT_INTERNAL_ERROR (code: suberror) */
+    VMM_STOP_FAIL_ENTRY = 8,    /* KVM_EXIT_FAIL_ENTRY (code: hardware reason) */
+    VMM_STOP_HALT = 9,          /* HLT with no interrupt controller to wake it */
     VMM_STOP_SYSTEM_EVENT = 10, /* KVM_EXIT_SYSTEM_EVENT (code: type) */
     VMM_STOP_UNKNOWN_EXIT = 11, /* an exit reason the loop has no answer to (code: reason) */
-    VMM_STOP_RUN_FAILED = 12,  /* KVM_RUN itself failed (code: errno) */
-    VMM_STOP_CALLBACK = 13,    /* a device's own code failed (an exception waits above) */
-    VMM_STOP_DEBUG = 14,       /* KVM_EXIT_DEBUG that nobody claimed (code: exception vector) */
+    VMM_STOP_RUN_FAILED = 12,   /* KVM_RUN itself failed (code: errno) */
+    VMM_STOP_CALLBACK = 13,     /* a device's own code failed (an exception waits above) */
+    VMM_STOP_DEBUG = 14,        /* KVM_EXIT_DEBUG that nobody claimed (code: exception vector) */
 };
 
 /*
@@ -253,14 +254,14 @@ void vmm_vcpu_kick(vmm_vcpu *vcpu);
 
 /* One exit, as kept in each vCPU's ring of the last 64. reason is KVM's exit reason. */
 typedef struct vmm_exit_record {
-    uint64_t address;  /* port or guest-physical address; MSR index; else 0 */
-    uint64_t value;    /* what was read or written */
+    uint64_t address; /* port or guest-physical address; MSR index; else 0 */
+    uint64_t value;   /* what was read or written */
     uint32_t reason;
-    uint16_t size;     /* bytes of one access */
-    uint8_t write;     /* 1: the guest wrote */
-    uint8_t claimed;   /* 1: a device answered */
-    uint32_t count;    /* accesses in a string instruction, else 1 */
-    uint32_t tag;      /* of the range that answered */
+    uint16_t size;   /* bytes of one access */
+    uint8_t write;   /* 1: the guest wrote */
+    uint8_t claimed; /* 1: a device answered */
+    uint32_t count;  /* accesses in a string instruction, else 1 */
+    uint32_t tag;    /* of the range that answered */
 } vmm_exit_record;
 
 /* Copies the newest exits, oldest first; answers how many. For a vCPU that is not running (else approximate). */
@@ -282,7 +283,7 @@ enum vmm_compat_flags {
 /* Switch remedies on, before the first run. -ENOTSUP names the capability this needs. */
 int vmm_compat_enable(vmm_vm *vm, uint32_t flags);
 
-/* How often a remedy was used: instructions completed, SYSCALLs repaired, other #PFs stepped over. */
+/* How often: instructions completed; SYSCALL and INT n entries repaired; other #PF and #UD stepped over. */
 typedef struct vmm_compat_stats {
     uint64_t completed, syscalls, faults;
 } vmm_compat_stats;
@@ -305,7 +306,7 @@ size_t vmm_console_send(vmm_console *console, const uint8_t *bytes, size_t n);
 size_t vmm_console_input_room(vmm_console *console);
 /* Output: copy from absolute position *position; if that is gone already, *position moves to the oldest kept. */
 size_t vmm_console_read(vmm_console *console, uint64_t *position, uint8_t *bytes, size_t n);
-uint64_t vmm_console_end(vmm_console *console);    /* bytes ever written by the guest */
+uint64_t vmm_console_end(vmm_console *console); /* bytes ever written by the guest */
 /* Wait until end() > position, closed, or the time is up (ms; -1: for ever). 1: there is more; 0: there is not. */
 int vmm_console_wait(vmm_console *console, uint64_t position, int timeout_ms);
 /* The pump's position: everything before it has been written out. UINT64_MAX: no pump. */

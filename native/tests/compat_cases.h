@@ -85,7 +85,7 @@ enum { CF = 1, PF = 4, AF = 0x10, ZF = 0x40, SF = 0x80, OF = 0x800 };
 #define COMPAT_BYTES(name, text, undefined, needs)                                                           \
     extern const uint8_t compat_case_##name[], compat_case_end_##name[];                                     \
     __asm__(".pushsection .rodata\ncompat_case_" #name ": " text "\ncompat_case_end_" #name ":\n."           \
-                                                                                            "popsection");
+            "popsection");
 COMPAT_CASES(COMPAT_BYTES)
 COMPAT_CASES_MISREAD(COMPAT_BYTES)
 

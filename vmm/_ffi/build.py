@@ -13,7 +13,7 @@ from cffi import FFI
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "native" / "include" / "vmmcore.h"
 
-# Python behind the (function, opaque) pairs that native code calls. Defined in vmm/_ffi/upcalls.py.
+# Python behind the (function, opaque) pairs that native code calls. Defined in vmm/_ffi/__init__.py.
 UPCALLS = """
 extern "Python" {
     uint64_t vmm_py_read(void *opaque, uint64_t offset, uint32_t size);
