@@ -215,4 +215,7 @@ completer complete_nop, complete_memory_nop, complete_undefined, complete_clac, 
 void xsave_layout_init(struct xsave_layout *layout);
 completer complete_x87_control, complete_fwait, complete_mxcsr, complete_xsave, complete_xrstor;
 
+/* x87.c */
+completer complete_x87;
+
 #endif

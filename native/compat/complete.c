@@ -109,8 +109,7 @@ static const struct {
     {MAP_PRIMARY, 0xce, 0xff, ANY_PREFIX, ANY, LEGACY, complete_into},
     {MAP_PRIMARY, 0xfc, 0xff, ANY_PREFIX, ANY, LEGACY, complete_cld},
 
-    {MAP_PRIMARY, 0xd9, 0xff, ANY_PREFIX, 5, LEGACY | MEMORY, complete_x87_control}, /* FLDCW */
-    {MAP_0F, 0x77, 0xff, NP, ANY, LEGACY, complete_x87_control},                     /* EMMS */
+    {MAP_0F, 0x77, 0xff, NP, ANY, LEGACY, complete_x87_control}, /* EMMS */
 
     {MAP_0F, 0x00, 0xff, ANY_PREFIX, 4, LEGACY, complete_segment_query},   /* VERR */
     {MAP_0F, 0x00, 0xff, ANY_PREFIX, 5, LEGACY, complete_segment_query},   /* VERW */
@@ -183,13 +182,14 @@ static const struct {
     {0xfb, complete_idle_hint},                             /* MWAITX */
 };
 
-/* Two x87 instructions whose ModRM byte is opcode too. */
 static completer *find_x87(const struct insn *i)
 {
+    if (i->memory)
+        return i->opcode == 0xd9 && (i->reg & 7) == 5 ? complete_x87_control : complete_x87; /* FLDCW */
     uint8_t modrm = (uint8_t)(0xc0 | (i->reg & 7) << 3 | (i->rm & 7));
     bool known =
         (i->opcode == 0xdf && modrm == 0xe0) || (i->opcode == 0xdb && modrm == 0xe2); /* FNSTSW, FNCLEX */
-    return known ? complete_x87_control : NULL;
+    return known ? complete_x87_control : complete_x87;
 }
 
 static completer *find_0f01(const struct insn *i)
@@ -206,7 +206,7 @@ static completer *find(const struct insn *i, uint8_t *form)
     *form = LEGACY;
     if (i->map == MAP_0F && i->opcode == 0x01 && !i->memory && !i->vex)
         return find_0f01(i);
-    if (i->map == MAP_PRIMARY && (i->opcode & 0xf8) == 0xd8 && !i->memory)
+    if (i->map == MAP_PRIMARY && (i->opcode & 0xf8) == 0xd8)
         return find_x87(i);
     for (size_t n = 0; n < sizeof instructions / sizeof *instructions; n++) {
         *form = instructions[n].form;
