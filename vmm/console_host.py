@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 ESCAPE = 0x01  # Ctrl-A
-HELP = b"\r\nCtrl-A x  quit\r\nCtrl-A h  this help (also Ctrl-A c)\r\nCtrl-A Ctrl-A  send Ctrl-A\r\n"
+HELP = b"\nCtrl-A x  quit\nCtrl-A h  this help (also Ctrl-A c)\nCtrl-A Ctrl-A  send Ctrl-A\n"
 DRAIN_SECONDS = 2.0  # how long an ended machine waits for a peer that does not read
 CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from boot_images import KERNEL_AT, LINUX_NOTE, MIB, Load, bzimage, elf, multiboot_header, note, vmlinux
 from boot_memory import FakeMemory
+from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +71,7 @@ def check(image: bytes, **how: object) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@settings(max_examples=250, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(250), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=_DAMAGE, keep=st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5, 0.1]))
 def test_a_damaged_image_loads_cleanly_or_is_refused_cleanly(
     name: str, damage: list[tuple[int, bytes]], keep: float
@@ -79,7 +80,7 @@ def test_a_damaged_image_loads_cleanly_or_is_refused_cleanly(
 
 
 @pytest.mark.parametrize("kind", ["bzimage", "linux64", "pvh", "multiboot", "elf", "flat"])
-@settings(max_examples=60, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=st.sampled_from(sorted(IMAGES.values())), damage=_DAMAGE)
 def test_a_kind_forced_on_any_image_loads_cleanly_or_is_refused_cleanly(
     kind: str, image: bytes, damage: list[tuple[int, bytes]]
@@ -87,7 +88,7 @@ def test_a_kind_forced_on_any_image_loads_cleanly_or_is_refused_cleanly(
     check(damaged(image, damage, 1.0), kind=kind)
 
 
-@settings(max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=st.binary(min_size=1, max_size=2000))
 def test_noise_is_refused_cleanly(image: bytes) -> None:
     check(image)
@@ -99,7 +100,7 @@ _REAL = os.environ.get("PYVMM_TEST_BZIMAGE", "")
 
 
 @pytest.mark.skipif(not _REAL, reason="PYVMM_TEST_BZIMAGE names no kernel")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=st.lists(st.tuples(st.integers(0x1F0, 0x270), _VALUES), min_size=1, max_size=3))
 def test_a_damaged_real_kernel_loads_cleanly_or_is_refused_cleanly(damage: list[tuple[int, bytes]]) -> None:
     image = bytearray(Path(_REAL).read_bytes())

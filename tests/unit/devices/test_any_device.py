@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,7 +81,7 @@ def disturb(device: Device, clock: Clock, offsets: list[int], acts: Any) -> None
 
 
 @pytest.mark.parametrize("name", DEVICES)
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(acts=ACTS)
 def test_no_access_fails_and_a_saved_state_is_taken_up_again(name: str, acts: Any) -> None:
     make, offsets = DEVICES[name]
@@ -130,7 +131,7 @@ def test_a_state_that_is_not_the_devices_is_refused_and_changes_nothing(name: st
 
 
 @pytest.mark.parametrize("name", DEVICES)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(acts=ACTS)
 def test_reset_lowers_the_line(name: str, acts: Any) -> None:
     make, offsets = DEVICES[name]

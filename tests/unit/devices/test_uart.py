@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import pytest
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,21 +78,25 @@ class PythonUart:
         return {**state, field: value}
 
 
+def _destroy(uart: Any, console: Any, wire: Any, drive: Any) -> None:
+    lib.vmm_uart_destroy(uart)
+    lib.vmm_console_destroy(console)
+
+
 class CUart:
     """The C model through its public C functions; the line's ``set`` calls back into a :class:`FakeLine`."""
 
     def __init__(self, room: int | None = None) -> None:
-        self.line = FakeLine()
-        self._set = ffi.callback(
-            "void(void *, uint32_t, int)",
-            lambda opaque, n, level: (self.line.raise_ if level else self.line.lower)(),
+        line = self.line = FakeLine()
+        drive = ffi.callback(
+            "void(void *, uint32_t, int)", lambda opaque, n, level: (line.raise_ if level else line.lower)()
         )
-        self._line = ffi.new("vmm_line *", {"set": self._set, "n": 4})
+        wire = ffi.new("vmm_line *", {"set": drive, "n": 4})
         console, uart = ffi.new("vmm_console **"), ffi.new("vmm_uart **")
         assert lib.vmm_console_create(1 << 16, 1 << 16, room or 1 << 16, console) == 0
-        assert lib.vmm_uart_create(self._line, console[0], uart) == 0
-        self.console = ffi.gc(console[0], lib.vmm_console_destroy)
-        self.uart = ffi.gc(uart[0], lambda uart, console=self.console: lib.vmm_uart_destroy(uart))
+        assert lib.vmm_uart_create(wire, console[0], uart) == 0
+        self.console, self.uart = console[0], uart[0]
+        weakref.finalize(self, _destroy, self.uart, self.console, wire, drive)  # in this order, whoever collects us
         self._ops = lib.vmm_uart_ops()
         if room is not None:
             lib.vmm_console_set_pump(self.console, 0)
@@ -481,7 +487,7 @@ def catch_up(uart: Driver) -> None:
 
 
 @needs_native
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.lists(ACCESSES, max_size=60))
 def test_both_answer_any_sequence_alike(accesses: list[tuple[str, Any, int]]) -> None:
     python, c = PythonUart(ROOM), CUart(ROOM)
@@ -500,7 +506,7 @@ def test_both_answer_any_sequence_alike(accesses: list[tuple[str, Any, int]]) ->
 
 
 @pytest.mark.parametrize("kind", BOTH)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(accesses=st.lists(ACCESSES, max_size=40))
 def test_any_reachable_state_loads_and_reads_back_the_same(kind: type[Driver], accesses: Any) -> None:
     uart = kind(ROOM)
