@@ -105,6 +105,15 @@ static enum outcome fpu_set(struct completion *c, const uint8_t *area)
     return c->source->set_xsave(c->source->opaque, area) ? COMPLETE_DONE : COMPLETE_UNKNOWN;
 }
 
+/* The bytes of an absent x87 component: what FNINIT leaves. */
+static void x87_initial(uint8_t *area)
+{
+    memset(area, 0, MXCSR_AT);
+    memset(area + 32, 0, 128);
+    area[0] = 0x7f; /* FCW = 037f */
+    area[1] = 0x03;
+}
+
 enum outcome complete_fwait(struct completion *c)
 {
     if ((c->sregs.cr0 & (CR0_MP | CR0_TS)) == (CR0_MP | CR0_TS))
@@ -134,12 +143,8 @@ enum outcome complete_x87_control(struct completion *c)
     uint8_t area[AREA_SIZE];
     if (!fpu_get(c, area))
         return COMPLETE_UNKNOWN;
-    if (!(load64(area + XSTATE_BV_AT) & COMPONENT_X87)) {
-        memset(area, 0, MXCSR_AT);
-        memset(area + 32, 0, 128);
-        area[0] = 0x7f; /* FCW = 037f */
-        area[1] = 0x03;
-    }
+    if (!(load64(area + XSTATE_BV_AT) & COMPONENT_X87))
+        x87_initial(area);
     uint16_t fcw = (uint16_t)load32(area), fsw = (uint16_t)(load32(area) >> 16);
     if (fnstsw) {
         gpr_write(c, 0, 2, fsw);
@@ -254,12 +259,8 @@ enum outcome complete_xsave(struct completion *c)
         return COMPLETE_UNKNOWN;
 
     uint64_t in_use = load64(area + XSTATE_BV_AT);
-    if (!(in_use & COMPONENT_X87)) {
-        memset(area, 0, MXCSR_AT);
-        memset(area + 32, 0, 128);
-        area[0] = 0x7f; /* FCW = 037f */
-        area[1] = 0x03;
-    }
+    if (!(in_use & COMPONENT_X87))
+        x87_initial(area);
     if (!(in_use & (COMPONENT_SSE | COMPONENT_AVX)))
         store32(area + MXCSR_AT, MXCSR_INIT);
     if (!(in_use & COMPONENT_SSE))
