@@ -8,7 +8,7 @@ BUILD := build/dev
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml setup.py CMakeLists.txt native/include/vmmcore.h vmm/_ffi/build.py $(wildcard native/*/*.[ch])
+$(VENV)/.done: pyproject.toml setup.py CMakeLists.txt $(wildcard native/include/*.h) vmm/_ffi/build.py $(wildcard native/*/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -1,6 +1,6 @@
-"""Make ``vmm._native``: cffi in API mode over the declarations sliced out of ``native/include/vmmcore.h``.
+"""Make ``vmm._native``: cffi in API mode over the declarations sliced out of ``native/include/*.h``.
 
-The header is the only declaration of the native half; the compiler checks every line of the slice against it.
+The headers are the only declaration of the native half; the compiler checks every line of the slices against them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = ROOT / "native" / "include" / "vmmcore.h"
+INCLUDE = ROOT / "native" / "include"
 
 # Python behind the (function, opaque) pairs that native code calls. Defined in vmm/_ffi/__init__.py.
 UPCALLS = """
@@ -22,10 +22,17 @@ extern "Python" {
 """
 
 
+def headers() -> list[str]:
+    """The boundary, in the order of dependence: the core, virtio, then what is built on them."""
+    first = ["vmmcore.h", "vmmvirtio.h"]
+    return first + sorted(path.name for path in INCLUDE.glob("vmm*.h") if path.name not in first)
+
+
 def declarations() -> str:
-    """The part of the header between the cdef marks, without comments."""
-    text = HEADER.read_text()
-    sliced = text.split("/* cdef: begin */")[1].split("/* cdef: end */")[0]
+    """The parts of the headers between the cdef marks, without comments."""
+    sliced = ""
+    for header in headers():
+        sliced += (INCLUDE / header).read_text().split("/* cdef: begin */")[1].split("/* cdef: end */")[0]
     return re.sub(r"/\*.*?\*/", "", sliced, flags=re.DOTALL)
 
 
@@ -33,10 +40,10 @@ builder = FFI()
 builder.cdef(declarations() + UPCALLS)
 builder.set_source(
     "vmm._native",
-    '#include "vmmcore.h"\n',
+    "".join(f'#include "{header}"\n' for header in headers()),
     include_dirs=["native/include"],
     extra_objects=["build/native/libvmmcore.a"],
-    depends=["native/include/vmmcore.h", "build/native/libvmmcore.a"],
+    depends=[*(f"native/include/{header}" for header in headers()), "build/native/libvmmcore.a"],
     extra_compile_args=["-std=c11", "-O2"],
     libraries=["pthread"],
 )

@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * virtio, as Python sees it: a device, its transport, its queues. A continuation of vmmcore.h, under the same rules.
+ *
+ * Order of calls
+ *   vmm_<device>_create(vm, ...) or vmm_virtio_create -> vmm_virtio_mmio_create or vmm_virtio_pci_create
+ *   -> run ... -> vmm_virtio_reset -> vmm_vm_destroy -> vmm_<transport>_destroy -> vmm_<device>_destroy
+ */
+#ifndef VMMVIRTIO_H
+#define VMMVIRTIO_H
+
+#include "vmmcore.h"
+
+/* cdef: begin */
+
+typedef struct vmm_virtio vmm_virtio;
+
+/*
+ * What a device does. Called with the device's lock held (it is recursive). start and stop come on a vCPU's
+ * thread or the caller's, kick on the machine's I/O thread. Any may be NULL.
+ */
+typedef struct vmm_virtio_ops {
+    void (*start)(void *opaque);                /* DRIVER_OK: features are agreed, queues are ready */
+    void (*kick)(void *opaque, uint32_t queue); /* the driver offers buffers */
+    void (*stop)(void *opaque);    /* reset or broken: after it, nothing of before touches guest memory */
+    void (*quiesce)(void *opaque); /* finish or take back what is in flight; the rings then hold everything */
+    /* The driver wrote its configuration space: within config_size; the bytes are stored already. */
+    void (*config)(void *opaque, uint32_t offset, uint32_t size);
+} vmm_virtio_ops;
+
+/* A device whose model is the caller's (Python). Arguments as for vmm_virtio_init in native/virtio/virtio.h. */
+int vmm_virtio_create(vmm_vm *vm, const vmm_virtio_ops *ops, void *opaque, uint32_t id, const char *name,
+                      uint64_t features, uint32_t n_queues, const uint16_t *size_max, uint32_t config_size,
+                      vmm_virtio **out);
+void vmm_virtio_destroy(vmm_virtio *dev); /* only what vmm_virtio_create made */
+
+/* Power-on state; nothing in flight afterwards. */
+void vmm_virtio_reset(vmm_virtio *dev);
+
+/* What a driver has made of it. */
+typedef struct vmm_virtio_info {
+    uint32_t id, n_queues, config_size, generation;
+    uint64_t offered, agreed;
+    uint8_t status;
+    const char *name, *fault; /* fault: "" or why the device needs a reset */
+} vmm_virtio_info;
+void vmm_virtio_get_info(vmm_virtio *dev, vmm_virtio_info *info);
+
+typedef struct vmm_queue_stats {
+    uint64_t requests, bytes_out, bytes_in; /* chains taken; bytes read from and written to the guest */
+    uint64_t doorbells, interrupts;
+    uint16_t size, in_flight;
+    uint8_t enabled;
+} vmm_queue_stats;
+int vmm_virtio_queue_stats(vmm_virtio *dev, uint32_t queue,
+                           vmm_queue_stats *stats); /* -EINVAL: no such queue */
+
+/* Configuration space, the monitor's side. -EINVAL: outside it. Writing raises the interrupt. */
+int vmm_virtio_config_get(vmm_virtio *dev, uint32_t offset, void *bytes, uint32_t size);
+int vmm_virtio_config_set(vmm_virtio *dev, uint32_t offset, const void *bytes, uint32_t size);
+
+/* Called when a device breaks (the guest broke a rule) or has something to say of its host end, once each. */
+void vmm_vm_on_message(vmm_vm *vm, void (*say)(void *opaque, const char *text), void *opaque);
+
+/* ---- requests, for devices written in Python ---- */
+
+typedef struct vmm_chain vmm_chain;
+vmm_chain *vmm_chain_create(void);
+void vmm_chain_destroy(vmm_chain *chain);
+/* 1: *chain holds the next request; 0: none. A broken ring breaks the device, and answers 0. */
+int vmm_virtio_take(vmm_virtio *dev, uint32_t queue, vmm_chain *chain);
+uint64_t vmm_chain_size(const vmm_chain *chain, int in); /* bytes the device may read (in = 0) or write (1) */
+size_t vmm_chain_get(const vmm_chain *chain, uint64_t at, void *to, size_t n);
+size_t vmm_chain_put(const vmm_chain *chain, uint64_t at, const void *from, size_t n);
+/* Answer it. The driver sees it, and its interrupt, at vmm_virtio_flush. */
+void vmm_virtio_answer(vmm_virtio *dev, uint32_t queue, const vmm_chain *chain, uint32_t written);
+/* 1: more requests wait (no doorbell will ring for them). */
+int vmm_virtio_flush(vmm_virtio *dev, uint32_t queue);
+
+/* ---- virtio-mmio, version 2 (virtio 1.2, 4.2) ---- */
+
+typedef struct vmm_virtio_mmio vmm_virtio_mmio;
+/* Registers for a range of 512 bytes or more; `line` is level-triggered. Attach ops with the transport as opaque at
+ * `address`, which is where its ioeventfds go. */
+int vmm_virtio_mmio_create(vmm_virtio *dev, uint64_t address, const vmm_line *line, vmm_virtio_mmio **out);
+void vmm_virtio_mmio_destroy(vmm_virtio_mmio *transport);
+const vmm_device_ops *vmm_virtio_mmio_ops(void);
+
+/* cdef: end */
+
+#endif
