@@ -28,8 +28,9 @@
 #include <sys/uio.h>
 
 /*
- * As many pieces as a chain may have: a chain is at most as long as its queue (virtio 1.2, 2.7.5.3.1), and a
- * descriptor that crosses from one memory region into the next becomes two pieces. There are two regions of RAM.
+ * A chain has at most as many descriptors as the largest queue has (virtio 1.2, 2.7.5.3.1 and 2.8.21.3), in the ring
+ * and in an indirect table together. A descriptor that crosses from one region of memory into the next becomes two
+ * pieces; there are two regions of RAM, and no driver has more than a few such descriptors in one chain.
  */
 #define VMM_QUEUE_SIZE_MAX 256
 #define VMM_CHAIN_PIECES (VMM_QUEUE_SIZE_MAX + 8)
@@ -37,7 +38,7 @@
 /* One request: pieces of guest memory, first those the device reads, then those it writes. None is empty. */
 struct vmm_chain {
     uint16_t id;                /* what push gives back: head index (split), buffer id (packed) */
-    uint16_t slots;             /* packed: descriptors it took in the ring */
+    uint16_t slots;             /* of the ring it holds until it is pushed; 1 in a split ring */
     uint16_t n_out, n_in;       /* pieces */
     uint64_t out_size, in_size; /* bytes; together below 4 GiB */
     struct iovec iov[VMM_CHAIN_PIECES];
@@ -47,7 +48,11 @@ enum vmm_queue_features {
     VMM_QUEUE_INDIRECT = 1,  /* VIRTIO_F_INDIRECT_DESC was agreed */
     VMM_QUEUE_EVENT_IDX = 2, /* VIRTIO_F_EVENT_IDX was agreed */
     VMM_QUEUE_PACKED = 4,    /* VIRTIO_F_RING_PACKED was agreed */
-    VMM_QUEUE_IN_ORDER = 8,  /* VIRTIO_F_IN_ORDER was agreed: push is called in the order of pop */
+    /*
+     * VIRTIO_F_IN_ORDER was agreed: push is called in the order of pop. Every buffer still gets a used entry of its
+     * own: one entry for a batch would say that those it skips were written completely (2.7.9, 2.8.8).
+     */
+    VMM_QUEUE_IN_ORDER = 8,
 };
 
 struct vmm_queue {
@@ -57,35 +62,39 @@ struct vmm_queue {
     /* While started. */
     struct vmm_vm *vm;
     uint32_t features; /* enum vmm_queue_features */
-    bool started;
-    const char *fault; /* not NULL: broken, and why (a sentence without its subject) */
+    bool started;      /* rings are in use; false again once broken */
+    const char *fault; /* not NULL: broken, and why (a sentence without its subject); points at fault_text */
     uint8_t *host_desc, *host_driver, *host_device;
-    uint16_t avail, used; /* split: next to take, next to fill; packed: with the wrap bit in 15 */
-    uint16_t published;   /* `used` when interrupts were last decided */
-    uint16_t pushed;      /* pushed, not yet published */
-    uint16_t batch_start; /* packed: slot of the first pushed, not yet published */
-    uint16_t batch_flags;
-    uint16_t in_flight; /* popped, not yet pushed */
-    bool decided;       /* published holds a value */
-    /* Statistics, for whoever wants them. */
+    uint16_t avail, used; /* next to take, next to fill; split: free-running; packed: slot, wrap bit in 15 */
+    uint16_t seen;        /* split: the driver's index when last read; [avail, seen) is there to take */
+    uint16_t held;        /* slots popped, not yet pushed: never more than size, so neither are chains */
+    uint16_t in_flight;   /* chains popped, not yet pushed */
+    uint16_t pushed;      /* split: entries, packed: slots; pushed, not yet published */
+    uint16_t first_slot;  /* packed: of the first pushed, not yet published; its flags are written last */
+    uint16_t first_flags;
+    char fault_text[112];
+    /* Statistics. requests counts pops; bytes are counted by push, interrupts by publish, doorbells by who hears them. */
     uint64_t requests, bytes_out, bytes_in, doorbells, interrupts;
 };
 
-/* Check what the driver configured and begin at the start of the rings. -EINVAL: q->fault says what is wrong. */
+/*
+ * Check what the driver configured and begin at the start of the rings: areas aligned (2.7, 2.8.10.1), each inside one
+ * region of memory. -EINVAL: q->fault says what is wrong.
+ */
 int vmm_queue_start(struct vmm_queue *q, struct vmm_vm *vm, uint32_t features);
 
-/* Forget rings and configuration. Statistics stay. */
+/* Forget rings, configuration and fault. Statistics stay. On a queue not started or broken, what follows does nothing. */
 void vmm_queue_reset(struct vmm_queue *q);
 
-/* Take the next request. 1: *chain holds it; 0: there is none; -EPROTO: the queue is broken. */
+/* Take the next request. 1: *chain holds it; 0: there is none (*chain is left alone); -EPROTO: the queue is broken. */
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *chain);
 
 /* Is there a request to take? Reads one field of the ring. */
 bool vmm_queue_waiting(struct vmm_queue *q);
 
-/* Undo every pop since the mark; none of the chains may have been pushed. */
+/* Undo every pop since the mark; none of those chains may have been pushed. */
 struct vmm_queue_mark {
-    uint16_t avail, in_flight;
+    uint16_t avail;
     uint64_t requests;
 };
 struct vmm_queue_mark vmm_queue_mark(const struct vmm_queue *q);
