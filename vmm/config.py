@@ -5,36 +5,21 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmm import layout
+from vmm import layout, parts
 from vmm.errors import ConfigError
+from vmm.fields import Field, PathLike, parse_size, read_flag, read_one_of, read_path, read_paths, read_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-PathLike = str | os.PathLike[str]
-
-_UNITS = {"": layout.MIB, "K": layout.KIB, "M": layout.MIB, "G": layout.GIB}
 CONSOLES = ("stdio", "pty", "none", "file:PATH", "unix:PATH")
 COMPAT = ("auto", "on", "off")
 KINDS = ("auto", "bzimage", "linux64", "pvh", "multiboot", "elf", "flat")
 LINUX_KINDS = frozenset({"bzimage", "linux64"})  # of those, what the Linux boot protocol starts
 MODES = ("real", "protected", "long")
 UNPACK = ("auto", "host", "guest")
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of ``"512M"``, ``"4G"``, ``"65536K"`` or ``"512"`` (MiB, as QEMU has it); an int is bytes already.
-
-    Raises :class:`~vmm.errors.ConfigError`.
-    """
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    body = str(text).strip().upper().removesuffix("IB").removesuffix("B")
-    unit = body[-1:] if body[-1:].isalpha() else ""
-    number = body.removesuffix(unit) if unit else body
-    if unit not in _UNITS or not number.isascii() or not number.isdigit() or len(number) > 18:
-        raise ConfigError(f"{text!r} is not a size: write 512M, 4G or 65536K (a bare number is MiB)")
-    return int(number) * _UNITS[unit]
+TRANSPORTS = ("pci", "mmio")
+CONSOLE_DEVICES = ("uart", "virtio")
 
 
 def _memory(value: Any) -> int:
@@ -50,42 +35,12 @@ def _cpus(value: Any) -> int:
     return value
 
 
-def _path(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{value!r} is not the path of a file")
-    return os.fspath(value)
-
-
-def _paths(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str | os.PathLike):
-        return tuple(part for part in os.fspath(value).split(",") if part)
-    if not isinstance(value, list | tuple) or not all(isinstance(part, str | os.PathLike) for part in value):
-        raise ConfigError(f"{value!r} is not a list of paths of files")
-    return tuple(os.fspath(part) for part in value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{value!r} is not a string")
-    return value
-
-
 def _seconds(value: Any) -> float | None:
     if value is None:
         return None
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
         raise ConfigError(f"timeout is {value!r}: give seconds greater than 0")
     return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{value!r} is not true or false")
-    return value
 
 
 def _address(value: Any) -> int | None:
@@ -100,49 +55,39 @@ def _address(value: Any) -> int | None:
     return address
 
 
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in choices:
-            raise ConfigError(f"{value!r} is not one of {', '.join(choices)}")
-        return str(value)
-
-    return check
-
-
 def _console(value: Any) -> str:
-    text = _text(value)
+    text = read_text(value)
     kind, colon, path = text.partition(":")
     if (kind in ("file", "unix") and path) or (kind in ("stdio", "pty", "none") and not colon):
         return text
     raise ConfigError(f"{text!r} is not a console: choose {', '.join(CONSOLES)}")
 
 
-class Field:
-    """One field of a machine: how it is read, what it is without being given, and what it means."""
-
-    __slots__ = ("default", "help", "read")
-
-    def __init__(self, read: Callable[[Any], Any], default: Any, help: str) -> None:
-        self.read = read
-        self.default = default
-        self.help = help
-
-
 FIELDS: dict[str, Field] = {
-    "kernel": Field(_path, None, "image to boot: bzImage, vmlinux, PVH or multiboot ELF, flat binary"),
+    "kernel": Field(read_path, None, "image to boot: bzImage, vmlinux, PVH or multiboot ELF, flat binary"),
     "memory": Field(_memory, 256 * layout.MIB, "guest RAM, e.g. 512M or 4G (a bare number is MiB)"),
     "cpus": Field(_cpus, 1, "number of vCPUs"),
-    "initrd": Field(_paths, (), "initrd file, or several separated by commas (multiboot modules)"),
-    "append": Field(_text, "", "kernel command line"),
+    "initrd": Field(read_paths, (), "initrd file, or several separated by commas (multiboot modules)"),
+    "append": Field(read_text, "", "kernel command line"),
     "timeout": Field(_seconds, None, "seconds after which the run ends with status 124"),
     "console": Field(_console, "none", f"where the serial console goes: {', '.join(CONSOLES)}"),
-    "kind": Field(_one_of(*KINDS), "auto", f"take the image for this kind: {', '.join(KINDS)}"),
-    "mode": Field(_one_of(*MODES), "real", f"CPU mode a flat binary starts in: {', '.join(MODES)}"),
+    "kind": Field(read_one_of(*KINDS), "auto", f"take the image for this kind: {', '.join(KINDS)}"),
+    "mode": Field(read_one_of(*MODES), "real", f"CPU mode a flat binary starts in: {', '.join(MODES)}"),
     "address": Field(_address, None, "guest-physical address a flat binary is loaded and entered at"),
-    "unpack": Field(_one_of(*UNPACK), "auto", "who unpacks a bzImage: the host (fast), the guest, or as possible"),
-    "compat": Field(_one_of(*COMPAT), "auto", "remedies for what this host's KVM lacks: as probed, forced, or none"),
-    "huge_pages": Field(_flag, False, "back guest RAM with 2 MiB pages from the host's pool"),
-    "reboot": Field(_flag, False, "start again when the guest asks for a reset, instead of ending"),
+    "unpack": Field(read_one_of(*UNPACK), "auto", "who unpacks a bzImage: the host (fast), the guest, or as possible"),
+    "compat": Field(
+        read_one_of(*COMPAT), "auto", "remedies for what this host's KVM lacks: as probed, forced, or none"
+    ),
+    "huge_pages": Field(read_flag, False, "back guest RAM with 2 MiB pages from the host's pool"),
+    "disks": Field(parts.read_disks, (), "disk image: FILE[,ro][,serial=S][,cache=none][,overlay=FILE]..."),
+    "nets": Field(parts.read_nets, (), "network: user, tap=NAME or socket=PATH, [,mac=..][,hostfwd=..]..."),
+    "shares": Field(parts.read_shares, (), "host directory the guest can mount: DIR:TAG[,ro]"),
+    "vsock": Field(parts.read_vsock, None, "sockets between host and guest: UNIX-SOCKET-PATH[,cid=N]"),
+    "rng": Field(read_flag, True, "give the guest random numbers (virtio-rng)"),
+    "balloon": Field(read_flag, False, "let the host take memory back from the guest (virtio-balloon)"),
+    "console_device": Field(read_one_of(*CONSOLE_DEVICES), "uart", "what the console is to the guest: uart, virtio"),
+    "virtio": Field(read_one_of(*TRANSPORTS), "mmio", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
+    "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
 }
 
 
@@ -168,6 +113,14 @@ class MachineConfig:
     unpack: str
     compat: str
     huge_pages: bool
+    disks: tuple[parts.Disk, ...]
+    nets: tuple[parts.Net, ...]
+    shares: tuple[parts.Share, ...]
+    vsock: parts.Vsock | None
+    rng: bool
+    balloon: bool
+    console_device: str
+    virtio: str
     reboot: bool
 
     def __init__(self, **fields: Any) -> None:
@@ -218,7 +171,10 @@ def read_file(path: PathLike) -> Mapping[str, Any]:
     if isinstance(fields.get("kernel"), str):
         fields["kernel"] = os.path.join(folder, fields["kernel"])
     if "initrd" in fields:
-        fields["initrd"] = [os.path.join(folder, part) for part in _paths(fields["initrd"])]
+        fields["initrd"] = [os.path.join(folder, part) for part in read_paths(fields["initrd"])]
+    for field, read in parts.READERS.items():
+        if field in fields:
+            fields[field] = read(fields[field], folder)
     return fields
 
 

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm import layout
-from vmm._ffi import check, ffi, lib
+from vmm._ffi import PYTHON_SAY, check, ffi, lib
 from vmm.bus import MMIO, PIO, Bus
 from vmm.config import LINUX_KINDS, MachineConfig
 from vmm.console import Console
@@ -22,11 +22,13 @@ from vmm.memory import GuestMemory
 from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from vmm.boot import Entry
     from vmm.bus import Attachment
     from vmm.devices.device import Device
+    from vmm.devices.virtio.device import VirtioDevice
 
 KVM_PATH = "/dev/kvm"
 IRQCHIP, PIT = 1, 2
@@ -38,6 +40,8 @@ _REASONS = {
 }  # fmt: skip
 _STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CALLBACK = 1, 2, 3, 4, 5, 13
 _HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated"}
+
+_MESSAGES_MAX = 1000  # a guest can cause them: more are counted by nobody
 
 _PANIC_MARK = b"Kernel panic - not syncing"
 
@@ -58,6 +62,9 @@ class Machine:
         self.config = config.with_(**fields) if config else MachineConfig(**fields)
         self.vcpus: list[Any] = []
         self.devices: list[Device] = []
+        self.virtio: list[VirtioDevice] = []
+        self.messages: list[str] = []
+        self.on_message: Callable[[str], object] | None = None
         self.entry: Entry | None = None
         self.outcome: Outcome | None = None
         self.notes: list[str] = []
@@ -102,6 +109,8 @@ class Machine:
         if code < 0:
             raise host.explain_refusal(self._kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
         self._vm = out[0]
+        self._say = ffi.new_handle(self._message)
+        lib.vmm_vm_on_message(self._vm, PYTHON_SAY, self._say)
         host.require_capabilities(self._vm)
         self.bus = Bus(self._vm, self._callback_failed)
 
@@ -134,6 +143,11 @@ class Machine:
 
     # ---- composing ----
 
+    @property
+    def native(self) -> Any:
+        """The native machine, for the constructors of devices whose model is C."""
+        return self._open_vm()
+
     def line(self, gsi: int) -> GsiLine:
         """The wire of a global system interrupt into the irqchip."""
         return GsiLine(self._vm, gsi)
@@ -163,6 +177,17 @@ class Machine:
         if device not in self.devices:
             self.devices.append(device)
         return attachment
+
+    def add(self, device: VirtioDevice) -> VirtioDevice:
+        """Give the guest a virtio device, on the configured transport. Before :meth:`load`."""
+        from vmm.platform import add_virtio
+
+        if self.entry is not None:
+            raise StateError(f"{device.name} comes too late: add devices before the image is loaded")
+        device.connect(self._open_vm(), self._callback_failed)
+        self.virtio.append(device)
+        add_virtio(self, device)
+        return device
 
     def load(self) -> Entry:
         """Load the image and point vCPU 0 at it; done by :meth:`start` when it was not done before."""
@@ -256,6 +281,12 @@ class Machine:
     def stop_fd(self) -> int:
         """A file descriptor that is readable once the machine has ended."""
         return int(lib.vmm_vm_stop_fd(self._open_vm()))
+
+    def _message(self, text: str) -> None:
+        if len(self.messages) < _MESSAGES_MAX:
+            self.messages.append(text)
+            if self.on_message is not None:
+                self.on_message(text)
 
     def _callback_failed(self, error: BaseException) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from vmm.boot import Entry
     from vmm.boot.acpi import Tables
+    from vmm.devices.virtio.device import VirtioDevice
     from vmm.machine import Machine
 
 # enum vmm_stop_reason
@@ -49,6 +50,33 @@ def create_devices(machine: Machine) -> None:
     machine.attach(ResetRegister(machine.stop_callback(_RESET), RESET_VALUE), port=layout.RESET, size=1)
     if machine.merge_ticks:
         _attach_pit(machine)
+    _add_configured(machine)
+
+
+def _add_configured(machine: Machine) -> None:
+    """The virtio devices the configuration asks for, disks first: their order is their names' in the guest."""
+    config, vm = machine.config, machine.native
+    if config.rng:
+        from vmm.devices.virtio.rng import Rng
+
+        machine.add(Rng(vm))
+
+
+def add_virtio(machine: Machine, device: VirtioDevice) -> None:
+    """Put a virtio device where the guest finds it."""
+    _add_mmio(machine, device)
+
+
+def _add_mmio(machine: Machine, device: VirtioDevice) -> None:
+    from vmm.devices.virtio.mmio import SIZE, VirtioMmio
+
+    slot = len(machine.virtio) - 1
+    if slot >= len(layout.VIRTIO_MMIO_GSIS):
+        raise ConfigError(f"{device.name} is one too many: virtio-mmio has {slot} lines; use the transport pci")
+    address = layout.VIRTIO_MMIO_START + slot * layout.VIRTIO_MMIO_STRIDE
+    transport = VirtioMmio(device, address, machine.line(layout.VIRTIO_MMIO_GSIS[slot]))
+    machine.on_close(transport.destroy)
+    machine.attach(transport, address=address, size=SIZE)
 
 
 def _attach_pit(machine: Machine) -> None:
@@ -128,7 +156,9 @@ def command_line(machine: Machine, tables: Tables) -> str:
         from vmm.cpu.compat import linux_cmdline
 
         added += [word for word in linux_cmdline() if not _said(word, words)]
-    return " ".join([*added, *tables.cmdline, given]).strip()
+    # Without ACPI a kernel learns of virtio-mmio devices here; with it, it would find them twice.
+    found = tables.virtio_mmio if "acpi=off" in words else []
+    return " ".join([*added, *tables.cmdline, *found, given]).strip()
 
 
 def _said(word: str, words: list[str]) -> bool:

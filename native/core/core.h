@@ -2,8 +2,8 @@
 /*
  * The library's own view of a machine. Python never sees these; native/compat may.
  *
- * Lock order: vm->lock (life cycle) before bus lock. Neither is held while a device op or KVM_RUN is in
- * progress.
+ * Lock order: a device's own lock, vm->lock (life cycle), the loop's lock; or vm->lock, bus lock. vm->lock and
+ * the bus lock are not held while a device op or KVM_RUN is in progress.
  */
 #ifndef VMM_CORE_H
 #define VMM_CORE_H
@@ -81,6 +81,9 @@ struct vmm_vm {
     uint32_t n_regions;
     struct vmm_line *lines; /* VMM_MAX_LINES, filled on demand */
     struct vmm_bus bus;
+    struct vmm_loop *loop; /* the I/O thread; NULL until a device needs it; written once, under lock */
+    void (*say)(void *opaque, const char *text);
+    void *say_opaque;
 
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;
@@ -123,6 +126,9 @@ extern _Thread_local struct vmm_vcpu *vmm_current_vcpu;
 /* Remember what failed, for vmm_error_text; answers rc. */
 int vmm_error_set(int rc, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int vmm_error_errno(const char *what); /* -errno, remembered */
+
+/* Tell whoever listens (vmm_vm_on_message) something a person should know. From any thread. */
+void vmm_vm_say(struct vmm_vm *vm, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 void vmm_bus_init(struct vmm_bus *bus);
 void vmm_bus_deinit(struct vmm_bus *bus);

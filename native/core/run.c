@@ -6,7 +6,7 @@
  * clears immediate_exit and then reads the requests, so a request made at any moment is either seen by that
  * read or turns the next KVM_RUN into an immediate EINTR.
  */
-#include "core.h"
+#include "core/loop.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -132,10 +132,21 @@ int vmm_vm_rearm(vmm_vm *vm)
     return rc;
 }
 
+static struct vmm_loop *vm_loop_if_any(struct vmm_vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    struct vmm_loop *loop = vm->loop;
+    pthread_mutex_unlock(&vm->lock);
+    return loop;
+}
+
 int vmm_vm_pause(vmm_vm *vm)
 {
     if (vmm_current_vcpu && vmm_current_vcpu->vm == vm)
         return vmm_error_set(-EDEADLK, "pause from a device's own vCPU thread");
+    struct vmm_loop *loop = vm_loop_if_any(vm);
+    if (loop && vmm_loop_current(loop))
+        return vmm_error_set(-EDEADLK, "pause from the I/O thread");
     pthread_mutex_lock(&vm->lock);
     vm->pauses++;
     atomic_fetch_or(&vm->requests, VMM_REQUEST_PAUSE);
@@ -143,7 +154,11 @@ int vmm_vm_pause(vmm_vm *vm)
         kick_locked(vm->vcpus[i]);
     while (any_in_state(vm, VMM_VCPU_RUNNING))
         pthread_cond_wait(&vm->changed, &vm->lock);
+    loop = vm->loop; /* a vCPU may have made it meanwhile */
     pthread_mutex_unlock(&vm->lock);
+    /* After the vCPUs: what they asked of devices until now may be answered, nothing later. */
+    if (loop)
+        vmm_loop_pause(loop);
     return 0;
 }
 
@@ -151,6 +166,8 @@ int vmm_vm_resume(vmm_vm *vm)
 {
     pthread_mutex_lock(&vm->lock);
     int rc = vm->pauses ? 0 : vmm_error_set(-EINVAL, "resume without pause");
+    if (rc == 0 && vm->loop)
+        vmm_loop_resume(vm->loop);
     if (rc == 0 && --vm->pauses == 0) {
         atomic_fetch_and(&vm->requests, ~(uint32_t)VMM_REQUEST_PAUSE);
         pthread_cond_broadcast(&vm->changed);

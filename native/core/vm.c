@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A machine: /dev/kvm, guest memory, interrupt lines, life cycle. */
-#include "core.h"
+#include "core/loop.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -111,6 +113,7 @@ void vmm_vm_destroy(vmm_vm *vm)
 {
     if (!vm)
         return;
+    vmm_loop_destroy(vm->loop);
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         if (vm->compat)
             vm->compat->vcpu_fini(vm->vcpus[i]);
@@ -148,6 +151,23 @@ int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t a
 {
     struct kvm_enable_cap cap = {.cap = capability, .args = {arg0, arg1, arg2, arg3}};
     return ioctl(vm->fd, KVM_ENABLE_CAP, &cap) < 0 ? vmm_error_errno("KVM_ENABLE_CAP") : 0;
+}
+
+void vmm_vm_on_message(vmm_vm *vm, void (*say)(void *opaque, const char *text), void *opaque)
+{
+    vm->say_opaque = opaque;
+    vm->say = say;
+}
+
+void vmm_vm_say(struct vmm_vm *vm, const char *format, ...)
+{
+    char text[240];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof(text), format, args);
+    va_end(args);
+    if (vm->say)
+        vm->say(vm->say_opaque, text);
 }
 
 /* ---- memory ---- */

@@ -64,6 +64,12 @@ int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t a
 int vmm_vm_fd(vmm_vm *vm);
 int vmm_vcpu_fd(vmm_vcpu *vcpu);
 
+/*
+ * `say` is called, from whatever thread it happens on, when a device has something to tell a person: the guest broke
+ * a rule, a disk answers with errors, a network peer went away. Set it before the first run.
+ */
+void vmm_vm_on_message(vmm_vm *vm, void (*say)(void *opaque, const char *text), void *opaque);
+
 /* ---- guest memory ------------------------------------------------------------------------------------------ */
 
 enum vmm_memory_flags {

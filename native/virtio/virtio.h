@@ -55,7 +55,7 @@ struct vmm_virtqueue {
     struct vmm_queue ring;
     uint16_t size_max; /* what the device offers */
     bool enabled;      /* the driver said so */
-    bool kicked;       /* found work while it could not be done: kick when it can */
+    bool external;     /* served by another process: the doorbell is not watched here */
     int doorbell;      /* eventfd */
     unsigned index;
     struct vmm_virtio *device;
@@ -77,6 +77,7 @@ struct vmm_virtio {
     char fault[160]; /* why it needs a reset; empty: it does not */
     uint8_t config[VMM_VIRTIO_CONFIG_MAX];
     uint32_t config_size, generation;
+    uint32_t writable_at, writable_size; /* the part of the configuration the driver may write */
     _Atomic uint32_t isr; /* bit 0: used buffers, bit 1: configuration (virtio 1.2, 4.2.2 and 4.1.4.5) */
     uint32_t n_queues;
     struct vmm_virtqueue *queues;
@@ -92,7 +93,7 @@ void vmm_virtio_unlock(pthread_mutex_t **lock);
 
 /*
  * Into the caller's storage. `features` are the device's own bits; VERSION_1, INDIRECT_DESC, EVENT_IDX and
- * RING_PACKED are added. size_max holds n_queues queue sizes, each 1..VMM_QUEUE_SIZE_MAX and a power of two.
+ * RING_PACKED and RING_RESET are added. size_max holds n_queues queue sizes, each 1..VMM_QUEUE_SIZE_MAX and a power of two.
  */
 int vmm_virtio_init(struct vmm_virtio *dev, vmm_vm *vm, const struct vmm_virtio_ops *ops, void *opaque,
                     uint32_t id, const char *name, uint64_t features, uint32_t n_queues,
@@ -120,11 +121,13 @@ int vmm_virtio_pop(struct vmm_virtio *dev, unsigned queue, struct vmm_chain *cha
 
 /*
  * The loop every simple device's kick is: pop, `serve`, push what it answers (bytes written), publish, until
- * nothing waits. serve answers UINT32_MAX to stop: the chain is given back, and nothing more is taken.
+ * nothing waits. serve answers VMM_SERVE_LATER to stop: the chain is given back, and nothing more is taken.
+ * After VMM_SERVE_BUDGET requests the I/O thread's other sources get their turn: the doorbell is rung again.
  */
 void vmm_virtio_serve(struct vmm_virtio *dev, unsigned queue,
                       uint32_t (*serve)(void *opaque, unsigned queue, struct vmm_chain *chain));
 #define VMM_SERVE_LATER UINT32_MAX
+#define VMM_SERVE_BUDGET (4 * VMM_QUEUE_SIZE_MAX)
 
 /* ---- for transports: the driver's view, each with dev->lock held ---- */
 

@@ -222,8 +222,8 @@ def test_help_of_boot_lists_every_flag_with_its_default_and_every_status() -> No
     for flag, (name, _) in FLAGS.items():
         entry = next(text for text in entries if text.split()[0] == flag[2:])
         default = DEFAULTS.get(name, FIELDS[name].default)
-        shown = {"memory": "256M", False: "off", None: "none", "": "none", (): "none"}
-        expected = shown[name] if name in shown else shown.get(default, default)
+        shown = {"memory": "256M", "False": "off", "True": "on", "None": "none", "": "none", "()": "none"}
+        expected = shown[name] if name in shown else shown.get(str(default), default)
         assert f"(default: {expected})" in entry, entry
     for reason, (status, _) in REASONS.items():
         line = next(line for line in statuses.splitlines() if f" {reason}:" in line)

@@ -14,7 +14,7 @@ from vmm.errors import from_native
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["PYTHON_OPS", "Upcall", "check", "ffi", "lib"]
+__all__ = ["PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "Upcall", "VirtioUpcall", "check", "ffi", "lib"]
 
 _MASK = (1 << 64) - 1
 
@@ -72,3 +72,68 @@ def vmm_py_write(opaque: Any, offset: int, size: int, value: int) -> None:
 
 
 PYTHON_OPS = ffi.new("vmm_device_ops *", {"read": lib.vmm_py_read, "write": lib.vmm_py_write})
+
+
+class VirtioUpcall:
+    """A Python virtio device as native code sees it: ``opaque`` goes beside :data:`PYTHON_VIRTIO_OPS`.
+
+    All are called with the device's lock held. An exception goes to ``failed``.
+    """
+
+    __slots__ = ("failed", "kick", "opaque", "start", "stop")
+
+    def __init__(
+        self,
+        start: Callable[[], None],
+        kick: Callable[[int], None],
+        stop: Callable[[], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.start = start
+        self.kick = kick
+        self.stop = stop
+        self.failed = failed
+        self.opaque: Any = ffi.new_handle(self)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_virtio_start(opaque: Any) -> None:
+    """DRIVER_OK for a virtio device written in Python."""
+    upcall: VirtioUpcall = _from_handle(opaque)
+    try:
+        upcall.start()
+    except BaseException as error:
+        upcall.failed(error)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_virtio_kick(opaque: Any, queue: int) -> None:
+    """A doorbell of a virtio device written in Python."""
+    upcall: VirtioUpcall = _from_handle(opaque)
+    try:
+        upcall.kick(queue)
+    except BaseException as error:
+        upcall.failed(error)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_virtio_stop(opaque: Any) -> None:
+    """The end of a driver, for a virtio device written in Python."""
+    upcall: VirtioUpcall = _from_handle(opaque)
+    try:
+        upcall.stop()
+    except BaseException as error:
+        upcall.failed(error)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_say(opaque: Any, text: Any) -> None:
+    """A message of the machine: ``opaque`` is a handle of the function that takes it."""
+    _from_handle(opaque)(ffi.string(text).decode(errors="replace"))
+
+
+PYTHON_SAY = lib.vmm_py_say
+PYTHON_VIRTIO_OPS = ffi.new(
+    "vmm_virtio_ops *",
+    {"start": lib.vmm_py_virtio_start, "kick": lib.vmm_py_virtio_kick, "stop": lib.vmm_py_virtio_stop},
+)

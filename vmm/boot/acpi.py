@@ -55,7 +55,8 @@ class Tables:
     r"""What the devices of one machine tell its guest. Each ``device.describe(tables)`` adds its part.
 
     ``dsdt``: AML terms for ``\_SB`` (from :mod:`vmm.boot.aml`); ``aml.scope("\\...", ...)`` leads elsewhere.
-    ``cmdline``: words to add to the command line of a guest that is Linux.
+    ``cmdline``: words to add to the command line of a guest that is Linux. ``virtio_mmio``: words for a Linux
+    that is not to use ACPI.
 
     Fixed hardware, zero or None where the machine has none:
 
@@ -87,12 +88,14 @@ class Tables:
         "rtc",
         "s5",
         "sci",
+        "virtio_mmio",
     )
 
     def __init__(self) -> None:
         self.dsdt: list[aml.Term] = []
         self.extra: list[bytes] = []
         self.cmdline: list[str] = []
+        self.virtio_mmio: list[str] = []
         self.pm1a_event = 0
         self.pm1a_control = 0
         self.pm_timer = 0
@@ -110,6 +113,16 @@ class Tables:
         if len(table) < _HEADER.size or len(table) != int.from_bytes(table[4:8], "little") or sum(table) & 0xFF:
             raise ConfigError(f"ACPI: {bytes(table[:4])!r} is no table: make it with vmm.boot.acpi.table()")
         self.extra.append(bytes(table))
+
+    def add_virtio_mmio(self, address: int, size: int, gsi: int) -> None:
+        """A virtio-mmio device: ``size`` bytes of registers at ``address``, a level-triggered line ``gsi``.
+
+        ``LNRO0005`` is the id Linux's driver binds to. A kernel that is told ``acpi=off`` needs the words of
+        :attr:`virtio_mmio` on its command line instead; given both, it would find every device twice.
+        """
+        uid = len(self.virtio_mmio)
+        self.virtio_mmio.append(f"virtio_mmio.device={size >> 10}K@{address:#x}:{gsi}")
+        self.dsdt.append(virtio_mmio_node(address, size, gsi=gsi, uid=uid))
 
     def override(self, irq: int, gsi: int, *, level: bool = False, active_low: bool = False) -> None:
         """ISA line ``irq`` (0 to 15) reaches the I/O APIC at ``gsi``, with this trigger mode and polarity."""
@@ -344,6 +357,20 @@ def keyboard_node(*, irq: int = 1) -> aml.Term:
         "KBD",
         aml.name("_HID", aml.eisaid("PNP0303")),
         aml.name("_CRS", aml.resources(aml.io(0x60, 1), aml.io(0x64, 1), aml.irq(irq))),
+    )
+
+
+def virtio_mmio_node(address: int, size: int, *, gsi: int, uid: int) -> aml.Term:
+    """A virtio-mmio device (virtio 1.2, 4.2.1 leaves the discovery to the platform; the id is Linux's)."""
+    return aml.device(
+        f"VM{uid:02X}",
+        aml.name("_HID", "LNRO0005"),
+        aml.name("_UID", uid),
+        aml.name("_CCA", 1),
+        aml.name(
+            "_CRS",
+            aml.resources(aml.memory32_fixed(address, size), aml.interrupt(gsi, level=True)),
+        ),
     )
 
 

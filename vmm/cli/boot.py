@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from vmm.console_host import HostEnd
     from vmm.outcome import Outcome
 
+
+def _on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(text)
+    return text == "on"
+
+
 # flag -> (field, how argparse takes it)
 FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--kernel": ("kernel", {"metavar": "FILE"}),
@@ -33,6 +40,14 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--address": ("address", {"metavar": "GPA"}),
     "--unpack": ("unpack", {"metavar": "WHO"}),
     "--compat": ("compat", {"metavar": "HOW"}),
+    "--disk": ("disks", {"metavar": "FILE[,OPTION]", "action": "append"}),
+    "--net": ("nets", {"metavar": "KIND[,OPTION]", "action": "append"}),
+    "--share": ("shares", {"metavar": "DIR:TAG", "action": "append"}),
+    "--vsock": ("vsock", {"metavar": "PATH[,cid=N]"}),
+    "--rng": ("rng", {"metavar": "on|off", "type": _on_off}),
+    "--balloon": ("balloon", {"action": "store_true"}),
+    "--console-device": ("console_device", {"metavar": "KIND"}),
+    "--virtio": ("virtio", {"metavar": "TRANSPORT"}),
     "--huge-pages": ("huge_pages", {"action": "store_true"}),
     "--reboot": ("reboot", {"action": "store_true"}),
 }
@@ -63,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 def _show(name: str, default: Any) -> str:
     if name == "memory":
         return f"{default >> 20}M"
-    if default is False:
-        return "off"
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return "none" if default in (None, "", ()) else str(default)
 
 
@@ -90,12 +105,13 @@ def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
             given[name] = True
             continue
         value = value if equals else next(words, "-")
-        if not name or "action" in how or (value.startswith("-") and not equals):
+        if not name or how.get("action") == "store_true" or (value.startswith("-") and not equals):
             return None
         try:
-            given[name] = how.get("type", str)(value)
+            taken = how.get("type", str)(value)
         except ValueError:
             return None
+        given[name] = [*given.get(name, []), taken] if how.get("action") == "append" else taken
     return given
 
 

@@ -59,9 +59,6 @@ int vmm_virtio_queue_stats(vmm_virtio *dev, uint32_t queue,
 int vmm_virtio_config_get(vmm_virtio *dev, uint32_t offset, void *bytes, uint32_t size);
 int vmm_virtio_config_set(vmm_virtio *dev, uint32_t offset, const void *bytes, uint32_t size);
 
-/* Called when a device breaks (the guest broke a rule) or has something to say of its host end, once each. */
-void vmm_vm_on_message(vmm_vm *vm, void (*say)(void *opaque, const char *text), void *opaque);
-
 /* ---- requests, for devices written in Python ---- */
 
 typedef struct vmm_chain vmm_chain;
@@ -76,6 +73,11 @@ size_t vmm_chain_put(const vmm_chain *chain, uint64_t at, const void *from, size
 void vmm_virtio_answer(vmm_virtio *dev, uint32_t queue, const vmm_chain *chain, uint32_t written);
 /* 1: more requests wait (no doorbell will ring for them). */
 int vmm_virtio_flush(vmm_virtio *dev, uint32_t queue);
+/* Ring a queue's doorbell from this side: kick follows on the I/O thread. Any queue number is fine. */
+void vmm_virtio_ring(vmm_virtio *dev, uint32_t queue);
+/* The device's lock, for several calls that belong together. It is recursive; do not wait for anything under it. */
+void vmm_virtio_hold(vmm_virtio *dev);
+void vmm_virtio_release(vmm_virtio *dev);
 
 /* ---- virtio-mmio, version 2 (virtio 1.2, 4.2) ---- */
 

@@ -1,0 +1,313 @@
+"""What can be put into a machine: disks, networks, shared directories, host sockets. Values, checked when made.
+
+Each is written as text on a command line or in a machine file, and as an object in Python; they are the same::
+
+    Disk("root.img", readonly=True, serial="root")      "root.img,ro,serial=root"
+    Net("user", hostfwd=("tcp::8080-:80",))             "user,hostfwd=tcp::8080-:80"
+    Share("src", "work")                                "src:work"
+
+A comma within a value is written twice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import ConfigError
+from vmm.fields import Field, parse_size, read_count, read_flag, read_one_of, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CACHES = ("writeback", "none")
+_FLAGS = {"ro": ("readonly", True), "rw": ("readonly", False)}
+_QUEUES = read_count(1, 16, "a number of queues")
+
+
+def _rate(value: Any) -> int:
+    """Bytes a second: ``"10M"``, ``"512K"`` or a number of bytes; 0 is no limit."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    size = parse_size(value)
+    if size < 0:
+        raise ConfigError(f"{value!r} is not a rate: write 10M, 512K or a number of bytes a second")
+    return size
+
+
+def _file(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"{value!r} is not the path of a file")
+    return os.fspath(value)
+
+
+def _file_or_none(value: Any) -> str | None:
+    return None if value is None else _file(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+        raise ConfigError(f"{value!r} is not a list of strings")
+    return tuple(value)
+
+
+def _serial(value: Any) -> str:
+    text = read_text(value)
+    if len(text.encode()) > 20 or not text.isascii() or not text.isprintable():
+        raise ConfigError(f"{text!r} is not a disk's serial: give up to 20 printable ASCII characters")
+    return text
+
+
+def _tag(value: Any) -> str:
+    text = read_text(value)
+    if not 1 <= len(text.encode()) <= 36 or "\0" in text:
+        raise ConfigError(f"{text!r} is not the tag of a share: give 1 to 36 bytes")
+    return text
+
+
+def _mac(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = read_text(value).lower()
+    octets = text.split(":")
+    if len(octets) != 6 or not all(len(o) == 2 and set(o) <= set("0123456789abcdef") for o in octets):
+        raise ConfigError(f"{value!r} is not a MAC address: write 52:54:00:12:34:56")
+    if int(octets[0], 16) & 1:
+        raise ConfigError(f"{value!r} is a multicast address: a MAC's first byte is even, as in 52:54:00:12:34:56")
+    return text
+
+
+class Part:
+    """Base of the parts: immutable, made from keyword fields or from text."""
+
+    fields: dict[str, Field] = {}
+    kind: str = ""
+    __slots__ = ("_values",)
+
+    def __init__(self, *positional: Any, **given: Any) -> None:
+        names = list(self.fields)
+        if len(positional) > len(names):
+            raise ConfigError(f"a {self.kind} has the fields {', '.join(names)}")
+        given = {**dict(zip(names, positional, strict=False)), **given}
+        for name in given:
+            if name not in self.fields:
+                raise ConfigError(f"a {self.kind} has no field {name!r}: it has {', '.join(names)}")
+        values = {name: field.read(given.get(name, field.default)) for name, field in self.fields.items()}
+        object.__setattr__(self, "_values", values)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse combinations that cannot be."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self, "_values")[name]
+        except KeyError:
+            raise AttributeError(f"a {self.kind} has no field {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a {self.kind} does not change: make another one")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields by name."""
+        return dict(self._values)
+
+    def with_(self, **fields: Any) -> Any:
+        """A copy with some fields different."""
+        return type(self)(**{**self.as_dict(), **fields})
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.kind, *self._values.values()))
+
+    def __repr__(self) -> str:
+        given = (f"{n}={v!r}" for n, v in self._values.items() if v != self.fields[n].default)
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @classmethod
+    def parse(cls, text: str) -> Any:
+        """The part that ``text`` describes. Raises :class:`~vmm.errors.ConfigError`."""
+        first, *options = _split(text)
+        given: dict[str, Any] = cls.first(first)
+        for option in options:
+            name, equals, value = option.partition("=")
+            if not equals and name in _FLAGS:
+                name, given[_FLAGS[name][0]] = _FLAGS[name][0], _FLAGS[name][1]
+            elif not equals:
+                raise ConfigError(f"{option!r} in {cls.kind} {text!r} means nothing: write it as name=value")
+            elif isinstance(cls.fields.get(name, _NONE).default, tuple):
+                given[name] = (*given.get(name, ()), value)
+            else:
+                given[name] = value
+        return cls(**given)
+
+    @classmethod
+    def first(cls, text: str) -> dict[str, Any]:
+        """The fields that the part of the text before the first comma gives."""
+        return {next(iter(cls.fields)): text}
+
+    def within(self, folder: str) -> Any:
+        """With paths relative to ``folder``."""
+        paths = {n: os.path.join(folder, v) for n, v in self._values.items() if n in _PATHS and v}
+        return self.with_(**paths)
+
+
+_NONE = Field(read_text, None, "")
+_PATHS = frozenset({"path", "overlay", "directory", "socket"})
+
+
+def _split(text: str) -> list[str]:
+    """At single commas; two stand for one."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+
+
+class Disk(Part):
+    """A disk: ``path`` is a raw image or a block device.
+
+    ``overlay``: a file that takes all writes, so that ``path`` is only read. ``cache``: ``writeback`` uses the
+    host's page cache, ``none`` goes round it (O_DIRECT); either way a flush the guest was answered is on the disk.
+    ``iops`` and ``bps`` limit operations and bytes a second (0: no limit).
+    """
+
+    kind = "disk"
+    fields = {
+        "path": Field(_file, None, "raw disk image or block device"),
+        "readonly": Field(read_flag, False, "the guest cannot write (ro)"),
+        "serial": Field(_serial, "", "what the guest reads as the disk's serial"),
+        "cache": Field(read_one_of(*CACHES), "writeback", "writeback, or none for O_DIRECT"),
+        "overlay": Field(_file_or_none, None, "file that takes all writes"),
+        "sector": Field(read_count(512, 4096, "a sector size"), 512, "logical sector size: 512 or 4096"),
+        "queues": Field(_QUEUES, 1, "number of queues"),
+        "iops": Field(read_count(0, 1 << 40, "a limit of operations a second"), 0, "operations a second"),
+        "bps": Field(_rate, 0, "bytes a second"),
+    }
+
+    def check(self) -> None:
+        """A sector is 512 or 4096 bytes; a disk that cannot be written needs no overlay."""
+        if self.sector not in (512, 4096):
+            raise ConfigError(f"a sector of {self.sector} bytes: give 512 or 4096")
+        if self.overlay and self.readonly:
+            raise ConfigError(f"disk {self.path} is read-only and has an overlay for writes: give one of the two")
+
+
+class Net(Part):
+    """A network interface. ``backend`` says what is at its other end:
+
+    ``user``: the host's own connections, through ``passt``, without privilege; ``tap``: the tap device ``tap``;
+    ``socket``: another machine that names the same UNIX socket path ``socket``.
+    """
+
+    kind = "net"
+    fields = {
+        "backend": Field(read_one_of("user", "tap", "socket"), "user", "user, tap or socket"),
+        "tap": Field(_file_or_none, None, "name of the tap device"),
+        "socket": Field(_file_or_none, None, "path of the UNIX socket two machines share"),
+        "mac": Field(_mac, None, "hardware address; default: derived from the machine and the interface's number"),
+        "mtu": Field(lambda v: None if v is None else read_count(68, 65535, "an MTU")(v), None, "largest packet"),
+        "hostfwd": Field(_texts, (), "forwarded ports (user): tcp::HOSTPORT-:GUESTPORT, udp::HOSTPORT-:GUESTPORT"),
+        "queues": Field(_QUEUES, 1, "pairs of queues"),
+        "pps": Field(read_count(0, 1 << 40, "a limit of packets a second"), 0, "packets a second, each way"),
+        "bps": Field(_rate, 0, "bytes a second, each way"),
+    }
+
+    @classmethod
+    def first(cls, text: str) -> dict[str, Any]:
+        """``user``, ``tap=NAME`` or ``socket=PATH``."""
+        backend, equals, value = text.partition("=")
+        if (backend == "user" and not equals) or (backend in ("tap", "socket") and value):
+            return {"backend": backend, **({backend: value} if value else {})}
+        raise ConfigError(f"{text!r} is not a network: write user, tap=NAME or socket=PATH")
+
+    def check(self) -> None:
+        """Each backend has its own fields."""
+        for name in ("tap", "socket"):
+            if (self.backend == name) != (getattr(self, name) is not None):
+                raise ConfigError(f"net {self.backend}: {name}= goes with the backend {name} and with no other")
+        if self.hostfwd and self.backend != "user":
+            raise ConfigError(f"hostfwd is for --net user: a {self.backend} network has no forwarded ports")
+        for rule in self.hostfwd:
+            parse_hostfwd(rule)
+
+
+def parse_hostfwd(rule: str) -> tuple[str, str, int, int]:
+    """``tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT`` as (protocol, host address or "", host port, guest port)."""
+    protocol, _, rest = rule.partition(":")
+    host, dash, guest = rest.rpartition("-:")
+    address, colon, port = host.rpartition(":")
+    numbers = [int(p) if p.isascii() and p.isdigit() and len(p) < 6 else 0 for p in (port, guest)]
+    if protocol not in ("tcp", "udp") or not dash or not colon or not all(0 < n < 65536 for n in numbers):
+        raise ConfigError(f"{rule!r} forwards no port: write tcp::8080-:80 (host port 8080 to the guest's port 80)")
+    return protocol, address, numbers[0], numbers[1]
+
+
+class Share(Part):
+    """A directory of the host that the guest mounts by ``tag``."""
+
+    kind = "share"
+    fields = {
+        "directory": Field(_file, None, "directory of the host"),
+        "tag": Field(_tag, "host", "what the guest mounts it by"),
+        "readonly": Field(read_flag, False, "the guest cannot write (ro)"),
+    }
+
+    @classmethod
+    def first(cls, text: str) -> dict[str, Any]:
+        """``DIR:TAG``."""
+        directory, colon, tag = text.rpartition(":")
+        if not colon or not directory:
+            raise ConfigError(f"{text!r} is not a share: write DIR:TAG, as in src:work")
+        return {"directory": directory, "tag": tag}
+
+
+class Vsock(Part):
+    """Stream sockets between guest ports and UNIX sockets of the host: connect to ``path``, say ``CONNECT port``;
+    a guest that connects to the host's port n reaches the socket ``path_n``."""
+
+    kind = "vsock"
+    fields = {
+        "path": Field(_file, None, "UNIX socket on which the host connects to guest ports"),
+        "cid": Field(read_count(3, 0xFFFFFFFE, "a context id"), 3, "the guest's context id"),
+    }
+
+
+def _reader(part: type[Part]) -> Callable[..., tuple[Any, ...]]:
+    """Several parts of a kind: one or a list of objects, texts and tables (of a machine file)."""
+
+    def read(value: Any, folder: str | None = None) -> tuple[Any, ...]:
+        entries = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        found = tuple(_one(part, entry) for entry in entries)
+        return found if folder is None else tuple(p.within(folder) for p in found)
+
+    return read
+
+
+def _one(part: type[Part], entry: Any) -> Any:
+    if isinstance(entry, part):
+        return entry
+    if isinstance(entry, dict):
+        return part(**entry)
+    if isinstance(entry, str):
+        return part.parse(entry)
+    if isinstance(entry, os.PathLike):
+        return part.parse(os.fspath(entry).replace(",", ",,"))
+    raise ConfigError(f"{entry!r} is not a {part.kind}: give {part.__name__}(...) or its text")
+
+
+def read_vsock(value: Any, folder: str | None = None) -> Vsock | None:
+    """One :class:`Vsock`, its text, or ``None``."""
+    if value is None:
+        return None
+    one: Vsock = _one(Vsock, value)
+    return one if folder is None else one.within(folder)
+
+
+read_disks = _reader(Disk)
+read_nets = _reader(Net)
+read_shares = _reader(Share)
+READERS: dict[str, Callable[..., Any]] = {
+    "disks": read_disks, "nets": read_nets, "shares": read_shares, "vsock": read_vsock,
+}  # fmt: skip
