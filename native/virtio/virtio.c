@@ -396,10 +396,7 @@ int vmm_virtio_pop(struct vmm_virtio *dev, unsigned queue, struct vmm_chain *cha
 void vmm_virtio_publish(struct vmm_virtio *dev, unsigned queue)
 {
     struct vmm_virtqueue *q = &dev->queues[queue];
-    if (!q->enabled || !vmm_queue_publish(&q->ring))
-        return;
-    q->ring.interrupts++;
-    if (dev->transport)
+    if (q->enabled && vmm_queue_publish(&q->ring) && dev->transport)
         dev->transport->queue_interrupt(dev->transport_opaque, queue);
 }
 
