@@ -60,6 +60,10 @@ def _add_configured(machine: Machine) -> None:
         from vmm.devices.virtio.rng import Rng
 
         machine.add(Rng(vm))
+    for index, share in enumerate(config.shares):
+        from vmm.devices.virtio.fs import Fs
+
+        machine.add(Fs(vm, index, share.directory, share.tag, readonly=share.readonly))
 
 
 def add_virtio(machine: Machine, device: VirtioDevice) -> None:
