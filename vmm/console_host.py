@@ -40,6 +40,7 @@ class HostEnd:
     out_fd: int | None = None
     listen_fd: int | None = None
     escapes = False
+    raw = False  # standard error is likely the terminal that was put into raw mode
 
     def accept(self) -> None:
         """A peer is waiting at ``listen_fd``."""
@@ -47,6 +48,14 @@ class HostEnd:
     def peer_gone(self) -> None:
         """The peer closed its end. Raises :class:`PeerGone` when there can be no other."""
         raise PeerGone("the console's reader went away; the guest was stopped (use --console none to run without)")
+
+    def say(self, text: str) -> None:
+        """Print one line of the monitor's own on standard error; from any thread."""
+        from contextlib import suppress
+
+        newline = "\r\n" if self.raw else "\n"
+        with suppress(OSError):  # nobody listens
+            os.write(2, f"{newline if self.raw else ''}pyvmm: {text}{newline}".encode())
 
     def close(self) -> None:
         """Give everything back."""
@@ -87,6 +96,7 @@ class Stdio(HostEnd):
 
         self._saved = termios.tcgetattr(0)
         raw = termios.tcgetattr(0)
+        self.raw = True
         raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON | termios.INLCR)
         raw[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
@@ -100,6 +110,7 @@ class Stdio(HostEnd):
 
             termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
             self._saved = None
+            self.raw = False
         if self._own is not None:
             os.close(self._own)
             self._own = None

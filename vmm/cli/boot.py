@@ -153,6 +153,7 @@ def _once(config: MachineConfig, end: HostEnd, verbose: bool) -> tuple[Outcome, 
     from vmm.machine import Machine
 
     with Machine(config) as machine:
+        machine.on_message = end.say
         machine.load()
         if verbose:
             for note in machine.notes:
