@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * PCI, as Python sees it: a host bridge with one bus of 32 slots, and the virtio transport on it. A continuation of
+ * vmmcore.h, under the same rules.
+ *
+ * Order of calls
+ *   vmm_pci_host_create -> vmm_virtio_pci_create for each device -> attach the host's ports and ECAM, run ...
+ *   -> vmm_vm_destroy -> vmm_virtio_pci_destroy -> vmm_pci_host_destroy
+ */
+#ifndef VMMPCI_H
+#define VMMPCI_H
+
+#include "vmmvirtio.h"
+
+/* cdef: begin */
+
+typedef struct vmm_pci_host vmm_pci_host;
+
+/*
+ * Where things are. There is no firmware: BARs are placed in [window, window + window_size), in the order functions
+ * are created; the guest may move them anywhere. Slot n's interrupt pin is wired to GSI first_gsi + n % n_gsis,
+ * level-triggered.
+ */
+typedef struct vmm_pci_layout {
+    uint64_t window, window_size;
+    uint32_t first_gsi, n_gsis;
+} vmm_pci_layout;
+
+/* Bus 0 with the host bridge at 00:00.0. -EINVAL: no interrupt line. */
+int vmm_pci_host_create(vmm_vm *vm, const vmm_pci_layout *layout, vmm_pci_host **out);
+void vmm_pci_host_destroy(vmm_pci_host *host);
+
+/* Every function as at power-on: BARs where they were placed, decoding off. Not while vCPUs run. */
+void vmm_pci_host_reset(vmm_pci_host *host);
+
+/*
+ * Configuration space, two ways in; opaque is the host. Ports: 8 of them, mechanism #1 (PCI 3.0, 3.2.2.3.2).
+ * ECAM: 1 MiB, the one bus (PCI Express 4.0, 7.2.2). What is not there reads as ones.
+ */
+const vmm_device_ops *vmm_pci_ports_ops(void);
+const vmm_device_ops *vmm_pci_ecam_ops(void);
+
+/* A base address register, for traces and the curious. address: where it decodes; UINT64_MAX: nowhere. */
+typedef struct vmm_pci_bar_info {
+    uint64_t size, address;
+    uint32_t tag; /* of its range on the bus */
+} vmm_pci_bar_info;
+/* -ENODEV: the slot is empty; -EINVAL: no such slot or BAR, or the BAR is not implemented. */
+int vmm_pci_get_bar(vmm_pci_host *host, uint32_t slot, uint32_t bar, vmm_pci_bar_info *info);
+
+/* ---- virtio over PCI (virtio 1.2, 4.1) ---- */
+
+typedef struct vmm_virtio_pci vmm_virtio_pci;
+
+/*
+ * Put a virtio device into a slot (-1: the first that is free). Its registers are BAR 0, 64-bit wide; MSI-X vectors:
+ * one for configuration changes, one a queue. Answers the slot, or -EBUSY: it is taken; -ENOSPC: no slot is free, or
+ * no address; -EINVAL: no such slot.
+ */
+int vmm_virtio_pci_create(vmm_virtio *dev, vmm_pci_host *host, int slot, vmm_virtio_pci **out);
+void vmm_virtio_pci_destroy(vmm_virtio_pci *transport);
+
+/* cdef: end */
+
+#endif
