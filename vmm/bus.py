@@ -34,6 +34,10 @@ class Attachment:
         """``device[.register]`` is built on this."""
         return self.device.name
 
+    def holds(self, space: int, address: int) -> bool:
+        """Whether the device answers at ``address``."""
+        return space == self.space and 0 <= address - self.base < self.size
+
     def register(self, address: int) -> str:
         """The device's name for the register at bus ``address``, or ``+0x..``."""
         offset = address - self.base + self.first
@@ -80,6 +84,10 @@ class Bus:
             self._failed,
         )
 
+    def adopt(self, tag: int, attachment: Attachment) -> None:
+        """Know a range that native code attached under ``tag``, for who asks what is where."""
+        self.attachments[tag] = attachment
+
     def detach(self, attachment: Attachment) -> None:
         """Give the range up."""
         check(lib.vmm_bus_detach(self._vm, attachment.space, attachment.base))
@@ -90,7 +98,7 @@ class Bus:
     def find(self, space: int, address: int) -> Attachment | None:
         """Who answers at ``address``."""
         for attachment in self.attachments.values():
-            if attachment.space == space and 0 <= address - attachment.base < attachment.size:
+            if attachment.holds(space, address):
                 return attachment
         return None
 

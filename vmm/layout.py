@@ -6,7 +6,9 @@
     0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved, ACPI tables in 0xe_0000..0xf_ffff)
     0x0010_0000  RAM  kernel from here
     0xc000_0000  hole: device windows          <- LOW_RAM_END
-    0xe000_0000    PCI configuration (ECAM), 256 MiB
+    0xc000_0000    virtio-mmio registers
+    0xc100_0000    PCI BARs
+    0xe000_0000    PCI configuration (ECAM) of one bus, 1 MiB
     0xfec0_0000    I/O APIC
     0xfee0_0000    local APICs
     0x1_0000_0000  RAM above the hole          <- HIGH_RAM_START
@@ -31,7 +33,7 @@ VIRTIO_MMIO_START = LOW_RAM_END
 VIRTIO_MMIO_STRIDE = 0x1000
 PCI_MMIO_START = LOW_RAM_END + 16 * MIB
 ECAM_START = 0xE0000000
-ECAM_SIZE = 256 * MIB
+ECAM_SIZE = 1 * MIB
 PCI_MMIO_SIZE = ECAM_START - PCI_MMIO_START
 IOAPIC = 0xFEC00000
 LAPIC = 0xFEE00000
@@ -44,6 +46,7 @@ RTC = 0x70
 POST = 0x80
 DEBUG_EXIT = 0xF4
 COM1 = 0x3F8
+PCI_PORTS = 0xCF8  # configuration mechanism #1: 8 ports
 PVPANIC = 0x505
 PM_BASE = 0x600
 PM1_EVENT = PM_BASE  # 4 bytes

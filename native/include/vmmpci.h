@@ -59,6 +59,8 @@ typedef struct vmm_virtio_pci vmm_virtio_pci;
  */
 int vmm_virtio_pci_create(vmm_virtio *dev, vmm_pci_host *host, int slot, vmm_virtio_pci **out);
 void vmm_virtio_pci_destroy(vmm_virtio_pci *transport);
+/* BAR 0, which the host puts on the bus; opaque is the transport. */
+const vmm_device_ops *vmm_virtio_pci_ops(void);
 
 /* cdef: end */
 

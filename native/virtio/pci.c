@@ -352,7 +352,11 @@ static void bar_write(void *opaque, uint64_t offset, uint32_t size, uint64_t val
     }
 }
 
-static const vmm_device_ops bar_ops = {bar_read, bar_write};
+const vmm_device_ops *vmm_virtio_pci_ops(void)
+{
+    static const vmm_device_ops ops = {bar_read, bar_write};
+    return &ops;
+}
 
 /* ---- configuration space ---- */
 
@@ -465,7 +469,7 @@ static int create(struct vmm_virtio_pci *t, vmm_pci_host *host, int slot)
         .class_code = class_of(dev->id),
     };
     vmm_pci_function_init(&t->function, &identity, true, &dev->lock, &ops, t);
-    vmm_pci_add_bar(&t->function, 0, BAR_SIZE, &bar_ops, t);
+    vmm_pci_add_bar(&t->function, 0, BAR_SIZE, vmm_virtio_pci_ops(), t);
     int rc = vmm_msix_init(&t->msix, &t->function, vmm_pci_msi(host), dev->n_queues + 1, 0,
                            PAGE_MSIX_TABLE * PAGE_SIZE, PAGE_MSIX_PENDING * PAGE_SIZE);
     if (rc < 0)

@@ -34,6 +34,8 @@ DEFAULT_ADDRESS = 0xE0000
 DEFAULT_SIZE = 0x20000
 
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")
+PCI_BUS_SIZE = 1 << 20  # of one bus in memory-mapped configuration space (PCI Firmware 3.2, 4.1.2)
+
 _OEM_ID = b"PYVMM "
 _OEM_TABLE_ID = b"PYVMM   "
 _CREATOR = b"PYVM"
@@ -56,7 +58,7 @@ class Tables:
 
     ``dsdt``: AML terms for ``\_SB`` (from :mod:`vmm.boot.aml`); ``aml.scope("\\...", ...)`` leads elsewhere.
     ``cmdline``: words to add to the command line of a guest that is Linux. ``virtio_mmio``: words for a Linux
-    that is not to use ACPI.
+    that is not to use ACPI. ``reserved``: (address, size) of what the memory map is to keep from other uses.
 
     Fixed hardware, zero or None where the machine has none:
 
@@ -84,6 +86,7 @@ class Tables:
         "pm1a_event",
         "pm_timer",
         "power_button",
+        "reserved",
         "reset",
         "rtc",
         "s5",
@@ -96,6 +99,7 @@ class Tables:
         self.extra: list[bytes] = []
         self.cmdline: list[str] = []
         self.virtio_mmio: list[str] = []
+        self.reserved: list[tuple[int, int]] = []
         self.pm1a_event = 0
         self.pm1a_control = 0
         self.pm_timer = 0
@@ -123,6 +127,15 @@ class Tables:
         uid = len(self.virtio_mmio)
         self.virtio_mmio.append(f"virtio_mmio.device={size >> 10}K@{address:#x}:{gsi}")
         self.dsdt.append(virtio_mmio_node(address, size, gsi=gsi, uid=uid))
+
+    def add_pci_host(self, *, ecam: int, ports: int, window: tuple[int, int], pins: dict[int, int]) -> None:
+        """A PCI host bridge with bus 0 alone, its configuration space at ``ecam`` (1 MiB) and at ``ports`` (8).
+
+        ``window``: (address, size) where BARs may be. ``pins``: slot -> GSI of its interrupt pin A.
+        """
+        self.dsdt += [pci_host_node(ports, window, pins), board_node(ecam, PCI_BUS_SIZE)]
+        self.add(mcfg(ecam, last_bus=0))
+        self.reserved.append((ecam, PCI_BUS_SIZE))
 
     def override(self, irq: int, gsi: int, *, level: bool = False, active_low: bool = False) -> None:
         """ISA line ``irq`` (0 to 15) reaches the I/O APIC at ``gsi``, with this trigger mode and polarity."""
@@ -371,6 +384,31 @@ def virtio_mmio_node(address: int, size: int, *, gsi: int, uid: int) -> aml.Term
             "_CRS",
             aml.resources(aml.memory32_fixed(address, size), aml.interrupt(gsi, level=True)),
         ),
+    )
+
+
+def pci_host_node(ports: int, window: tuple[int, int], pins: dict[int, int]) -> aml.Term:
+    """A PCI host bridge with bus 0 alone: no number of another bus, so that a guest looks for no other.
+
+    ``ports``: configuration mechanism #1; ``window``: (address, size) of memory it passes on; ``pins``: slot -> GSI
+    of pin A, level-triggered and active low as PCI has it (6.2.13). It is a conventional bridge to the guest
+    (PNP0A03): a PCI Express one would have to negotiate features it has not (_OSC).
+    """
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisaid("PNP0A03")),
+        aml.name("_UID", 0),
+        aml.name("_CRS", aml.resources(aml.word_bus_number(0, 1), aml.io(ports, 8), aml.dword_memory(*window))),
+        aml.name("_PRT", [[slot << 16 | 0xFFFF, 0, 0, gsi] for slot, gsi in sorted(pins.items())]),
+    )
+
+
+def board_node(address: int, size: int) -> aml.Term:
+    """Motherboard resources. A guest uses the ECAM only if it finds it here (PCI Firmware 3.2, 4.1.2)."""
+    return aml.device(
+        "MBRD",
+        aml.name("_HID", aml.eisaid("PNP0C02")),
+        aml.name("_CRS", aml.resources(aml.memory32_fixed(address, size))),
     )
 
 

@@ -1,0 +1,82 @@
+"""The virtio-pci transport, modern only (virtio 1.2, 4.1). Its model is ``native/virtio/pci.c``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.devices.device import Device
+from vmm.devices.pci import BarAttachment
+
+if TYPE_CHECKING:
+    from vmm.devices.device import State
+    from vmm.devices.pci import PciHost
+    from vmm.devices.virtio.device import VirtioDevice
+
+_QUEUES = 64
+
+# BAR 0: common configuration (4.1.4.3) and the structures after it, a page each.
+_REGISTERS = {
+    0x00: "device_feature_select", 0x04: "device_feature", 0x08: "driver_feature_select", 0x0C: "driver_feature",
+    0x10: "config_msix_vector", 0x12: "num_queues", 0x14: "device_status", 0x15: "config_generation",
+    0x16: "queue_select", 0x18: "queue_size", 0x1A: "queue_msix_vector", 0x1C: "queue_enable",
+    0x1E: "queue_notify_off", 0x20: "queue_desc", 0x24: "queue_desc+4", 0x28: "queue_driver",
+    0x2C: "queue_driver+4", 0x30: "queue_device", 0x34: "queue_device+4", 0x38: "queue_notify_data",
+    0x3A: "queue_reset",
+    0x1000: "ISR status",
+    **{0x2000 + offset: f"config+{offset:#x}" for offset in range(0x40)},
+    **{0x3000 + 4 * queue: f"notify {queue}" for queue in range(_QUEUES)},
+    **{
+        0x4000 + 16 * vector + 4 * word: f"MSI-X {vector} {name}"
+        for vector in range(_QUEUES + 1)
+        for word, name in enumerate(("address", "address+4", "data", "control"))
+    },
+    **{0x5000 + 8 * word: f"MSI-X pending+{8 * word}" for word in range(2)},
+}  # fmt: skip
+
+
+class VirtioPci(Device):
+    """A virtio device in a slot of a PCI host (-1: the first that is free).
+
+    The host puts it on the machine's bus where the guest says; ``bar`` is for :meth:`vmm.bus.Bus.adopt`.
+    Raises :class:`~vmm.errors.StateError` when the slot is taken, :class:`~vmm.errors.BusError` when none is free.
+    """
+
+    registers = _REGISTERS
+
+    def __init__(self, device: VirtioDevice, host: PciHost, slot: int = -1) -> None:
+        self.device = device
+        self.name = device.name
+        out = ffi.new("vmm_virtio_pci **")
+        self.slot = check(lib.vmm_virtio_pci_create(device.virtio, host.host, slot, out))
+        self._transport: Any = out[0]
+        self._ops = lib.vmm_virtio_pci_ops()
+        host.name_function(self.slot, device.name)
+        self.bar = BarAttachment(host, self.slot, 0, self)
+
+    def read(self, offset: int, size: int) -> int:
+        """One read of BAR 0, as the bus makes it."""
+        return int(self._ops.read(self._transport, offset, size))
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """One write of BAR 0, as the bus makes it."""
+        self._ops.write(self._transport, offset, size, value)
+
+    def reset(self) -> None:
+        """The device to power-on, and the transport's registers with it; configuration space is the host's."""
+        self.device.reset()
+
+    def save(self) -> State:
+        """What the device remembers."""
+        return self.device.save()
+
+    def load(self, state: State) -> None:
+        """Become what :meth:`save` recorded."""
+        self.device.load(state)
+
+    def destroy(self) -> None:
+        """Free the transport, then the device; before the host."""
+        if self._transport is not None:
+            lib.vmm_virtio_pci_destroy(self._transport)
+            self._transport = None
+            self.device.destroy()
