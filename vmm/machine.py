@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmm.boot import Entry
     from vmm.bus import Attachment
     from vmm.devices.device import Device
+    from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
 
 KVM_PATH = "/dev/kvm"
@@ -63,6 +64,7 @@ class Machine:
         self.vcpus: list[Any] = []
         self.devices: list[Device] = []
         self.virtio: list[VirtioDevice] = []
+        self.pci: PciHost | None = None
         self.messages: list[str] = []
         self.on_message: Callable[[str], object] | None = None
         self.entry: Entry | None = None

@@ -11,6 +11,7 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from vmm.boot import Entry
     from vmm.boot.acpi import Tables
+    from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.machine import Machine
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _POWEROFF, _RESET, _DEBUG_EXIT, _PANIC = 2, 3, 4, 5
 
 RESET_VALUE = 1
+_E820_RESERVED = 2
 S5 = 5
 TICK_SECONDS = 0.02  # where a tick costs milliseconds of emulation: at most 50 a second
 
@@ -50,6 +52,8 @@ def create_devices(machine: Machine) -> None:
     machine.attach(ResetRegister(machine.stop_callback(_RESET), RESET_VALUE), port=layout.RESET, size=1)
     if machine.merge_ticks:
         _attach_pit(machine)
+    if machine.config.virtio == "pci":
+        _create_pci_host(machine)
     _add_configured(machine)
 
 
@@ -68,7 +72,35 @@ def _add_configured(machine: Machine) -> None:
 
 def add_virtio(machine: Machine, device: VirtioDevice) -> None:
     """Put a virtio device where the guest finds it."""
-    _add_mmio(machine, device)
+    if machine.pci is not None:
+        _add_pci(machine, machine.pci, device)
+    else:
+        _add_mmio(machine, device)
+
+
+def _create_pci_host(machine: Machine) -> None:
+    from vmm.devices.pci import PciHost
+
+    host = PciHost(
+        machine.native,
+        window=(layout.PCI_MMIO_START, layout.PCI_MMIO_SIZE),
+        ecam=layout.ECAM_START,
+        ports=layout.PCI_PORTS,
+        gsis=layout.PCI_GSIS,
+    )
+    machine.on_close(host.destroy)
+    machine.attach(host, address=layout.ECAM_START, size=layout.ECAM_SIZE)
+    machine.attach(host.ports, port=layout.PCI_PORTS, size=8)
+    machine.pci = host
+
+
+def _add_pci(machine: Machine, host: PciHost, device: VirtioDevice) -> None:
+    from vmm.devices.virtio.pci import VirtioPci
+
+    transport = VirtioPci(device, host)
+    machine.on_close(transport.destroy)
+    machine.devices.append(transport)
+    machine.bus.adopt(transport.bar.tag, transport.bar)
 
 
 def _add_mmio(machine: Machine, device: VirtioDevice) -> None:
@@ -141,6 +173,7 @@ def load_image(machine: Machine) -> Entry:
         load_address=config.address,
         flat_mode=config.mode,
         unpack=config.unpack,
+        e820=[(address, size, _E820_RESERVED) for address, size in tables.reserved],
     )
 
 
