@@ -27,7 +27,7 @@ def described() -> acpi.Tables:
         acpi.keyboard_node(),
         acpi.pvpanic_node(0x505),
     ]
-    tables.add(acpi.mcfg(0xE0000000))
+    tables.add_pci_host(ecam=0xE0000000, ports=0xCF8, window=(0xC1000000, 0x1F000000), pins={1: 17, 2: 18, 31: 23})
     return tables
 
 
