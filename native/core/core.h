@@ -8,6 +8,7 @@
 #ifndef VMM_CORE_H
 #define VMM_CORE_H
 
+#include "core/trace.h"
 #include "vmmcore.h"
 
 #include <linux/kvm.h>
@@ -85,6 +86,11 @@ struct vmm_vm {
     void (*say)(void *opaque, const char *text);
     void *say_opaque;
 
+    struct vmm_trace_point io_trace; /* of the I/O thread and the devices; several writers */
+    pthread_mutex_t io_trace_lock;
+    uint32_t trace_capacity;
+    bool sync_regs; /* KVM can copy registers out with each exit */
+
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;
 
@@ -114,6 +120,7 @@ struct vmm_vcpu {
     _Atomic uint64_t epoch; /* bus epoch this vCPU reads under; 0: not in the bus */
     void *compat;
 
+    struct vmm_trace_point trace;
     uint64_t exits[VMM_EXIT_REASONS];
     _Atomic uint64_t unclaimed;
     uint64_t recorded;

@@ -282,7 +282,7 @@ static enum verdict exit_other(struct vmm_vcpu *vcpu)
     }
 }
 
-static enum verdict handle_exit(struct vmm_vcpu *vcpu)
+static enum verdict answer_exit(struct vmm_vcpu *vcpu)
 {
     uint32_t reason = vcpu->run->exit_reason;
     vcpu->exits[reason < VMM_EXIT_REASONS ? reason : VMM_EXIT_REASONS - 1]++;
@@ -291,6 +291,21 @@ static enum verdict handle_exit(struct vmm_vcpu *vcpu)
     if (likely(reason == KVM_EXIT_MMIO))
         return exit_mmio(vcpu);
     return exit_other(vcpu);
+}
+
+static enum verdict answer_and_trace(struct vmm_vcpu *vcpu, struct vmm_trace *trace)
+{
+    uint64_t tsc = __rdtsc(), recorded = vcpu->recorded;
+    enum verdict verdict = answer_exit(vcpu);
+    bool any = vcpu->recorded != recorded;
+    vmm_trace_exit(trace, vcpu, tsc, any ? &vcpu->last[recorded & (VMM_LAST_EXITS - 1)] : NULL);
+    return verdict;
+}
+
+static enum verdict handle_exit(struct vmm_vcpu *vcpu)
+{
+    struct vmm_trace *trace = vmm_trace_on(&vcpu->trace);
+    return unlikely(trace) ? answer_and_trace(vcpu, trace) : answer_exit(vcpu);
 }
 
 /*

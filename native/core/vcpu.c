@@ -49,7 +49,7 @@ int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
     }
     vm->vcpus[vm->n_vcpus++] = vcpu;
     *out = vcpu;
-    return 0;
+    return vmm_trace_vcpu_init(vcpu);
 }
 
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu)

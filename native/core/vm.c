@@ -93,6 +93,7 @@ int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
     vm->stop_vcpu = UINT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
     pthread_cond_init(&vm->changed, NULL);
+    pthread_mutex_init(&vm->io_trace_lock, NULL);
     vmm_bus_init(&vm->bus);
     int rc = prepare(vm, kvm_path);
     if (rc < 0) {
@@ -114,6 +115,8 @@ void vmm_vm_destroy(vmm_vm *vm)
     if (!vm)
         return;
     vmm_loop_destroy(vm->loop);
+    vmm_trace_destroy(vm);
+    pthread_mutex_destroy(&vm->io_trace_lock);
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         if (vm->compat)
             vm->compat->vcpu_fini(vm->vcpus[i]);
