@@ -19,15 +19,16 @@ MMIO = 1
 class Attachment:
     """A device on a range: where it is and what answers there."""
 
-    __slots__ = ("base", "device", "first", "keep", "size", "space")
+    __slots__ = ("base", "device", "first", "keep", "size", "space", "tag")
 
-    def __init__(self, device: Device, space: int, base: int, size: int, first: int, keep: Any) -> None:
+    def __init__(self, device: Device, space: int, base: int, size: int, first: int, keep: Any, tag: int) -> None:
         self.device = device
         self.space = space
         self.base = base
         self.size = size
         self.first = first
         self.keep = keep
+        self.tag = tag
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ class Bus:
             text = ffi.string(lib.vmm_error_text()).decode()
             raise BusError(f"cannot attach {device.name}: {text}; choose a free range")
         self._next_tag += 1
-        attachment = self.attachments[tag] = Attachment(device, space, base, size, first, keep)
+        attachment = self.attachments[tag] = Attachment(device, space, base, size, first, keep, tag)
         return attachment
 
     def _upcall(self, device: Device, first: int) -> Upcall:

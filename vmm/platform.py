@@ -101,6 +101,7 @@ def _add_pci(machine: Machine, host: PciHost, device: VirtioDevice) -> None:
     machine.on_close(transport.destroy)
     machine.devices.append(transport)
     machine.bus.adopt(transport.bar.tag, transport.bar)
+    device.set_tag(transport.bar.tag)
 
 
 def _add_mmio(machine: Machine, device: VirtioDevice) -> None:
@@ -112,7 +113,7 @@ def _add_mmio(machine: Machine, device: VirtioDevice) -> None:
     address = layout.VIRTIO_MMIO_START + slot * layout.VIRTIO_MMIO_STRIDE
     transport = VirtioMmio(device, address, machine.line(layout.VIRTIO_MMIO_GSIS[slot]))
     machine.on_close(transport.destroy)
-    machine.attach(transport, address=address, size=SIZE)
+    device.set_tag(machine.attach(transport, address=address, size=SIZE).tag)
 
 
 def _attach_pit(machine: Machine) -> None:

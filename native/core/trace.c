@@ -137,10 +137,10 @@ void vmm_trace_exit(struct vmm_trace *trace, struct vmm_vcpu *vcpu, uint64_t tsc
 void vmm_trace_io(struct vmm_vm *vm, uint16_t kind, uint32_t tag, uint64_t address, uint64_t value,
                   uint64_t since)
 {
-    uint64_t now = __rdtsc();
     struct vmm_trace *trace = vmm_trace_on(&vm->io_trace);
     if (!trace)
         return;
+    uint64_t now = __rdtsc();
     vmm_trace_event event = {
         .tsc = since ? since : now,
         .duration = since ? vmm_trace_ticks(since) : 0,

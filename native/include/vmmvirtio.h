@@ -37,6 +37,9 @@ void vmm_virtio_destroy(vmm_virtio *dev); /* only what vmm_virtio_create made */
 /* Power-on state; nothing in flight afterwards. */
 void vmm_virtio_reset(vmm_virtio *dev);
 
+/* The name of the device in traces: the tag of its range on the bus. */
+void vmm_virtio_set_tag(vmm_virtio *dev, uint32_t tag);
+
 /* What a driver has made of it. */
 typedef struct vmm_virtio_info {
     uint32_t id, n_queues, config_size, generation;

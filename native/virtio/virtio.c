@@ -34,10 +34,17 @@ static void doorbell_rang(struct vmm_source *source, uint32_t events)
     uint64_t count;
     if (read(q->doorbell, &count, sizeof(count)) != sizeof(count))
         return; /* taken already */
-    VMM_VIRTIO_LOCKED(q->device);
+    struct vmm_virtio *dev = q->device;
+    VMM_VIRTIO_LOCKED(dev);
+    bool traced = vmm_trace_on(&dev->vm->io_trace);
+    uint64_t since = traced ? __rdtsc() : 0, requests = q->ring.requests;
+    if (traced)
+        vmm_trace_io(dev->vm, VMM_TRACE_DOORBELL, dev->tag, q->index, 0, 0);
     q->ring.doorbells++;
-    if (q->device->running && q->enabled && q->device->ops->kick)
-        q->device->ops->kick(q->device->opaque, q->index);
+    if (dev->running && q->enabled && dev->ops->kick)
+        dev->ops->kick(dev->opaque, q->index);
+    if (traced)
+        vmm_trace_io(dev->vm, VMM_TRACE_REQUESTS, dev->tag, q->index, q->ring.requests - requests, since);
 }
 
 static int queue_init(struct vmm_virtio *dev, unsigned index, uint16_t size_max)
@@ -133,6 +140,27 @@ void vmm_virtio_destroy(vmm_virtio *dev)
     free(dev);
 }
 
+/* ---- interrupts ---- */
+
+static void interrupt(struct vmm_virtio *dev, unsigned queue)
+{
+    vmm_trace_io(dev->vm, VMM_TRACE_INTERRUPT, dev->tag, queue, 0, 0);
+    if (dev->transport)
+        dev->transport->queue_interrupt(dev->transport_opaque, queue);
+}
+
+static void config_interrupt(struct vmm_virtio *dev)
+{
+    vmm_trace_io(dev->vm, VMM_TRACE_INTERRUPT, dev->tag, UINT64_MAX, 0, 0);
+    if (dev->transport)
+        dev->transport->config_interrupt(dev->transport_opaque);
+}
+
+void vmm_virtio_set_tag(vmm_virtio *dev, uint32_t tag)
+{
+    dev->tag = tag;
+}
+
 /* ---- running and not ---- */
 
 /* Doorbells go to the I/O thread from here; what was offered before is looked at once. */
@@ -204,8 +232,8 @@ void vmm_virtio_broken(struct vmm_virtio *dev, const char *format, ...)
     stop(dev);
     vmm_vm_say(dev->vm, "%s needs a reset by its driver: %s", dev->name, dev->fault);
     /* virtio 1.2, 2.1.2: with DRIVER_OK set, the driver is told by a configuration change. */
-    if (driven && dev->transport)
-        dev->transport->config_interrupt(dev->transport_opaque);
+    if (driven)
+        config_interrupt(dev);
 }
 
 /* ---- status and features ---- */
@@ -283,8 +311,8 @@ void vmm_virtio_set_config(struct vmm_virtio *dev, uint32_t offset, const void *
         return;
     memcpy(dev->config + offset, bytes, size);
     dev->generation++;
-    if (dev->running && dev->transport)
-        dev->transport->config_interrupt(dev->transport_opaque);
+    if (dev->running)
+        config_interrupt(dev);
 }
 
 int vmm_virtio_config_get(vmm_virtio *dev, uint32_t offset, void *bytes, uint32_t size)
@@ -396,8 +424,8 @@ int vmm_virtio_pop(struct vmm_virtio *dev, unsigned queue, struct vmm_chain *cha
 void vmm_virtio_publish(struct vmm_virtio *dev, unsigned queue)
 {
     struct vmm_virtqueue *q = &dev->queues[queue];
-    if (q->enabled && vmm_queue_publish(&q->ring) && dev->transport)
-        dev->transport->queue_interrupt(dev->transport_opaque, queue);
+    if (q->enabled && vmm_queue_publish(&q->ring))
+        interrupt(dev, queue);
 }
 
 void vmm_virtio_serve(struct vmm_virtio *dev, unsigned queue,

@@ -69,6 +69,7 @@ struct vmm_virtio {
     const struct vmm_virtio_ops *ops;
     void *opaque;  /* what ops get */
     char name[32]; /* in messages: "virtio-blk 0" */
+    uint32_t tag;  /* in traces */
     uint32_t id;   /* virtio 1.2, 5 */
     uint64_t offered, agreed;
     uint64_t driver_features; /* as written, before FEATURES_OK */

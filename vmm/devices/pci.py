@@ -108,13 +108,12 @@ class PciPorts(Device):
 class BarAttachment(Attachment):
     """A function's BAR on the bus: where it is, is the guest's to say. For :meth:`vmm.bus.Bus.adopt`."""
 
-    __slots__ = ("_bar", "_host", "_slot", "tag")
+    __slots__ = ("_bar", "_host", "_slot")
 
     def __init__(self, host: PciHost, slot: int, bar: int, device: Device) -> None:
         self._host, self._slot, self._bar = host, slot, bar
         info = self._info()
-        super().__init__(device, MMIO, int(info.address), int(info.size), 0, None)
-        self.tag = int(info.tag)
+        super().__init__(device, MMIO, int(info.address), int(info.size), 0, None, int(info.tag))
 
     def _info(self) -> Any:
         info = ffi.new("vmm_pci_bar_info *")

@@ -40,6 +40,10 @@ class VirtioDevice:
     def destroy(self) -> None:
         """Free the native half."""
 
+    def set_tag(self, tag: int) -> None:
+        """The bus's number for the device, by which the exit trace names it."""
+        lib.vmm_virtio_set_tag(self.virtio, tag)
+
     # ---- looking at it ----
 
     def info(self) -> dict[str, Any]:
