@@ -1,161 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* PCI as a guest meets it: configuration space, BARs, pins, MSI-X, and the virtio transport; no KVM. */
-#include "devices/msix.h"
-#include "machine.h"
-#include "virtio/virtio.h"
+#include "pci_rig.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <stdatomic.h>
 #include <string.h>
-#include <sys/eventfd.h>
-
-#define ECAM 0xe0000000ull
-#define PORTS 0xcf8
-#define WINDOW 0xc1000000ull
-#define WINDOW_SIZE 0x100000ull
-#define FIRST_GSI 16
-#define WIRES 8
-#define BAR_SIZE 0x8000
-
-enum { COMMON = 0, ISR = 0x1000, DEVICE = 0x2000, NOTIFY = 0x3000, TABLE = 0x4000, PENDING = 0x5000 };
-enum {
-    STATUS = 20,
-    QUEUE_SELECT = 22,
-    QUEUE_SIZE = 24,
-    QUEUE_VECTOR = 26,
-    QUEUE_ENABLE = 28,
-    QUEUE_RESET = 58
-};
-enum { MSIX_CONTROL = 0x42, MSIX_ENABLE = 0x8000, MSIX_MASK = 0x4000 }; /* the first capability is MSI-X */
-
-typedef struct rig {
-    vmm_vm *vm;
-    vmm_pci_host *host;
-    struct vmm_virtio dev, other;
-    vmm_virtio_pci *transport, *second;
-    int level[FIRST_GSI + WIRES];
-    int kicked; /* eventfd: queues kicked */
-    unsigned starts, stops;
-} rig;
-
-static void set_level(void *opaque, uint32_t gsi, int level)
-{
-    rig *r = opaque;
-    CHECK(r->level[gsi] != level); /* a wire is driven on changes only */
-    r->level[gsi] = level;
-}
-
-static void started(void *opaque)
-{
-    ((rig *)opaque)->starts++;
-}
-
-static void stopped(void *opaque)
-{
-    ((rig *)opaque)->stops++;
-}
-
-static void kick(void *opaque, uint32_t queue)
-{
-    CHECK_EQUAL(eventfd_write(((rig *)opaque)->kicked, queue + 1), 0);
-}
-
-static const struct vmm_virtio_ops ops = {.start = started, .stop = stopped, .kick = kick};
-
-static void create_host(rig *r)
-{
-    *r = (rig){.vm = machine_create(), .kicked = eventfd(0, 0)};
-    r->vm->lines = calloc(VMM_MAX_LINES, sizeof(*r->vm->lines));
-    for (uint32_t gsi = FIRST_GSI; gsi < FIRST_GSI + WIRES; gsi++)
-        r->vm->lines[gsi] = (vmm_line){.set = set_level, .opaque = r, .n = gsi};
-    const vmm_pci_layout layout = {WINDOW, WINDOW_SIZE, FIRST_GSI, WIRES};
-    CHECK_EQUAL(vmm_pci_host_create(r->vm, &layout, &r->host), 0);
-    CHECK_EQUAL(vmm_bus_attach(r->vm, VMM_PIO, PORTS, 8, vmm_pci_ports_ops(), r->host, 1), 0);
-    CHECK_EQUAL(vmm_bus_attach(r->vm, VMM_MMIO, ECAM, 1 << 20, vmm_pci_ecam_ops(), r->host, 2), 0);
-}
-
-/* A host and a device of two queues with 8 bytes of configuration, in slot 1. */
-static void set_up(rig *r)
-{
-    static const uint16_t sizes[] = {64, 128};
-    create_host(r);
-    CHECK_EQUAL(vmm_virtio_init(&r->dev, r->vm, &ops, r, 4, "virtio-test 0", 1 << 3, 2, sizes, 8), 0);
-    CHECK_EQUAL(vmm_virtio_pci_create(&r->dev, r->host, -1, &r->transport), 1);
-}
-
-static void tear_down(rig *r)
-{
-    if (r->transport)
-        vmm_virtio_reset(&r->dev);
-    vmm_vm_destroy(r->vm);
-    vmm_virtio_pci_destroy(r->transport);
-    vmm_virtio_pci_destroy(r->second);
-    vmm_virtio_deinit(&r->dev);
-    vmm_virtio_deinit(&r->other);
-    vmm_pci_host_destroy(r->host);
-    close(r->kicked);
-}
-
-static uint64_t config(rig *r, unsigned slot, unsigned offset, unsigned size)
-{
-    return vmm_bus_read(r->vm, VMM_MMIO, ECAM + (slot << 15) + offset, size);
-}
-
-static void set_config(rig *r, unsigned slot, unsigned offset, unsigned size, uint64_t value)
-{
-    vmm_bus_write(r->vm, VMM_MMIO, ECAM + (slot << 15) + offset, size, value);
-}
-
-static uint64_t in(rig *r, unsigned offset, unsigned size)
-{
-    return vmm_bus_read(r->vm, VMM_MMIO, WINDOW + offset, size);
-}
-
-static void out(rig *r, unsigned offset, unsigned size, uint64_t value)
-{
-    vmm_bus_write(r->vm, VMM_MMIO, WINDOW + offset, size, value);
-}
-
-/* Through reset, features and queue 0 to DRIVER_OK, as 3.1.1 has it. */
-static void drive(rig *r)
-{
-    set_config(r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY | VMM_PCI_COMMAND_MASTER);
-    out(r, STATUS, 1, 0);
-    out(r, STATUS, 1, 3);
-    out(r, 8, 4, 0);
-    out(r, 12, 4, 0);
-    out(r, 8, 4, 1);
-    out(r, 12, 4, 1 | 1 << 8); /* VERSION_1, RING_RESET */
-    out(r, STATUS, 1, 11);
-    CHECK_EQUAL(in(r, STATUS, 1), 11);
-    out(r, QUEUE_SELECT, 2, 0);
-    out(r, 32, 8, 0x1000);
-    out(r, 40, 4, 0x2000);
-    out(r, 44, 4, 0);
-    out(r, 48, 4, 0x3000);
-    out(r, 52, 4, 0);
-    out(r, QUEUE_ENABLE, 2, 1);
-    CHECK_EQUAL(in(r, QUEUE_ENABLE, 2), 1);
-    out(r, STATUS, 1, 15);
-    CHECK_EQUAL(in(r, STATUS, 1), 15);
-    CHECK_EQUAL(r->starts, 1);
-    uint64_t at_start; /* what was offered before DRIVER_OK is looked at once */
-    CHECK_EQUAL(eventfd_read(r->kicked, &at_start), 0);
-}
-
-/* What a device does when it has used buffers, or its configuration changed. */
-static void use_buffer(rig *r, unsigned queue)
-{
-    VMM_VIRTIO_LOCKED(&r->dev);
-    r->dev.transport->queue_interrupt(r->dev.transport_opaque, queue);
-}
-
-static void change_configuration(rig *r)
-{
-    VMM_VIRTIO_LOCKED(&r->dev);
-    r->dev.transport->config_interrupt(r->dev.transport_opaque);
-}
 
 /* ---- configuration space ---- */
 
@@ -168,7 +17,7 @@ static uint64_t port_config(rig *r, uint32_t address, unsigned lane, unsigned si
 static void both_ways_into_configuration_space_agree(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     CHECK_EQUAL(config(&r, 0, VMM_PCI_CLASS, 1), 0);
     CHECK_EQUAL(config(&r, 0, 0x0a, 2), 0x0600); /* what Linux looks for before it believes the ports */
     CHECK_EQUAL(config(&r, 1, 0, 4), 0x10441af4);
@@ -185,7 +34,7 @@ static void both_ways_into_configuration_space_agree(void)
 static void what_is_not_there_reads_as_ones(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     CHECK_EQUAL(config(&r, 2, 0, 4), 0xffffffff);
     CHECK_EQUAL(config(&r, 1, 0x1000, 4), 0xffffffff);                  /* function 1 */
     CHECK_EQUAL(config(&r, 1, 0x100, 4), 0xffffffff);                   /* no extended space */
@@ -200,7 +49,7 @@ static void what_is_not_there_reads_as_ones(void)
 static void only_a_double_word_reaches_the_address_port(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     vmm_bus_write(r.vm, VMM_PIO, PORTS, 4, 0xffffffff);
     CHECK_EQUAL(vmm_bus_read(r.vm, VMM_PIO, PORTS, 4), 0x80fffffc);
     vmm_bus_write(r.vm, VMM_PIO, PORTS, 4, 0x80000000);
@@ -214,7 +63,7 @@ static void only_a_double_word_reaches_the_address_port(void)
 static void writing_ones_everywhere_changes_only_what_a_driver_may_write(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     uint8_t before[256], after[256];
     for (unsigned i = 0; i < 256; i++)
         before[i] = (uint8_t)config(&r, 1, i, 1);
@@ -243,7 +92,7 @@ static void writing_ones_everywhere_changes_only_what_a_driver_may_write(void)
 static void a_bar_tells_its_size_and_is_placed_in_the_window(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     CHECK_EQUAL(config(&r, 1, VMM_PCI_BAR0, 8), WINDOW | 4);
     set_config(&r, 1, VMM_PCI_BAR0, 4, 0xffffffff);
     set_config(&r, 1, VMM_PCI_BAR0 + 4, 4, 0xffffffff);
@@ -261,7 +110,7 @@ static void a_bar_answers_while_memory_decoding_is_on_and_follows_its_register(v
 {
     rig r;
     vmm_pci_bar_info info;
-    set_up(&r);
+    set_up(&r, NULL);
     CHECK_EQUAL(in(&r, 18, 2), 0xffff);
     CHECK_EQUAL(vmm_pci_get_bar(r.host, 1, 0, &info), 0);
     CHECK(info.size == BAR_SIZE && info.address == VMM_PCI_NOWHERE);
@@ -283,7 +132,7 @@ static void a_bar_answers_while_memory_decoding_is_on_and_follows_its_register(v
 static void a_bar_moved_onto_ram_or_a_device_takes_nothing_from_it(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     memcpy(machine_at(r.vm, 0x8000, 4), "RAM!", 4);
     set_config(&r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY);
     static const uint64_t places[] = {0, 0x8000, ECAM, MACHINE_HIGH};
@@ -304,7 +153,7 @@ static void of_two_bars_on_one_address_the_second_answers_when_the_first_is_gone
 {
     rig r;
     static const uint16_t size = 8;
-    set_up(&r);
+    set_up(&r, NULL);
     CHECK_EQUAL(vmm_virtio_init(&r.other, r.vm, &ops, &r, 4, "virtio-test 1", 0, 1, &size, 0), 0);
     CHECK_EQUAL(vmm_virtio_pci_create(&r.other, r.host, 9, &r.second), 9);
     CHECK_EQUAL(config(&r, 9, VMM_PCI_BAR0, 8), (WINDOW + BAR_SIZE) | 4);
@@ -324,7 +173,7 @@ static void slots_and_addresses_run_out_with_an_error(void)
     struct vmm_pci_function functions[VMM_PCI_SLOTS + 1];
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static const struct vmm_pci_identity identity = {.vendor = 1};
-    create_host(&r);
+    create_host(&r, NULL);
     for (int i = 0; i <= VMM_PCI_SLOTS; i++)
         vmm_pci_function_init(&functions[i], &identity, false, &lock, NULL, NULL);
     CHECK_EQUAL(vmm_pci_insert(r.host, &functions[0], 0), -EBUSY);
@@ -346,7 +195,7 @@ static void slots_and_addresses_run_out_with_an_error(void)
 static void the_capability_list_ends_and_its_structures_lie_apart_in_the_bar(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     static const unsigned lengths[] = {0, 60, 8, 1, 8, 0};
     unsigned seen = 0;
     bool taken[BAR_SIZE / 4] = {0};
@@ -384,7 +233,7 @@ static void the_configuration_access_window_reaches_the_bar_without_decoding(voi
         CAP_LENGTH = WINDOW_CAP + 12
     };
     enum { CAP_DATA = WINDOW_CAP + 16 };
-    set_up(&r);
+    set_up(&r, NULL);
     CHECK_EQUAL(config(&r, 1, WINDOW_CAP + 3, 1), 5);
     set_config(&r, 1, CAP_OFFSET, 4, STATUS);
     set_config(&r, 1, CAP_LENGTH, 4, 1);
@@ -413,7 +262,7 @@ static void the_configuration_access_window_reaches_the_bar_without_decoding(voi
 static void the_pin_is_up_until_the_isr_is_read(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     CHECK_EQUAL(config(&r, 1, VMM_PCI_INTERRUPT_PIN, 1), 1);
     use_buffer(&r, 0);
@@ -428,7 +277,7 @@ static void the_pin_is_up_until_the_isr_is_read(void)
 static void the_command_register_holds_the_pin_back_and_status_tells_of_it(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     set_config(&r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY | VMM_PCI_COMMAND_INTX_DISABLE);
     use_buffer(&r, 0);
@@ -448,7 +297,7 @@ static void a_shared_wire_stays_up_until_the_last_lets_go(void)
     struct vmm_pci_function functions[2];
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static const struct vmm_pci_identity identity = {.vendor = 1};
-    create_host(&r);
+    create_host(&r, NULL);
     for (int i = 0; i < 2; i++) {
         vmm_pci_function_init(&functions[i], &identity, true, &lock, NULL, NULL);
         CHECK_EQUAL(vmm_pci_insert(r.host, &functions[i], 3 + i * WIRES), 3 + i * WIRES);
@@ -468,7 +317,7 @@ static void a_shared_wire_stays_up_until_the_last_lets_go(void)
 static void msix_silences_the_pin_and_keeps_the_isr_clear(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     use_buffer(&r, 0);
     CHECK_EQUAL(r.level[FIRST_GSI + 1], 1);
@@ -485,7 +334,7 @@ static void msix_silences_the_pin_and_keeps_the_isr_clear(void)
 static void a_masked_vector_stays_pending_until_it_is_unmasked(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     out(&r, QUEUE_VECTOR, 2, 2);
     CHECK_EQUAL(in(&r, QUEUE_VECTOR, 2), 2);
@@ -506,7 +355,7 @@ static void a_masked_vector_stays_pending_until_it_is_unmasked(void)
 static void the_msix_table_keeps_what_is_written_and_nothing_reserved(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     set_config(&r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY);
     CHECK_EQUAL(config(&r, 1, MSIX_CONTROL, 2) + 1, 3); /* vectors: configuration and two queues */
     for (unsigned vector = 0; vector < 3; vector++) {
@@ -530,7 +379,7 @@ static void the_msix_table_keeps_what_is_written_and_nothing_reserved(void)
 static void a_driver_finds_features_queues_and_configuration(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     set_config(&r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY);
     uint64_t features = 0;
     for (unsigned half = 0; half < 2; half++) {
@@ -563,7 +412,7 @@ static void a_driver_finds_features_queues_and_configuration(void)
 static void queues_and_vectors_that_do_not_exist_are_not_taken(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     set_config(&r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY);
     static const uint16_t numbers[] = {2, 3, 64, 0x7fff, 0xffff};
     for (unsigned i = 0; i < 5; i++) {
@@ -587,7 +436,7 @@ static void queues_and_vectors_that_do_not_exist_are_not_taken(void)
 static void registers_have_one_width(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     set_config(&r, 1, VMM_PCI_COMMAND, 2, VMM_PCI_COMMAND_MEMORY);
     out(&r, STATUS, 4, 0x01010101);
     out(&r, STATUS, 2, 0x0101);
@@ -603,7 +452,7 @@ static void registers_have_one_width(void)
 static void a_doorbell_that_exits_kicks_its_queue(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     uint64_t queue;
     out(&r, NOTIFY, 2, 0);
@@ -620,7 +469,7 @@ static void a_doorbell_that_exits_kicks_its_queue(void)
 static void a_queue_is_reset_alone(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     out(&r, QUEUE_VECTOR, 2, 1);
     out(&r, QUEUE_SIZE, 2, 32); /* it is enabled: too late */
@@ -638,7 +487,7 @@ static void a_queue_is_reset_alone(void)
 static void writing_status_zero_resets_the_transport_too(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     out(&r, 0, 4, 1);
     out(&r, 16, 2, 1);
@@ -657,7 +506,7 @@ static void writing_status_zero_resets_the_transport_too(void)
 static void a_guest_that_breaks_a_rule_is_told_by_the_configuration_interrupt(void)
 {
     rig r;
-    set_up(&r);
+    set_up(&r, NULL);
     drive(&r);
     out(&r, QUEUE_SELECT, 2, 1);
     out(&r, QUEUE_SIZE, 2, 3 * 64); /* more than the queue has */
