@@ -123,4 +123,4 @@ class BarAttachment(Attachment):
     def holds(self, space: int, address: int) -> bool:
         """Whether the BAR decodes ``address`` now."""
         self.base = int(self._info().address)
-        return super().holds(space, address)
+        return self.base != NOWHERE and super().holds(space, address)

@@ -477,6 +477,14 @@ class MmioTransport:
             self.bus.write(1, self.address + 0x100 + offset + n, 1, byte)
 
 
+def _transport(machine: Any, attachment: Any) -> Transport:
+    if machine.pci is None:
+        return MmioTransport(machine.bus, attachment.base)
+    from vmm.testing.pci import PciTransport
+
+    return PciTransport(machine.bus, machine.pci.ecam, attachment.device.slot)
+
+
 class Answer(NamedTuple):
     """What came back for a request: bytes the device says it wrote, and all the room it had, piece by piece."""
 
@@ -508,7 +516,7 @@ class VirtioDriver:
 
     @classmethod
     def of(cls, machine: Any, device: Any, *, arena: tuple[int, int] | None = None) -> VirtioDriver:
-        """A driver for a virtio ``device`` of a machine that does not run, behind virtio-mmio.
+        """A driver for a virtio ``device`` of a machine that does not run.
 
         ``arena``: the upper half of its lowest region of memory, unless given; two drivers want one each. Raises
         ``ValueError`` when the device is not there.
@@ -516,9 +524,9 @@ class VirtioDriver:
         for attachment in machine.bus.attachments.values():
             if attachment.space == 1 and getattr(attachment.device, "device", None) is device:
                 gpa, size = machine.memory.regions[0]
-                transport = MmioTransport(machine.bus, attachment.base)
+                transport = _transport(machine, attachment)
                 return cls(machine.memory, transport, arena=arena or (gpa + size // 2, gpa + size))
-        raise ValueError(f"{device!r} is not behind virtio-mmio in this machine: configure virtio='mmio'")
+        raise ValueError(f"{device!r} is not in this machine: give it to Machine.add")
 
     # ---- life ----
 
