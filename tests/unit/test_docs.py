@@ -34,7 +34,16 @@ def test_code_of_write_a_device_runs() -> None:
     assert {"Multiplier", "device", "machine", "outcome", "product"} <= names.keys()
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/write-a-device.md"])
+@pytest.mark.kvm
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
+def test_code_of_write_a_virtio_device_runs() -> None:
+    page = DOCS / "write-a-virtio-device.md"
+    names: dict[str, object] = {"__name__": "write_a_virtio_device"}
+    exec(compile(_program(page), page, "exec"), names)
+    assert {"Entropy", "Scratchpad", "answer"} <= names.keys()
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/write-a-device.md", "docs/write-a-virtio-device.md"])
 def test_paths_named_in_a_page_exist(page: str) -> None:
     named = set(re.findall(r"`((?:vmm|native|guests|tests|bench|docs)/[\w./-]*)`", (ROOT / page).read_text()))
     assert named
