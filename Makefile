@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
 
-.PHONY: setup boot test native slow lint bench fuzz clean
+.PHONY: setup boot test native slow lint bench fuzz fuzz-native clean
 
 setup: $(VENV)/.done
 
@@ -42,6 +42,20 @@ bench: setup
 # Random images, registers and requests, much longer than in the ordinary suite.
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/unit -m hypothesis --timeout 3600 $(PYTEST_ARGS)
+
+# libFuzzer under AddressSanitizer and UBSan: RUNS inputs for each target in native/fuzz. What was found stays in
+# build/fuzz/corpus, and the next run goes on from there; an input that fails is written to build/fuzz.
+RUNS ?= 1000000
+FUZZ_TARGETS = $(patsubst native/fuzz/%.c,%,$(wildcard native/fuzz/fuzz_*.c))
+fuzz-native:
+	cmake -S . -B build/fuzz -DCMAKE_C_COMPILER=clang -DVMM_FUZZ=ON -DVMM_TESTS=OFF -DVMM_GUESTS=OFF >/dev/null
+	cmake --build build/fuzz -j2 --target $(FUZZ_TARGETS)
+	@for target in $(FUZZ_TARGETS); do \
+	    mkdir -p build/fuzz/corpus/$$target; \
+	    echo "$$target: $(RUNS) runs"; \
+	    build/fuzz/$$target -runs=$(RUNS) -timeout=10 -max_len=1024 -print_final_stats=1 -verbosity=0 \
+	        -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info vmm/_native*.so vmm/_native.c

@@ -243,6 +243,13 @@ static void reset_keeps_only_statistics(uint32_t features)
     vmm_queue_push(&rig.q, &rig.chain, 0);
     CHECK(!vmm_queue_publish(&rig.q));
     CHECK_EQUAL(vmm_queue_pop(&rig.q, &rig.chain), 0);
+    /* Nor does one that finds the queue started again. */
+    ring_init(&rig.ring, rig.vm, RING, 8, features);
+    ring_give(&rig.ring, &rig.q);
+    CHECK_EQUAL(vmm_queue_start(&rig.q, rig.vm, features), 0);
+    vmm_queue_push(&rig.q, &rig.chain, 0);
+    CHECK(!vmm_queue_publish(&rig.q));
+    one_request(&rig);
     tear_down(&rig);
 }
 
@@ -681,6 +688,7 @@ static void split_bad_chains_break_it(void)
     split_breaks((struct split_desc){DATA, 1, NEXT, 0xffff}, none, none, "descriptor 65535");
     split_breaks((struct split_desc){TABLE, 16, INDIRECT | NEXT, 1}, none, none, "with a next one");
     split_breaks(table, none, (struct split_desc){TABLE, 16, INDIRECT, 0}, "in an indirect table");
+    split_breaks((struct split_desc){RING, 128, INDIRECT, 0}, none, none, "in an indirect table");
     split_breaks(table, none, (struct split_desc){DATA, 1, NEXT, 1}, "descriptor 1 of a table of 1");
     split_breaks(table, none, (struct split_desc){DATA, 1, NEXT, 0}, "or a loop");
     split_breaks(byte, table, (struct split_desc){DATA, 1, NEXT, 0}, "or a loop");

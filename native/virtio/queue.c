@@ -188,6 +188,7 @@ static const uint8_t *walk_table(struct walk *w, const struct descriptor *d, uin
 static int split_walk(struct walk *w)
 {
     const uint8_t *table = w->q->host_desc;
+    bool in_table = false;
     uint32_t n = w->q->size;
     uint32_t i = load16(w->q->host_driver + AVAIL_RING + 2 * (w->q->avail & (n - 1)));
     w->chain->id = i;
@@ -197,7 +198,7 @@ static int split_walk(struct walk *w)
             return broken(w->q, "names descriptor %u of a table of %u", i, n);
         struct descriptor d = copy_descriptor(table, i);
         if (unlikely(d.split.flags & DESC_INDIRECT)) {
-            if (table != w->q->host_desc)
+            if (in_table) /* not told by its address: a table may stand in the ring's own */
                 return broken(w->q, "offers an indirect descriptor in an indirect table");
             if (d.split.flags & DESC_NEXT)
                 return broken(w->q, "offers an indirect descriptor with a next one");
@@ -206,6 +207,7 @@ static int split_walk(struct walk *w)
                 return -EPROTO;
             /* Descriptors before it count: Linux keeps to VMM_QUEUE_SIZE_MAX in a table whatever the ring's size. */
             w->left = VMM_QUEUE_SIZE_MAX - (w->q->size - w->left);
+            in_table = true;
             i = 0;
             continue;
         }
@@ -382,6 +384,7 @@ int vmm_queue_start(struct vmm_queue *q, struct vmm_vm *vm, uint32_t features)
     q->fault = NULL;
     q->avail = q->used = packed ? WRAP : 0; /* wrap counters begin at 1 (2.8.1) */
     q->seen = q->held = q->in_flight = q->pushed = 0;
+    q->era++;
     if (q->size == 0 || q->size > VMM_QUEUE_SIZE_MAX || (!packed && q->size & (q->size - 1))) {
         broken(q, "asks for a %s ring of %u", packed ? "packed" : "split", q->size);
         return -EINVAL;
@@ -399,6 +402,7 @@ int vmm_queue_start(struct vmm_queue *q, struct vmm_vm *vm, uint32_t features)
 void vmm_queue_reset(struct vmm_queue *q)
 {
     *q = (struct vmm_queue){
+        .era = q->era,
         .requests = q->requests,
         .bytes_out = q->bytes_out,
         .bytes_in = q->bytes_in,
@@ -421,6 +425,7 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *chain)
     int rc = is_packed(q) ? packed_look(q) : split_look(q);
     if (rc <= 0)
         return rc;
+    chain->era = q->era;
     chain->n_out = chain->n_in = 0;
     chain->out_size = chain->in_size = 0;
     struct walk w = {.q = q, .chain = chain};
@@ -462,7 +467,7 @@ void vmm_queue_rewind(struct vmm_queue *q, struct vmm_queue_mark mark)
 
 void vmm_queue_push(struct vmm_queue *q, const struct vmm_chain *chain, uint32_t written)
 {
-    if (unlikely(!q->started))
+    if (unlikely(!q->started || chain->era != q->era))
         return;
     assert(written <= chain->in_size && q->held >= chain->slots && q->in_flight);
     if (is_packed(q))

@@ -37,8 +37,9 @@
 
 /* One request: pieces of guest memory, first those the device reads, then those it writes. None is empty. */
 struct vmm_chain {
-    uint16_t id;                /* what push gives back: head index (split), buffer id (packed) */
-    uint16_t slots;             /* of the ring it holds until it is pushed; 1 in a split ring */
+    uint16_t id;    /* what push gives back: head index (split), buffer id (packed) */
+    uint16_t slots; /* of the ring it holds until it is pushed; 1 in a split ring */
+    uint32_t era;   /* of the queue, when it was popped: an answer that comes after a reset goes nowhere */
     uint16_t n_out, n_in;       /* pieces */
     uint64_t out_size, in_size; /* bytes; together below 4 GiB */
     struct iovec iov[VMM_CHAIN_PIECES];
@@ -69,6 +70,7 @@ struct vmm_queue {
     uint16_t seen;        /* split: the driver's index when last read; [avail, seen) is there to take */
     uint16_t held;        /* slots popped, not yet pushed: never more than size, so neither are chains */
     uint16_t in_flight;   /* chains popped, not yet pushed */
+    uint32_t era;         /* counts starts */
     uint16_t pushed;      /* split: entries, packed: slots; pushed, not yet published */
     uint16_t first_slot;  /* packed: of the first pushed, not yet published; its flags are written last */
     uint16_t first_flags;
