@@ -40,6 +40,14 @@ class GuestMemoryError(VmmError, IndexError):
         self.size = size
 
 
+class LinearMemoryError(VmmError, IndexError):
+    """An access by linear address where the page tables lead to no RAM; ``linear`` is the first such byte."""
+
+    def __init__(self, linear: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.linear = linear
+
+
 class BusError(ConfigError):
     """A device range overlaps another one, is empty, or leaves the address space."""
 

@@ -139,9 +139,7 @@ class Machine:
             raise ConfigError(f"{self.config.cpus} vCPUs are more than this host allows: give --cpus 1 to {limit}")
         table = CpuidTable(self._vm, self.config.cpus, hypercalls=not self.host.vmcall_loops)
         for number in range(self.config.cpus):
-            vcpu = Vcpu(self._vm, number)
-            table.apply(vcpu.native, number)
-            self.vcpus.append(vcpu)
+            self.vcpus.append(Vcpu(self._vm, number, self.memory, table))
 
     # ---- composing ----
 

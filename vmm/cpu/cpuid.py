@@ -70,6 +70,16 @@ class CpuidTable:
     def _entries_of(self, *functions: int) -> Iterator[Any]:
         return (self._entries[i] for function in functions for i in self._places.get(function, ()))
 
+    @property
+    def physical_bits(self) -> int:
+        """MAXPHYADDR: how wide a guest-physical address is."""
+        return next((int(e.eax) & 0xFF for e in self._entries_of(0x80000008)), 36)
+
+    @property
+    def gigabyte_pages(self) -> bool:
+        """Whether a page may be 1 GiB."""
+        return any(e.edx & GIB_PAGES for e in self._entries_of(0x80000001))
+
     def _topology(self, e: Any, width: int) -> None:
         # One thread per core, all cores in one package (SDM vol. 2, CPUID leaf 0BH: level types 1 SMT, 2 core).
         shift, threads, kind = ((0, 1, 1), (width, self.cpus, 2))[e.index] if e.index < 2 else (0, 0, 0)

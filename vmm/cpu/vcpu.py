@@ -8,7 +8,10 @@ from vmm._ffi import check, ffi, lib
 from vmm.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
+    from vmm.cpu.cpuid import CpuidTable
+    from vmm.cpu.paging import LinearMemory, Paging
     from vmm.devices.device import State
+    from vmm.memory import GuestMemory
 
 GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
            "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")  # fmt: skip
@@ -58,11 +61,14 @@ class Vcpu:
     Raises :class:`~vmm.errors.HostError` where KVM refuses a value.
     """
 
-    def __init__(self, vm: Any, number: int) -> None:
+    def __init__(self, vm: Any, number: int, ram: GuestMemory, cpuid: CpuidTable) -> None:
         self.number = number
+        self._ram = ram
+        self._cpuid = cpuid
         out = ffi.new("vmm_vcpu **")
         check(lib.vmm_vcpu_create(vm, number, out))
         self.native = out[0]
+        cpuid.apply(self.native, number)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.number}>"
@@ -136,6 +142,22 @@ class Vcpu:
         """Guest-physical address of a linear one through the current page tables, or ``None``: not mapped."""
         gpa = ffi.new("uint64_t *")
         return int(gpa[0]) if lib.vmm_vcpu_translate(self.native, linear, gpa) == 0 else None
+
+    # memory by linear address
+
+    def paging(self) -> Paging:
+        """The paging mode its registers select now."""
+        from vmm.cpu.paging import Paging
+
+        cpuid = self._cpuid
+        return Paging(self.registers(), physical_bits=cpuid.physical_bits, gigabyte_pages=cpuid.gigabyte_pages)
+
+    @property
+    def memory(self) -> LinearMemory:
+        """Guest memory by linear address, through the page tables in force at each access."""
+        from vmm.cpu.paging import LinearMemory
+
+        return LinearMemory(self._ram, self.paging)
 
     # what happened
 
