@@ -168,6 +168,28 @@ const struct boot_info *boot_info(void)
     return &info;
 }
 
+uint64_t parse_number(const char **text)
+{
+    const char *at = *text;
+    uint64_t value = 0;
+    unsigned base = 10;
+    if (at[0] == '0' && at[1] == 'x') {
+        base = 16;
+        at += 2;
+    }
+    for (;; at++) {
+        char c = *at | 0x20;
+        if (c >= '0' && c <= '9')
+            value = value * base + (uint64_t)(c - '0');
+        else if (base == 16 && c >= 'a' && c <= 'f')
+            value = value * base + (uint64_t)(c - 'a' + 10);
+        else
+            break;
+    }
+    *text = at;
+    return value;
+}
+
 static bool parse_argument(const char *name, uint64_t *value)
 {
     size_t n = strlen(name);
@@ -176,21 +198,8 @@ static bool parse_argument(const char *name, uint64_t *value)
         if ((at != line && at[-1] != ' ') || memcmp(at, name, n) || at[n] != '=')
             continue;
         at += n + 1;
-        unsigned base = 10;
-        if (at[0] == '0' && at[1] == 'x') {
-            base = 16;
-            at += 2;
-        }
-        *value = 0;
-        for (;; at++) {
-            char c = *at | 0x20;
-            if (c >= '0' && c <= '9')
-                *value = *value * base + (uint64_t)(c - '0');
-            else if (base == 16 && c >= 'a' && c <= 'f')
-                *value = *value * base + (uint64_t)(c - 'a' + 10);
-            else
-                return true;
-        }
+        *value = parse_number(&at);
+        return true;
     }
     return false;
 }

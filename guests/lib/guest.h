@@ -42,6 +42,7 @@ enum guest_exit {
     EXIT_BOOT_INFO = 0x02, /* the loader's structures are missing or wrong */
     EXIT_ACPI = 0x03,      /* an ACPI table is missing or its checksum is wrong */
     EXIT_ARGUMENT = 0x04,  /* the command line lacks a value this guest needs */
+    EXIT_DEVICE = 0x05,    /* a device is missing, or is not what its specification says */
     EXIT_PASS = 0x10,
     EXIT_CHECK = 0x11, /* + the check's number */
 };
@@ -130,6 +131,8 @@ const struct boot_info *boot_info(void);
 uint64_t argument(const char *name, uint64_t otherwise);
 /* The same, but the guest cannot do without. */
 uint64_t argument_required(const char *name);
+/* A number at *text, decimal or 0x..., behind which *text is left. */
+uint64_t parse_number(const char **text);
 
 /* ---- strings the compiler may call for ---- */
 

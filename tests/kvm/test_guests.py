@@ -71,6 +71,8 @@ ENDING = [
 
 # Guests with a test of their own below.
 OTHERS = {"traps", "instructions", "debug_exit"}
+# And those of test_virtio_guests.py.
+OTHERS |= {"blk_rw", "net_pair", "ring_abuse", "virtio_irq", "virtio_bench"}
 
 
 def run(path: str, append: str = "", **fields: Any) -> Outcome:
