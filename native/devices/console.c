@@ -161,34 +161,47 @@ static bool has_room(const vmm_console *console)
     return console->closed || console->pump == NO_PUMP || console->end - console->pump < console->high_water;
 }
 
-static void append(vmm_console *console, uint8_t byte)
+static void append(vmm_console *console, const uint8_t *bytes, size_t n)
 {
-    if (console->closed)
-        return; /* whoever waited for output has been told that there is no more */
+    if (console->closed || n == 0)
+        return; /* closed: whoever waited for output has been told that there is no more */
     if (console->end == console->pump)
         level_raise(console->output_fd);
-    console->log[console->head] = byte;
-    if (++console->head == console->capacity)
-        console->head = 0;
-    if (console->kept < console->capacity)
-        console->kept++;
-    console->end++;
+    console->end += n;
+    console->kept = n < console->capacity - console->kept ? console->kept + n : console->capacity;
+    while (n > 0) {
+        const size_t to_end = console->capacity - console->head;
+        const size_t part = n < to_end ? n : to_end;
+        memcpy(console->log + console->head, bytes, part);
+        console->head = part < to_end ? console->head + part : 0;
+        bytes += part;
+        n -= part;
+    }
     if (console->awaited) {
         console->awaited = false;
         pthread_cond_broadcast(&console->more);
     }
 }
 
-int vmm_console_put(vmm_console *console, uint8_t byte)
+size_t vmm_console_write(vmm_console *console, const uint8_t *bytes, size_t n)
 {
     pthread_mutex_lock(&console->lock);
-    const bool taken = has_room(console);
-    if (taken)
-        append(console, byte);
-    else
+    size_t taken = n;
+    if (!console->closed && console->pump != NO_PUMP) {
+        const uint64_t ahead = console->end - console->pump; /* late bytes may lie beyond high_water */
+        const size_t room = ahead < console->high_water ? console->high_water - (size_t)ahead : 0;
+        taken = n < room ? n : room;
+    }
+    append(console, bytes, taken);
+    if (taken < n)
         console->refused = true;
     pthread_mutex_unlock(&console->lock);
     return taken;
+}
+
+int vmm_console_put(vmm_console *console, uint8_t byte)
+{
+    return vmm_console_write(console, &byte, 1) == 1;
 }
 
 /* high_water <= log_limit, and the log is SLACK longer: a device that keeps to SLACK never meets this bound. */
@@ -196,7 +209,7 @@ void vmm_console_put_late(vmm_console *console, uint8_t byte)
 {
     pthread_mutex_lock(&console->lock);
     if (console->pump == NO_PUMP || console->end - console->pump < console->capacity)
-        append(console, byte);
+        append(console, &byte, 1);
     pthread_mutex_unlock(&console->lock);
 }
 
@@ -348,14 +361,17 @@ int vmm_console_room_fd(vmm_console *console)
     return console->room_fd;
 }
 
-int vmm_console_get(vmm_console *console)
+size_t vmm_console_take(vmm_console *console, uint8_t *bytes, size_t n)
 {
     pthread_mutex_lock(&console->lock);
-    int byte = -1;
-    if (console->input_count > 0) {
-        byte = console->input[console->input_head];
-        console->input_head = input_index(console, 1);
-        console->input_count--;
+    const size_t taken = n < console->input_count ? n : console->input_count;
+    const size_t to_end = console->input_limit + VMM_CONSOLE_SLACK - console->input_head;
+    const size_t first = taken < to_end ? taken : to_end;
+    if (taken > 0) {
+        memcpy(bytes, console->input + console->input_head, first);
+        memcpy(bytes + first, console->input, taken - first);
+        console->input_head = input_index(console, taken);
+        console->input_count -= taken;
         /* Half the queue at a time: a long paste wakes its sender once per half, not once per byte. */
         if (console->room_wanted && input_room(console) >= (console->input_limit + 1) / 2) {
             console->room_wanted = false;
@@ -363,7 +379,13 @@ int vmm_console_get(vmm_console *console)
         }
     }
     pthread_mutex_unlock(&console->lock);
-    return byte;
+    return taken;
+}
+
+int vmm_console_get(vmm_console *console)
+{
+    uint8_t byte;
+    return vmm_console_take(console, &byte, 1) == 1 ? byte : -1;
 }
 
 void vmm_console_unget(vmm_console *console, const uint8_t *bytes, size_t n)

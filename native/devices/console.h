@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What a serial device may ask of a console beyond vmmcore.h.
+ * What a device may ask of a console beyond vmmcore.h.
  *
  * A serial device owns two small FIFOs that its driver can see. Neither is kept apart from the console's
  * queues: bytes a transmit FIFO still holds are in the log already (put_late), and bytes that leave a receive
@@ -14,6 +14,10 @@
 
 /* The deepest FIFO of any device here: put_late and unget go this far beyond the console's own limits. */
 #define VMM_CONSOLE_SLACK 16u
+
+/* put and get, many bytes at a time; both answer how many. Fewer written than given: on_room will be called. */
+size_t vmm_console_write(vmm_console *console, const uint8_t *bytes, size_t n);
+size_t vmm_console_take(vmm_console *console, uint8_t *bytes, size_t n);
 
 /* Log a byte that put refused: the device's FIFO had taken it. The caller bounds these to SLACK until
  * on_room. */

@@ -340,6 +340,45 @@ static void no_wake_up_is_lost_and_no_byte_either(void)
     vmm_console_destroy(console);
 }
 
+static void many_bytes_at_once_keep_to_the_same_limits_as_one_at_a_time(void)
+{
+    vmm_console *console = create(20, 64, 10);
+    uint8_t bytes[200], got[200];
+    for (size_t i = 0; i < sizeof bytes; i++)
+        bytes[i] = (uint8_t)i;
+    vmm_console_set_pump(console, 0);
+    vmm_console_listen(console, NULL, wake_guest, NULL);
+    atomic_store(&room_came, 0);
+    CHECK_EQUAL(vmm_console_write(console, bytes, 4), 4);
+    CHECK_EQUAL(vmm_console_write(console, bytes + 4, 196), 6);
+    CHECK_EQUAL(vmm_console_write(console, bytes, 1), 0);
+    vmm_console_set_pump(console, 3);
+    CHECK(atomic_load(&room_came));
+    CHECK_EQUAL(vmm_console_write(console, bytes + 10, 190), 3);
+    uint64_t position = 0;
+    CHECK_EQUAL(vmm_console_read(console, &position, got, sizeof got), 13);
+    CHECK(memcmp(got, bytes, 13) == 0);
+
+    /* Without a pump more than the whole log fits: its newest bytes are kept, whichever way they wrap. */
+    vmm_console_set_pump(console, UINT64_MAX);
+    CHECK_EQUAL(vmm_console_write(console, bytes + 13, 187), 187);
+    position = 0;
+    CHECK_EQUAL(vmm_console_read(console, &position, got, sizeof got), 64 + VMM_CONSOLE_SLACK);
+    CHECK_EQUAL(position, 200);
+    CHECK(memcmp(got, bytes + 200 - 64 - VMM_CONSOLE_SLACK, 64 + VMM_CONSOLE_SLACK) == 0);
+
+    for (size_t round = 0; round < 9; round++) { /* 36 slots, so that a take wraps in every third round */
+        CHECK_EQUAL(vmm_console_send(console, bytes, 30), 20);
+        CHECK_EQUAL(readable(vmm_console_room_fd(console), 0), 0);
+        CHECK_EQUAL(vmm_console_take(console, got, 7), 7);
+        CHECK_EQUAL(vmm_console_take(console, got + 7, sizeof got - 7), 13);
+        CHECK(memcmp(got, bytes, 20) == 0);
+        CHECK_EQUAL(readable(vmm_console_room_fd(console), 0), 1);
+        CHECK_EQUAL(vmm_console_take(console, got, 1), 0);
+    }
+    vmm_console_destroy(console);
+}
+
 static atomic_int inside, left;
 static void dawdle(void *opaque)
 {
@@ -381,6 +420,7 @@ int main(void)
     closing_lets_a_refused_device_go_on();
     a_waiter_is_woken_by_the_byte_and_not_by_its_deadline();
     no_wake_up_is_lost_and_no_byte_either();
+    many_bytes_at_once_keep_to_the_same_limits_as_one_at_a_time();
     a_listener_is_left_before_listen_returns();
     return 0;
 }
