@@ -1,0 +1,355 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Copy on write: a base that is only read, and a file that holds every cluster written since (docs/disk-overlay.md).
+ *
+ * Byte n of the disk is byte data_at + n of the file if its cluster's bit in the bitmap is set, else byte n of the
+ * base, else zero. Bits are only ever set. The bit in memory is set when the cluster's data have been written; the
+ * bit in the file when those data are stable. So the file describes a whole disk at any moment, whatever order the
+ * host writes its sectors in: a torn bitmap is a bitmap with fewer bits.
+ *
+ * A cluster that is written in part for the first time is copied from the base first, on the spot, and settled at
+ * once: nothing changes for any reader. If a write of the whole cluster is under way, the partial one waits for it, lest
+ * the copy land on top of it.
+ */
+#include "disk/disk.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define CLUSTER                                                                                              \
+    4096ull /* the guests' page and file-system block: partial writes are rare. 32 KiB of bitmap a GiB */
+#define BLOCK 4096ull /* the bitmap is recorded in such blocks */
+#define BLOCK_BITS (BLOCK * 8)
+
+struct note {
+    uint64_t block;
+    const uint8_t *bits; /* as they were when the flush began */
+};
+
+struct vmm_overlay {
+    int base;
+    uint64_t base_size;
+    uint64_t bitmap_at, bitmap_size;
+    uint64_t *bits; /* bitmap_size bytes */
+    uint8_t *dirty; /* a byte for each block of the bitmap */
+    uint64_t n_dirty;
+    struct note *notes;
+    uint8_t *noted;
+    uint64_t n_notes;
+    _Alignas(4096) uint8_t cluster[CLUSTER];
+};
+
+static bool is_set(const struct vmm_overlay *o, uint64_t cluster)
+{
+    return o->bits[cluster / 64] >> (cluster % 64) & 1;
+}
+
+/* Clusters from `first` up to `end` that are like the first: set, or not. */
+static uint64_t run_of(const struct vmm_overlay *o, uint64_t first, uint64_t end)
+{
+    const uint64_t whole = is_set(o, first) ? UINT64_MAX : 0;
+    uint64_t c = first;
+    while (c < end) {
+        const uint64_t other = (o->bits[c / 64] ^ whole) >> (c % 64);
+        if (other) {
+            c += (uint64_t)__builtin_ctzll(other);
+            break;
+        }
+        c += 64 - c % 64;
+    }
+    return (c < end ? c : end) - first;
+}
+
+static void set(struct vmm_overlay *o, uint64_t first, uint64_t end)
+{
+    for (uint64_t c = first; c < end; c++) {
+        if (is_set(o, c))
+            continue;
+        o->bits[c / 64] |= 1ull << (c % 64);
+        o->n_dirty += !o->dirty[c / BLOCK_BITS];
+        o->dirty[c / BLOCK_BITS] = 1;
+    }
+}
+
+/* ---- reading ---- */
+
+static struct vmm_extent overlay_map(struct vmm_disk *disk, uint64_t at, uint64_t size)
+{
+    const struct vmm_overlay *o = disk->overlay;
+    const uint64_t first = at / CLUSTER, end = (at + size - 1) / CLUSTER + 1;
+    const uint64_t run = (first + run_of(o, first, end)) * CLUSTER - at;
+    if (run < size)
+        size = run;
+    if (is_set(o, first))
+        return (struct vmm_extent){.fd = disk->fd, .at = disk->data_at + at, .size = size};
+    if (at >= o->base_size)
+        return (struct vmm_extent){.fd = -1, .size = size};
+    const uint64_t left = o->base_size - at;
+    return (struct vmm_extent){.fd = o->base, .at = at, .size = left < size ? left : size};
+}
+
+/* ---- writing ---- */
+
+/* All of a file's [at, at + n), or as much as there is; -errno. */
+static int64_t read_whole(int fd, uint8_t *to, uint64_t n, uint64_t at)
+{
+    uint64_t done = 0;
+    while (done < n) {
+        const ssize_t got = pread(fd, to + done, n - done, (off_t)(at + done));
+        if (got < 0 && errno != EINTR)
+            return -errno;
+        if (got == 0)
+            break;
+        done += got > 0 ? (uint64_t)got : 0;
+    }
+    return (int64_t)done;
+}
+
+static int write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at)
+{
+    for (uint64_t done = 0; done < n;) {
+        const ssize_t put = pwrite(fd, from + done, n - done, (off_t)(at + done));
+        if (put < 0 && errno != EINTR)
+            return -errno;
+        if (put == 0)
+            return -EIO;
+        done += put > 0 ? (uint64_t)put : 0;
+    }
+    return 0;
+}
+
+/* Bring a cluster over from the base. It blocks, for one page, once for a cluster that is not written whole. */
+static int copy_up(struct vmm_disk *disk, uint64_t cluster)
+{
+    struct vmm_overlay *o = disk->overlay;
+    const uint64_t at = cluster * CLUSTER;
+    const uint64_t in_base = at >= o->base_size            ? 0
+                             : o->base_size - at < CLUSTER ? o->base_size - at
+                                                           : CLUSTER;
+    const int64_t got = read_whole(o->base, o->cluster, in_base, at);
+    if (got < 0)
+        return (int)got;
+    if ((uint64_t)got < in_base)
+        return -EIO; /* the base has shrunk */
+    memset(o->cluster + in_base, 0, CLUSTER - in_base);
+    const int rc = write_whole(disk->fd, o->cluster, CLUSTER, disk->data_at + at);
+    if (!rc)
+        set(o, cluster, cluster + 1);
+    return rc;
+}
+
+static bool being_settled(const struct vmm_disk *disk, uint64_t cluster)
+{
+    for (const struct vmm_disk_io *io = disk->allocating; io; io = io->next_allocating)
+        if (io->at < (cluster + 1) * CLUSTER && cluster * CLUSTER < io->at + io->size)
+            return true;
+    return false;
+}
+
+static int overlay_prepare(struct vmm_disk *disk, struct vmm_disk_io *io, uint64_t at, uint64_t size)
+{
+    struct vmm_overlay *o = disk->overlay;
+    const uint64_t end = at + size;
+    /* The clusters at both ends, if they are not written whole: up to the disk's end is whole. */
+    const uint64_t edges[2] = {at / CLUSTER, end / CLUSTER};
+    const bool partial[2] = {at % CLUSTER != 0, end % CLUSTER != 0 && end != disk->size};
+    for (int i = 0; i < 2; i++)
+        if (partial[i] && !is_set(o, edges[i]) && being_settled(disk, edges[i]))
+            return VMM_DISK_WAIT;
+    for (int i = 0; i < 2; i++) {
+        const int rc = partial[i] && !is_set(o, edges[i]) ? copy_up(disk, edges[i]) : 0;
+        if (rc)
+            return rc;
+    }
+    const uint64_t first = at / CLUSTER, last = (end - 1) / CLUSTER;
+    if (!is_set(o, first) || run_of(o, first, last + 1) <= last - first) {
+        io->next_allocating = disk->allocating;
+        if (disk->allocating)
+            disk->allocating->allocating = &io->next_allocating;
+        disk->allocating = io;
+        io->allocating = &disk->allocating;
+    }
+    return 0;
+}
+
+static uint64_t overlay_written(struct vmm_disk *disk, uint64_t at, uint64_t n, uint64_t size)
+{
+    struct vmm_overlay *o = disk->overlay;
+    uint64_t end = at + n;
+    /* A cluster of which only the beginning was written is not there: what is missing lies in the base. */
+    if (n < size && end % CLUSTER && !is_set(o, end / CLUSTER))
+        end -= end % CLUSTER;
+    if (end <= at)
+        return 0;
+    set(o, at / CLUSTER, (end - 1) / CLUSTER + 1); /* those at the ends were whole, or set by prepare */
+    return end - at;
+}
+
+/* ---- flushing: data, then the bits that were set when it began, then it is over ---- */
+
+static int overlay_begin_flush(struct vmm_disk *disk)
+{
+    struct vmm_overlay *o = disk->overlay;
+    if (!o->n_dirty)
+        return 0;
+    o->notes = malloc(o->n_dirty * sizeof(*o->notes));
+    if (!o->notes || posix_memalign((void **)&o->noted, BLOCK, o->n_dirty * BLOCK)) {
+        free(o->notes);
+        o->notes = NULL;
+        return -ENOMEM;
+    }
+    for (uint64_t block = 0; o->n_dirty; block++) {
+        if (!o->dirty[block])
+            continue;
+        uint8_t *bits = o->noted + o->n_notes * BLOCK;
+        memcpy(bits, (const uint8_t *)o->bits + block * BLOCK, BLOCK);
+        o->notes[o->n_notes++] = (struct note){block, bits};
+        o->dirty[block] = 0;
+        o->n_dirty--;
+    }
+    return 0;
+}
+
+static int overlay_record(struct vmm_disk *disk)
+{
+    struct vmm_overlay *o = disk->overlay;
+    for (uint64_t i = 0; i < o->n_notes; i++) {
+        const int rc =
+            write_whole(disk->fd, o->notes[i].bits, BLOCK, o->bitmap_at + o->notes[i].block * BLOCK);
+        if (rc)
+            return rc;
+    }
+    return o->n_notes > 0;
+}
+
+static void overlay_end_flush(struct vmm_disk *disk)
+{
+    struct vmm_overlay *o = disk->overlay;
+    free(o->notes);
+    free(o->noted);
+    o->notes = NULL;
+    o->noted = NULL;
+    o->n_notes = 0;
+}
+
+/* ---- life ---- */
+
+static uint64_t clusters_of(uint64_t size)
+{
+    return size / CLUSTER + (size % CLUSTER != 0);
+}
+
+static int overlay_resize(struct vmm_disk *disk, uint64_t size, bool follow)
+{
+    (void)follow; /* the file's size says nothing of the disk's */
+    const struct vmm_overlay *o = disk->overlay;
+    if (size < disk->size)
+        return vmm_error_set(-EBUSY, "an overlay cannot shrink");
+    if (clusters_of(size) > o->bitmap_size * 8)
+        return vmm_error_set(-EINVAL, "the overlay has room for a disk of %llu bytes",
+                             (unsigned long long)(o->bitmap_size * 8 * CLUSTER));
+    return ftruncate(disk->fd, (off_t)(disk->data_at + clusters_of(size) * CLUSTER)) < 0
+               ? vmm_error_errno("ftruncate of an overlay")
+               : 0;
+}
+
+static void overlay_free(struct vmm_overlay *o)
+{
+    if (!o)
+        return;
+    if (o->bits)
+        munmap(o->bits, o->bitmap_size);
+    if (o->base >= 0)
+        close(o->base);
+    free(o->dirty);
+    free(o);
+}
+
+/* A last flush without anyone to answer: what is lost without it was not flushed by the guest. */
+static void overlay_close(struct vmm_disk *disk)
+{
+    struct vmm_overlay *o = disk->overlay;
+    if (o && o->n_dirty && !disk->flush_failed && overlay_begin_flush(disk) == 0) {
+        if (fdatasync(disk->fd) == 0 && overlay_record(disk) > 0)
+            fdatasync(disk->fd);
+        overlay_end_flush(disk);
+    }
+    overlay_free(o);
+}
+
+/* The bits that are there; most of a bitmap is a hole. */
+static int load_bits(struct vmm_overlay *o, int fd)
+{
+    const uint64_t end = o->bitmap_at + o->bitmap_size;
+    for (uint64_t at = o->bitmap_at; at < end;) {
+        const off_t data = lseek(fd, (off_t)at, SEEK_DATA);
+        if (data < 0 && errno == ENXIO)
+            return 0;
+        if (data < 0)
+            return vmm_error_errno("SEEK_DATA in an overlay");
+        at = (uint64_t)data / BLOCK * BLOCK;
+        if (at >= end)
+            return 0;
+        const int64_t got = read_whole(fd, (uint8_t *)o->bits + (at - o->bitmap_at), BLOCK, at);
+        if (got != (int64_t)BLOCK)
+            return vmm_error_set(got < 0 ? (int)got : -EIO, "reading an overlay's bitmap");
+        at += BLOCK;
+    }
+    return 0;
+}
+
+static int overlay_open(struct vmm_overlay *o, int base, int fd)
+{
+    o->base = fcntl(base, F_DUPFD_CLOEXEC, 0);
+    if (o->base < 0)
+        return vmm_error_errno("F_DUPFD_CLOEXEC of a base");
+    /* Room for every size it may grow to; what is not used is not touched. */
+    o->bits = mmap(NULL, o->bitmap_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
+    if (o->bits == MAP_FAILED)
+        o->bits = NULL;
+    o->dirty = calloc(o->bitmap_size / BLOCK, 1);
+    if (!o->bits || !o->dirty)
+        return vmm_error_set(-ENOMEM, "an overlay's bitmap");
+    return load_bits(o, fd);
+}
+
+int vmm_disk_open_overlay(int base, uint64_t base_size, int fd, uint64_t size, uint64_t bitmap_at,
+                          uint64_t bitmap_size, uint64_t data_at, uint32_t alignment, uint32_t flags,
+                          vmm_disk **out)
+{
+    static const struct vmm_disk_kind kind = {
+        .map = overlay_map,
+        .prepare = overlay_prepare,
+        .written = overlay_written,
+        .begin_flush = overlay_begin_flush,
+        .record = overlay_record,
+        .end_flush = overlay_end_flush,
+        .resize = overlay_resize,
+        .close = overlay_close,
+    };
+    if (!bitmap_size || bitmap_at % BLOCK || bitmap_size % BLOCK || data_at % CLUSTER ||
+        bitmap_size > data_at || bitmap_at > data_at - bitmap_size || clusters_of(size) > bitmap_size * 8)
+        return vmm_error_set(-EINVAL, "an overlay whose bitmap of %llu bytes is not for %llu bytes of disk",
+                             (unsigned long long)bitmap_size, (unsigned long long)size);
+    struct vmm_overlay *o = aligned_alloc(4096, (sizeof(*o) + 4095) / 4096 * 4096);
+    if (!o)
+        return vmm_error_set(-ENOMEM, "an overlay");
+    memset(o, 0, sizeof(*o));
+    o->base_size = base_size;
+    o->bitmap_at = bitmap_at;
+    o->bitmap_size = bitmap_size;
+    int rc = overlay_open(o, base, fd);
+    if (!rc)
+        rc = vmm_disk_create(&kind, fd, size, data_at, alignment, flags, out);
+    if (rc) {
+        overlay_free(o);
+        return rc;
+    }
+    (*out)->overlay = o;
+    return 0;
+}

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Disks: the host's end (a raw file or block device, or an overlay over one) and virtio-blk in front of it.
+ *
+ * Order of calls
+ *   vmm_disk_open_raw or vmm_disk_open_overlay -> vmm_blk_create, which owns the disk from then on -> ... ->
+ *   vmm_vm_destroy -> vmm_blk_destroy
+ */
+#ifndef VMMBLK_H
+#define VMMBLK_H
+
+#include "vmmvirtio.h"
+
+/* cdef: begin */
+
+typedef struct vmm_disk vmm_disk;
+
+enum vmm_disk_flags {
+    VMM_DISK_BLOCKING = 1, /* no io_uring: system calls that block the I/O thread */
+};
+
+/*
+ * A file or block device as it is, `size` bytes of it. Of the descriptor a copy is kept, and with it the locks on its
+ * open file. alignment: what O_DIRECT asks of offsets, sizes and memory if it is open so (a power of two up to 4096),
+ * else 1.
+ */
+int vmm_disk_open_raw(int fd, uint64_t size, uint32_t alignment, uint32_t flags, vmm_disk **out);
+
+/*
+ * base, read-only, under what was written since, in fd. Positions in fd (docs/disk-overlay.md): a bitmap of
+ * bitmap_size bytes at bitmap_at, the data at data_at; all multiples of 4096. base_size: bytes of the base.
+ * -EINVAL: the bitmap has no room for `size` bytes; else what reading the bitmap met.
+ */
+int vmm_disk_open_overlay(int base, uint64_t base_size, int fd, uint64_t size, uint64_t bitmap_at,
+                          uint64_t bitmap_size, uint64_t data_at, uint32_t alignment, uint32_t flags,
+                          vmm_disk **out);
+
+/* A disk that was given to no device. Nothing may be under way. Also records what an overlay has not recorded yet. */
+void vmm_disk_destroy(vmm_disk *disk);
+uint64_t vmm_disk_size(const vmm_disk *disk);
+
+typedef struct vmm_blk vmm_blk;
+
+typedef struct vmm_blk_options {
+    uint32_t sector; /* logical: 512 or 4096 */
+    uint32_t queues; /* 1..16 */
+    uint8_t readonly;
+    uint8_t
+        block_exponent; /* physical block: sector << this; what is written in such blocks is written fastest */
+    uint64_t bytes_per_second, operations_per_second; /* 0: no limit */
+    uint8_t serial[20];                               /* GET_ID; padded with zeros */
+} vmm_blk_options;
+
+/* On success the disk is the device's. label: what messages call the disk. */
+int vmm_blk_create(vmm_vm *vm, const char *name, const char *label, vmm_disk *disk,
+                   const vmm_blk_options *options, vmm_blk **out);
+vmm_virtio *vmm_blk_virtio(vmm_blk *blk);
+void vmm_blk_destroy(vmm_blk *blk); /* after vmm_vm_destroy */
+
+/*
+ * Another size, in bytes: the file is made to hold it, the guest is told. -EINVAL: not a whole number of sectors, or an
+ * overlay without room; -EBUSY: an overlay cannot shrink; else as ftruncate. follow: the file has that size already.
+ */
+int vmm_blk_resize(vmm_blk *blk, uint64_t size, int follow);
+uint64_t vmm_blk_size(vmm_blk *blk);
+
+typedef struct vmm_blk_stats {
+    uint64_t reads, writes, flushes, discards, zeroings; /* requests answered without an error */
+    uint64_t bytes_read, bytes_written;
+    uint64_t errors, unsupported; /* requests answered with VIRTIO_BLK_S_IOERR, with VIRTIO_BLK_S_UNSUPP */
+} vmm_blk_stats;
+/* -EINVAL: no such queue. */
+int vmm_blk_get_stats(vmm_blk *blk, uint32_t queue, vmm_blk_stats *stats);
+/* How often the rate limits held requests back. */
+uint64_t vmm_blk_throttled(vmm_blk *blk);
+
+/* cdef: end */
+
+#endif

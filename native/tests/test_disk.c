@@ -1,0 +1,630 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Disks against a model in memory: random histories through every engine; what a power cut may leave; a host that
+ * fails. The system calls that write are this program's own, so that it can lose, shorten and refuse writes.
+ */
+#include "check.h"
+#include "disk/disk.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SIZE (300u * 4096 + 512) /* the last cluster is not whole */
+#define BASE_SIZE (200u * 4096 + 1536)
+#define BITMAP_AT 4096u
+#define BITMAP_SIZE 4096u
+#define DATA_AT (64u << 10)
+#define SECTOR 512u
+
+/* ---- the host ---- */
+
+struct lost_write { /* not yet stable */
+    uint64_t at, size;
+    uint8_t *bytes;
+};
+static struct {
+    int fd;     /* the file that is watched; -1: none */
+    int refuse; /* errno of every write to it, after so many */
+    unsigned accept;
+    int sync_refuse;
+    uint64_t shorten; /* a write of more than this writes so many bytes */
+    uint8_t *stable;  /* its bytes on the medium */
+    uint64_t size;
+    struct lost_write *writes;
+    unsigned n_writes;
+} host = {.fd = -1};
+
+static bool watched(int fd)
+{
+    struct stat a, b;
+    return host.fd >= 0 && fstat(fd, &a) == 0 && fstat(host.fd, &b) == 0 && a.st_ino == b.st_ino &&
+           a.st_dev == b.st_dev;
+}
+
+static void remember(uint64_t at, const void *bytes, uint64_t size)
+{
+    if (!host.stable)
+        return;
+    host.writes = realloc(host.writes, (host.n_writes + 1) * sizeof(*host.writes));
+    struct lost_write *w = &host.writes[host.n_writes++];
+    *w = (struct lost_write){at, size, malloc(size)};
+    memcpy(w->bytes, bytes, size);
+}
+
+ssize_t pwrite(int fd, const void *bytes, size_t n, off_t at)
+{
+    if (watched(fd)) {
+        if (host.refuse && (!host.accept || !host.accept--)) {
+            errno = host.refuse;
+            return -1;
+        }
+        remember((uint64_t)at, bytes, n);
+    }
+    return syscall(SYS_pwrite64, fd, bytes, n, at);
+}
+
+/* One write, whatever its pieces: a medium keeps sectors whole. */
+ssize_t pwritev(int fd, const struct iovec *iov, int n, off_t at)
+{
+    if (!watched(fd))
+        return syscall(SYS_pwritev, fd, iov, n, at, 0);
+    size_t size = 0;
+    for (int i = 0; i < n; i++)
+        size += iov[i].iov_len;
+    uint8_t *bytes = malloc(size), *next = bytes;
+    for (int i = 0; i < n; next += iov[i++].iov_len)
+        memcpy(next, iov[i].iov_base, iov[i].iov_len);
+    const ssize_t put = pwrite(fd, bytes, host.shorten && size > host.shorten ? host.shorten : size, at);
+    free(bytes);
+    return put;
+}
+
+int fallocate(int fd, int mode, off_t at, off_t size)
+{
+    if (watched(fd) && host.stable) { /* the medium is the model's; writing zeros takes the same way */
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return (int)syscall(SYS_fallocate, fd, mode, at, size);
+}
+
+int fdatasync(int fd)
+{
+    if (watched(fd)) {
+        if (host.sync_refuse) {
+            errno = host.sync_refuse;
+            return -1;
+        }
+        for (unsigned i = 0; i < host.n_writes; i++) {
+            memcpy(host.stable + host.writes[i].at, host.writes[i].bytes, host.writes[i].size);
+            free(host.writes[i].bytes);
+        }
+        host.n_writes = 0;
+        return 0;
+    }
+    return (int)syscall(SYS_fdatasync, fd);
+}
+
+static void watch(int fd)
+{
+    for (unsigned i = 0; i < host.n_writes; i++)
+        free(host.writes[i].bytes);
+    host.n_writes = 0;
+    host.fd = fd;
+    host.refuse = host.sync_refuse = 0;
+    host.shorten = 0;
+    free(host.stable);
+    host.stable = NULL;
+}
+
+static void watch_medium(int fd)
+{
+    watch(fd);
+    struct stat st;
+    CHECK(fstat(fd, &st) == 0);
+    host.size = (uint64_t)st.st_size;
+    host.stable = malloc(host.size);
+    CHECK(pread(fd, host.stable, host.size, 0) == (ssize_t)host.size);
+}
+
+/* ---- a disk and its model ---- */
+
+enum how { BLOCKING, URING, DIRECT, HOWS };
+static const char *const how_names[] = {"blocking", "io_uring", "O_DIRECT"};
+
+struct bench {
+    bool overlay;
+    enum how how;
+    int base, fd;
+    vmm_disk *disk;
+    uint8_t model[SIZE];
+    uint8_t base_bytes[BASE_SIZE];
+};
+
+static uint64_t seed;
+static uint32_t draw(uint32_t below)
+{
+    seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+    return (uint32_t)(seed >> 33) % below;
+}
+
+static int temporary(uint64_t size, enum how how)
+{
+    if (how == BLOCKING) {
+        int fd = memfd_create("test-disk", 0);
+        CHECK(fd >= 0 && ftruncate(fd, (off_t)size) == 0);
+        return fd;
+    }
+    char path[] = "/tmp/test-disk-XXXXXX";
+    int fd = mkstemp(path);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)size) == 0);
+    if (how == DIRECT) {
+        close(fd);
+        fd = open(path, O_RDWR | O_DIRECT);
+    }
+    unlink(path);
+    return fd;
+}
+
+static void open_disk(struct bench *b)
+{
+    const uint32_t flags = b->how == BLOCKING ? VMM_DISK_BLOCKING : 0, alignment = b->how == DIRECT ? 512 : 1;
+    CHECK_EQUAL(b->overlay ? vmm_disk_open_overlay(b->base, BASE_SIZE, b->fd, SIZE, BITMAP_AT, BITMAP_SIZE,
+                                                   DATA_AT, alignment, flags, &b->disk)
+                           : vmm_disk_open_raw(b->fd, SIZE, alignment, flags, &b->disk),
+                0);
+}
+
+static bool bench_open(struct bench *b, bool overlay, enum how how)
+{
+    memset(b, 0, sizeof(*b));
+    b->overlay = overlay;
+    b->how = how;
+    b->base = temporary(BASE_SIZE, BLOCKING);
+    b->fd = temporary(overlay ? DATA_AT + (SIZE + 4095) / 4096 * 4096 : SIZE, how);
+    if (b->fd < 0) /* a file system without O_DIRECT */
+        return false;
+    if (overlay) {
+        for (unsigned i = 0; i < BASE_SIZE; i++)
+            b->base_bytes[i] = b->model[i] = (uint8_t)draw(256);
+        CHECK(pwrite(b->base, b->base_bytes, BASE_SIZE, 0) == BASE_SIZE);
+    }
+    open_disk(b);
+    return true;
+}
+
+static void bench_close(struct bench *b)
+{
+    vmm_disk_destroy(b->disk);
+    uint8_t base[BASE_SIZE];
+    CHECK(!b->overlay ||
+          (pread(b->base, base, BASE_SIZE, 0) == BASE_SIZE && !memcmp(base, b->base_bytes, BASE_SIZE)));
+    close(b->base);
+    close(b->fd);
+}
+
+/* ---- operations ---- */
+
+#define PIECES 5
+struct job {
+    struct vmm_disk_io io;
+    struct iovec iov[PIECES];
+    uint8_t *buffer;
+    uint64_t at, size;
+    bool over;
+};
+
+static void job_done(struct vmm_disk_io *io)
+{
+    ((struct job *)io)->over = true;
+}
+
+/* Buffers that do not lie as O_DIRECT would have them, in several pieces. */
+static void job_prepare(struct job *j, enum vmm_disk_op op, uint64_t at, uint64_t size)
+{
+    const unsigned skew = draw(2) ? 0 : draw(64);
+    *j = (struct job){
+        .at = at, .size = size, .buffer = aligned_alloc(4096, (size + 4096 + 64) / 4096 * 4096 + 4096)};
+    j->io = (struct vmm_disk_io){.op = op, .at = at, .size = size, .iov = j->iov, .done = job_done};
+    uint8_t *next = j->buffer + skew;
+    for (uint64_t left = size; left; j->io.n_iov++) {
+        uint64_t part = j->io.n_iov == PIECES - 1 ? left : draw(3) ? left : 1 + draw((uint32_t)left);
+        j->iov[j->io.n_iov] = (struct iovec){next, part};
+        next += part;
+        left -= part;
+    }
+    for (uint64_t i = 0; i < size; i++)
+        j->buffer[skew + i] = (uint8_t)draw(256);
+    j->buffer += skew;
+}
+
+static void job_free(struct job *j)
+{
+    free((void *)((uintptr_t)j->buffer & ~4095ull));
+}
+
+static void finish(vmm_disk *disk, const struct job *j)
+{
+    for (vmm_disk_turn(disk); !j->over; vmm_disk_turn(disk))
+        vmm_engine_wait(&disk->engine);
+}
+
+static int run(vmm_disk *disk, struct job *j)
+{
+    j->over = vmm_disk_start(disk, &j->io);
+    finish(disk, j);
+    return j->io.error;
+}
+
+static int simple(vmm_disk *disk, enum vmm_disk_op op, uint64_t at, void *bytes, uint64_t size)
+{
+    struct job j = {.iov = {{bytes, size}}};
+    j.io = (struct vmm_disk_io){.op = op, .at = at, .size = size, .iov = j.iov, .n_iov = 1, .done = job_done};
+    return run(disk, &j);
+}
+
+static void check_all(struct bench *b)
+{
+    uint8_t bytes[SIZE];
+    CHECK_EQUAL(simple(b->disk, VMM_DISK_READ, 0, bytes, SIZE), 0);
+    for (unsigned i = 0; i < SIZE; i++)
+        if (bytes[i] != b->model[i]) {
+            fprintf(stderr, "%s %s: byte %#x is %#x, not %#x\n", b->overlay ? "overlay" : "raw",
+                    how_names[b->how], i, bytes[i], b->model[i]);
+            exit(1);
+        }
+}
+
+/* Sectors of the disk that no other job of the batch touches: neighbours in one cluster are the interesting ones. */
+static bool place(const struct job *jobs, unsigned n, uint64_t *at, uint64_t *size)
+{
+    *at = (uint64_t)draw(SIZE / SECTOR) * SECTOR;
+    *size = (uint64_t)(1 + draw(draw(4) ? 16 : 300)) * SECTOR;
+    if (*size > SIZE - *at)
+        *size = SIZE - *at;
+    for (unsigned i = 0; i < n; i++)
+        if (*at < jobs[i].at + jobs[i].size && jobs[i].at < *at + *size)
+            return false;
+    return true;
+}
+
+static void batch(struct bench *b)
+{
+    struct job jobs[8];
+    unsigned n = 0;
+    for (unsigned tries = 1 + draw(8); tries; tries--) {
+        uint64_t at, size;
+        if (!place(jobs, n, &at, &size))
+            continue;
+        static const enum vmm_disk_op ops[] = {VMM_DISK_READ, VMM_DISK_WRITE, VMM_DISK_WRITE, VMM_DISK_ZERO,
+                                               VMM_DISK_DISCARD};
+        struct job *j = &jobs[n++];
+        job_prepare(j, ops[draw(5)], at, size);
+        j->io.unmap = draw(2);
+        j->io.through = draw(64) == 0;
+        if (j->io.op == VMM_DISK_WRITE)
+            memcpy(b->model + at, j->buffer, size);
+        if (j->io.op == VMM_DISK_ZERO)
+            memset(b->model + at, 0, size);
+    }
+    for (unsigned i = 0; i < n; i++)
+        jobs[i].over = vmm_disk_start(b->disk, &jobs[i].io);
+    for (unsigned i = 0; i < n; i++) {
+        struct job *j = &jobs[i];
+        finish(b->disk, j);
+        CHECK_EQUAL(j->io.error, 0);
+        CHECK_EQUAL(j->io.finished, j->size);
+        if (j->io.op == VMM_DISK_READ)
+            CHECK(!memcmp(j->buffer, b->model + j->at, j->size));
+        if (j->io.op == VMM_DISK_DISCARD) { /* undefined by contract: whatever it is now, it stays */
+            CHECK_EQUAL(simple(b->disk, VMM_DISK_READ, j->at, b->model + j->at, j->size), 0);
+        }
+        job_free(j);
+    }
+    CHECK_EQUAL(b->disk->under_way, 0);
+}
+
+static void test_a_random_history_reads_as_the_model_does(bool overlay, enum how how)
+{
+    static struct bench b;
+    seed = 1 + how + 7u * overlay;
+    if (!bench_open(&b, overlay, how))
+        return;
+    for (int i = 0; i < (how == BLOCKING ? 600 : 80); i++) { /* real syncs take their time */
+        batch(&b);
+        if (draw(20) == 0)
+            CHECK_EQUAL(simple(b.disk, VMM_DISK_FLUSH, 0, NULL, 0), 0);
+        if (draw(50) == 0) { /* an overlay records what it holds when it is closed */
+            vmm_disk_destroy(b.disk);
+            open_disk(&b);
+        }
+    }
+    check_all(&b);
+    bench_close(&b);
+}
+
+/* ---- power cuts ---- */
+
+/*
+ * Every sector of the disk after the cut: what it was at the last flush, or one of the values written since. The
+ * medium holds what was synced, and of the later writes any subset of sectors.
+ */
+static void power_cut(bool overlay, unsigned number)
+{
+    static struct bench b;
+    seed = 1000 + number;
+    CHECK(bench_open(&b, overlay, BLOCKING));
+    watch_medium(b.fd);
+    static uint8_t flushed[SIZE];
+    static uint32_t written[SIZE / SECTOR]; /* since then: how often, up to 8 kept */
+    static uint8_t later[SIZE / SECTOR][8][SECTOR];
+    memcpy(flushed, b.model, SIZE);
+    memset(written, 0, sizeof(written));
+    for (unsigned i = draw(60); i; i--) {
+        uint64_t at, size;
+        place(NULL, 0, &at, &size);
+        struct job j;
+        job_prepare(&j, VMM_DISK_WRITE, at, size);
+        memcpy(b.model + at, j.buffer, size);
+        for (uint64_t s = at / SECTOR; s < (at + size) / SECTOR; s++)
+            memcpy(later[s][written[s]++ % 8], b.model + s * SECTOR, SECTOR);
+        const bool through = j.io.through = draw(8) == 0;
+        CHECK_EQUAL(run(b.disk, &j), 0);
+        job_free(&j);
+        if (through || draw(8) == 0) {
+            if (!through)
+                CHECK_EQUAL(simple(b.disk, VMM_DISK_FLUSH, 0, NULL, 0), 0);
+            memcpy(flushed, b.model, SIZE);
+            memset(written, 0, sizeof(written));
+        }
+    }
+    /* The cut: some sectors of what the host had not synced, in any order. */
+    for (unsigned i = 0; i < host.n_writes; i++)
+        for (uint64_t at = 0; at < host.writes[i].size; at += SECTOR)
+            if (draw(2))
+                memcpy(host.stable + host.writes[i].at + at, host.writes[i].bytes + at, SECTOR);
+    const int after = temporary(host.size, BLOCKING);
+    CHECK(syscall(SYS_pwrite64, after, host.stable, host.size, 0) == (ssize_t)host.size);
+    watch(-1);
+    vmm_disk_destroy(b.disk);
+    close(b.fd);
+    b.fd = after;
+    open_disk(&b);
+    static uint8_t bytes[SIZE];
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_READ, 0, bytes, SIZE), 0);
+    for (uint64_t s = 0; s < SIZE / SECTOR; s++) {
+        bool known = !memcmp(bytes + s * SECTOR, flushed + s * SECTOR, SECTOR);
+        for (uint32_t k = 0; k < 8 && k < written[s] && !known; k++)
+            known = !memcmp(bytes + s * SECTOR, later[s][k], SECTOR);
+        if (!known) {
+            fprintf(stderr,
+                    "%s, cut %u: sector %llu is neither what was flushed nor what was written since\n",
+                    overlay ? "overlay" : "raw", number, (unsigned long long)s);
+            exit(1);
+        }
+    }
+    bench_close(&b);
+}
+
+/* ---- a host that fails ---- */
+
+static void test_a_full_host_is_an_error_and_a_base_keeps_showing(bool overlay)
+{
+    static struct bench b;
+    static uint8_t bytes[8192];
+    CHECK(bench_open(&b, overlay, BLOCKING));
+    watch(b.fd);
+    host.refuse = ENOSPC;
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 4096, bytes, 4096), -ENOSPC);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 8192 + 512, bytes, 512), -ENOSPC);
+    host.refuse = 0;
+    check_all(&b);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 4096, bytes, 8192), 0);
+    memset(b.model + 4096, 0, 8192);
+    check_all(&b);
+    watch(-1);
+    bench_close(&b);
+}
+
+static void test_a_write_the_host_shortens_is_finished(bool overlay)
+{
+    static struct bench b;
+    static uint8_t bytes[20 * 4096];
+    memset(bytes, 0x5a, sizeof(bytes));
+    CHECK(bench_open(&b, overlay, BLOCKING));
+    watch(b.fd);
+    for (host.shorten = 4096 + 512; host.shorten < 10000; host.shorten += 1536) {
+        CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 512 * 3, bytes, sizeof(bytes)), 0);
+        memset(b.model + 512 * 3, 0x5a, sizeof(bytes));
+        check_all(&b);
+    }
+    watch(-1);
+    bench_close(&b);
+}
+
+/* Of a cluster that was written in part, the rest is not there: the base shows, not what the file holds. */
+static void test_a_cluster_the_host_stopped_in_is_still_the_base(void)
+{
+    static struct bench b;
+    static uint8_t bytes[3 * 4096];
+    CHECK(bench_open(&b, true, BLOCKING));
+    watch(b.fd);
+    host.shorten = 4096 + 512;
+    host.refuse = ENOSPC;
+    host.accept = 1;
+    struct job j = {.iov = {{bytes, sizeof(bytes)}}};
+    j.io = (struct vmm_disk_io){
+        .op = VMM_DISK_WRITE, .size = sizeof(bytes), .iov = j.iov, .n_iov = 1, .done = job_done};
+    CHECK_EQUAL(run(b.disk, &j), -ENOSPC);
+    CHECK_EQUAL(j.io.finished, 4096);
+    memset(b.model, 0, 4096);
+    check_all(&b);
+    watch(-1);
+    bench_close(&b);
+}
+
+/* Both cover the same cluster, one of them in part: what only the other wrote is not lost to a copy from the base. */
+static void test_a_part_of_a_cluster_waits_for_the_whole_that_is_under_way(enum how how)
+{
+    static struct bench b;
+    if (!bench_open(&b, true, how))
+        return;
+    seed = 77;
+    for (uint64_t cluster = 0; cluster < 100; cluster++) {
+        struct job whole, part;
+        job_prepare(&whole, VMM_DISK_WRITE, cluster * 4096, 4096);
+        job_prepare(&part, VMM_DISK_WRITE, cluster * 4096 + 1024, 512);
+        memcpy(b.model + whole.at, whole.buffer, whole.size);
+        whole.over = vmm_disk_start(b.disk, &whole.io);
+        vmm_disk_turn(b.disk);
+        part.over = vmm_disk_start(b.disk, &part.io);
+        finish(b.disk, &whole);
+        finish(b.disk, &part);
+        CHECK_EQUAL(simple(b.disk, VMM_DISK_READ, part.at, b.model + part.at, part.size), 0);
+        check_all(&b);
+        job_free(&whole);
+        job_free(&part);
+    }
+    bench_close(&b);
+}
+
+static void test_once_flushing_has_failed_no_flush_succeeds(bool overlay)
+{
+    static struct bench b;
+    static uint8_t bytes[4096];
+    CHECK(bench_open(&b, overlay, BLOCKING));
+    watch(b.fd);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 0, bytes, 4096), 0);
+    host.sync_refuse = EIO;
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_FLUSH, 0, NULL, 0), -EIO);
+    host.sync_refuse = 0;
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_FLUSH, 0, NULL, 0), -EIO);
+    struct job j;
+    job_prepare(&j, VMM_DISK_WRITE, 0, 4096);
+    j.io.through = true;
+    CHECK_EQUAL(run(b.disk, &j), -EIO);
+    job_free(&j);
+    watch(-1);
+    bench_close(&b);
+}
+
+static void test_a_file_that_has_shrunk_ends_a_read(enum how how)
+{
+    static struct bench b;
+    static _Alignas(4096) uint8_t bytes[16384];
+    if (!bench_open(&b, false, how))
+        return;
+    CHECK(ftruncate(b.fd, 8192) == 0);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_READ, 0, bytes, 8192), 0);
+    struct job j = {.iov = {{bytes, 16384}}};
+    j.io =
+        (struct vmm_disk_io){.op = VMM_DISK_READ, .size = 16384, .iov = j.iov, .n_iov = 1, .done = job_done};
+    CHECK_EQUAL(run(b.disk, &j), -ENODATA);
+    CHECK_EQUAL(j.io.finished, 8192);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 12288, bytes, 4096), 0); /* it grows again */
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_READ, 0, bytes, 16384), 0);
+    bench_close(&b);
+}
+
+/* The real thing, through the io_uring: a limit on file size refuses what lies beyond. */
+static void test_a_file_size_limit_is_an_error(void)
+{
+    static struct bench b;
+    static uint8_t bytes[4096];
+    CHECK(bench_open(&b, false, URING));
+    CHECK(ftruncate(b.fd, 4096) == 0);
+    struct rlimit before, limit;
+    CHECK(getrlimit(RLIMIT_FSIZE, &before) == 0);
+    limit = before;
+    limit.rlim_cur = 65536;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 131072, bytes, 4096), -EFBIG);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 0, bytes, 4096), 0);
+    CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0);
+    bench_close(&b);
+}
+
+static void test_cancelling_ends_what_is_under_way(void)
+{
+    static struct bench b;
+    if (!bench_open(&b, true, DIRECT))
+        return;
+    seed = 5;
+    struct job jobs[32];
+    for (int i = 0; i < 32; i++) {
+        job_prepare(&jobs[i], i % 2 ? VMM_DISK_WRITE : VMM_DISK_READ, (uint64_t)i * 8192 + 512, 6144);
+        jobs[i].over = vmm_disk_start(b.disk, &jobs[i].io);
+    }
+    vmm_disk_drain(b.disk, true);
+    CHECK_EQUAL(b.disk->under_way, 0);
+    CHECK_EQUAL(b.disk->engine.under_way, 0);
+    for (int i = 0; i < 32; i++) {
+        CHECK(jobs[i].over && (jobs[i].io.error == 0 || jobs[i].io.error == -ECANCELED));
+        job_free(&jobs[i]);
+    }
+    bench_close(&b);
+}
+
+static void test_an_overlay_grows_and_does_not_shrink(void)
+{
+    static struct bench b;
+    static uint8_t bytes[4096], zeros[4096];
+    CHECK(bench_open(&b, true, BLOCKING));
+    CHECK_EQUAL(vmm_disk_resize(b.disk, SIZE - 512, false), -EBUSY);
+    CHECK_EQUAL(vmm_disk_resize(b.disk, (BITMAP_SIZE * 8ull + 1) * 4096, false), -EINVAL);
+    CHECK_EQUAL(vmm_disk_resize(b.disk, BITMAP_SIZE * 8ull * 4096, false), 0);
+    const uint64_t last = (BITMAP_SIZE * 8ull - 1) * 4096;
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_READ, last, bytes, 4096), 0);
+    CHECK(!memcmp(bytes, zeros, 4096));
+    memset(bytes, 7, 4096);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, last, bytes, 4096), 0);
+    CHECK_EQUAL(simple(b.disk, VMM_DISK_READ, SIZE, bytes, 4096), 0); /* past the old end: not the base */
+    CHECK(!memcmp(bytes, zeros, 4096));
+    bench_close(&b);
+}
+
+static void test_an_overlay_whose_bitmap_is_too_small_is_refused(void)
+{
+    const int fd = temporary(1 << 20, BLOCKING);
+    vmm_disk *disk = NULL;
+    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, (4096 * 8 + 1) * 4096ull, 4096, 4096, 8192, 1, 0, &disk),
+                -EINVAL);
+    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, 4096, 8192, 4096, 8192, 1, 0, &disk),
+                -EINVAL); /* over the data */
+    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, 4096, 4096, 100, 8192, 1, 0, &disk), -EINVAL);
+    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, 4096, UINT64_MAX - 4095, 8192, 8192, 1, 0, &disk), -EINVAL);
+    close(fd);
+}
+
+int main(void)
+{
+    signal(SIGXFSZ, SIG_IGN);
+    for (int overlay = 0; overlay < 2; overlay++) {
+        for (enum how how = 0; how < HOWS; how++)
+            test_a_random_history_reads_as_the_model_does(overlay, how);
+        for (unsigned i = 0; i < 100; i++)
+            power_cut(overlay, i);
+        test_a_full_host_is_an_error_and_a_base_keeps_showing(overlay);
+        test_a_write_the_host_shortens_is_finished(overlay);
+        test_once_flushing_has_failed_no_flush_succeeds(overlay);
+    }
+    test_a_cluster_the_host_stopped_in_is_still_the_base();
+    for (enum how how = 0; how < HOWS; how++) {
+        test_a_part_of_a_cluster_waits_for_the_whole_that_is_under_way(how);
+        test_a_file_that_has_shrunk_ends_a_read(how);
+    }
+    test_a_file_size_limit_is_an_error();
+    test_cancelling_ends_what_is_under_way();
+    test_an_overlay_grows_and_does_not_shrink();
+    test_an_overlay_whose_bitmap_is_too_small_is_refused();
+    puts("disk: ok");
+    return 0;
+}
