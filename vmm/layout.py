@@ -61,6 +61,7 @@ GSI_COM1 = 4
 GSI_RTC = 8
 GSI_SCI = 9
 GSI_FIRST_FREE = 16  # I/O APIC inputs the ISA devices do not use: 16..23
+PCI_ISA_IRQ = 11  # every PCI pin, for a guest without I/O APIC
 PCI_GSIS = range(GSI_FIRST_FREE, GSI_FIRST_FREE + 8)
 # A line for each virtio-mmio device: first those that a guest without ACPI, which has no I/O APIC, can use too.
 VIRTIO_MMIO_GSIS = (5, 10, 11, 6, 14, 15, 3, *range(GSI_FIRST_FREE, GSI_FIRST_FREE + 8))

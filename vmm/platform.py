@@ -87,6 +87,7 @@ def _create_pci_host(machine: Machine) -> None:
         ecam=layout.ECAM_START,
         ports=layout.PCI_PORTS,
         gsis=layout.PCI_GSIS,
+        isa_irq=layout.PCI_ISA_IRQ,
     )
     machine.on_close(host.destroy)
     machine.attach(host, address=layout.ECAM_START, size=layout.ECAM_SIZE)

@@ -18,6 +18,8 @@ struct vmm_pci_host {
     pthread_mutex_t lock; /* what functions share: where BARs decode, who asserts which wire */
     const vmm_line *wires[WIRES_MAX];
     uint32_t asserted[WIRES_MAX]; /* by wire: slots that assert it */
+    const vmm_line *isa;          /* the wires' sum, for the 8259; NULL: not wired */
+    bool isa_up;
 
     _Atomic uint32_t address; /* CONFIG_ADDRESS */
 
@@ -32,6 +34,22 @@ static bool touches(uint32_t offset, uint32_t size, uint32_t first, uint32_t n)
 
 /* ---- interrupt pins ---- */
 
+/*
+ * Unless the guest says otherwise the 8259 takes its inputs for edge-triggered: when one slot lets go, those that
+ * still assert the line make a new edge.
+ */
+static void drive_isa(struct vmm_pci_host *host, bool released)
+{
+    uint32_t asserted = 0;
+    for (uint32_t n = 0; n < host->layout.n_gsis; n++)
+        asserted |= host->asserted[n];
+    if (host->isa_up && (!asserted || released))
+        vmm_line_set(host->isa, 0);
+    if (asserted && (!host->isa_up || released))
+        vmm_line_set(host->isa, 1);
+    host->isa_up = asserted != 0;
+}
+
 /* With the host's lock held. */
 static void drive_pin(struct vmm_pci_function *f)
 {
@@ -39,9 +57,12 @@ static void drive_pin(struct vmm_pci_function *f)
     uint32_t wire = f->slot % host->layout.n_gsis, slot = 1u << f->slot;
     uint32_t before = host->asserted[wire];
     uint32_t after = f->interrupt && !f->pin_held ? before | slot : before & ~slot;
+    if (before == after)
+        return;
     host->asserted[wire] = after;
     if (!before != !after)
         vmm_line_set(host->wires[wire], after != 0);
+    drive_isa(host, !(after & slot));
 }
 
 void vmm_pci_interrupt(struct vmm_pci_function *f, bool on)
@@ -311,6 +332,11 @@ static int place_bars(struct vmm_pci_host *host, struct vmm_pci_function *f)
     return 0;
 }
 
+static uint32_t interrupt_line(const struct vmm_pci_host *host, uint32_t slot)
+{
+    return host->isa ? host->layout.isa_irq : host->layout.first_gsi + slot % host->layout.n_gsis;
+}
+
 int vmm_pci_insert(struct vmm_pci_host *host, struct vmm_pci_function *f, int slot)
 {
     slot = choose_slot(host, slot);
@@ -322,7 +348,7 @@ int vmm_pci_insert(struct vmm_pci_host *host, struct vmm_pci_function *f, int sl
     f->host = host;
     f->slot = (uint32_t)slot;
     if (f->config[VMM_PCI_INTERRUPT_PIN])
-        f->config[VMM_PCI_INTERRUPT_LINE] = (uint8_t)(host->layout.first_gsi + f->slot % host->layout.n_gsis);
+        f->config[VMM_PCI_INTERRUPT_LINE] = (uint8_t)interrupt_line(host, f->slot);
     memcpy(f->power_on, f->config, sizeof(f->config));
     host->slots[slot] = f;
     return slot;
@@ -357,6 +383,7 @@ static int connect_wires(struct vmm_pci_host *host)
         if (!host->wires[n])
             return vmm_error_set(-EINVAL, "interrupt line %u", host->layout.first_gsi + n);
     }
+    host->isa = host->layout.isa_irq ? vmm_vm_line(host->vm, host->layout.isa_irq) : NULL;
     return 0;
 }
 

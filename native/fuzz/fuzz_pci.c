@@ -119,6 +119,7 @@ static void check_invariants(void)
         up |= pin && !held;
     }
     CHECK_EQUAL(r.level[FIRST_GSI + 1], up);
+    CHECK_EQUAL(r.level[ISA_IRQ], up);
     CHECK(bars[0] != bars[1] || bars[0] == VMM_PCI_NOWHERE);
 }
 

@@ -19,11 +19,12 @@ typedef struct vmm_pci_host vmm_pci_host;
 /*
  * Where things are. There is no firmware: BARs are placed in [window, window + window_size), in the order functions
  * are created; the guest may move them anywhere. Slot n's interrupt pin is wired to GSI first_gsi + n % n_gsis,
- * level-triggered.
+ * level-triggered; for a guest that uses no I/O APIC every pin reaches ISA interrupt isa_irq too (0: none), which is
+ * what the interrupt line registers say.
  */
 typedef struct vmm_pci_layout {
     uint64_t window, window_size;
-    uint32_t first_gsi, n_gsis;
+    uint32_t first_gsi, n_gsis, isa_irq;
 } vmm_pci_layout;
 
 /* Bus 0 with the host bridge at 00:00.0. -EINVAL: no interrupt line. */

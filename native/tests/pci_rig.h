@@ -15,6 +15,7 @@
 #define WINDOW_SIZE 0x100000ull
 #define FIRST_GSI 16
 #define WIRES 8
+#define ISA_IRQ 11
 #define BAR_SIZE 0x8000
 
 enum { COMMON = 0, ISR = 0x1000, DEVICE = 0x2000, NOTIFY = 0x3000, TABLE = 0x4000, PENDING = 0x5000 };
@@ -34,7 +35,8 @@ typedef struct rig {
     struct vmm_virtio dev, other;
     vmm_virtio_pci *transport, *second;
     int level[FIRST_GSI + WIRES];
-    int kicked; /* eventfd: queues kicked */
+    unsigned edges; /* of the ISA line */
+    int kicked;     /* eventfd: queues kicked */
     unsigned starts, stops;
 } rig;
 
@@ -43,6 +45,7 @@ static inline void set_level(void *opaque, uint32_t gsi, int level)
     rig *r = opaque;
     CHECK(r->level[gsi] != level); /* a wire is driven on changes only */
     r->level[gsi] = level;
+    r->edges += gsi == ISA_IRQ && level;
 }
 
 static inline void started(void *opaque)
@@ -70,8 +73,9 @@ static inline void create_host(rig *r, vmm_vm *vm)
         r->vm->lines = calloc(VMM_MAX_LINES, sizeof(*r->vm->lines));
         for (uint32_t gsi = FIRST_GSI; gsi < FIRST_GSI + WIRES; gsi++)
             r->vm->lines[gsi] = (vmm_line){.set = set_level, .opaque = r, .n = gsi};
+        r->vm->lines[ISA_IRQ] = (vmm_line){.set = set_level, .opaque = r, .n = ISA_IRQ};
     }
-    const vmm_pci_layout layout = {WINDOW, WINDOW_SIZE, FIRST_GSI, WIRES};
+    const vmm_pci_layout layout = {WINDOW, WINDOW_SIZE, FIRST_GSI, WIRES, ISA_IRQ};
     CHECK_EQUAL(vmm_pci_host_create(r->vm, &layout, &r->host), 0);
     CHECK_EQUAL(vmm_bus_attach(r->vm, VMM_PIO, PORTS, 8, vmm_pci_ports_ops(), r->host, 1), 0);
     CHECK_EQUAL(vmm_bus_attach(r->vm, VMM_MMIO, ECAM, 1 << 20, vmm_pci_ecam_ops(), r->host, 2), 0);

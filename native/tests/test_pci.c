@@ -291,24 +291,48 @@ static void the_command_register_holds_the_pin_back_and_status_tells_of_it(void)
     tear_down(&r);
 }
 
+static void three_pins(rig *r, struct vmm_pci_function functions[3])
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static const struct vmm_pci_identity identity = {.vendor = 1};
+    static const int slots[] = {3, 3 + WIRES, 4};
+    create_host(r, NULL);
+    for (int i = 0; i < 3; i++) {
+        vmm_pci_function_init(&functions[i], &identity, true, &lock, NULL, NULL);
+        CHECK_EQUAL(vmm_pci_insert(r->host, &functions[i], slots[i]), slots[i]);
+        CHECK_EQUAL(config(r, slots[i], VMM_PCI_INTERRUPT_LINE, 1), ISA_IRQ);
+    }
+}
+
 static void a_shared_wire_stays_up_until_the_last_lets_go(void)
 {
     rig r;
-    struct vmm_pci_function functions[2];
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    static const struct vmm_pci_identity identity = {.vendor = 1};
-    create_host(&r, NULL);
-    for (int i = 0; i < 2; i++) {
-        vmm_pci_function_init(&functions[i], &identity, true, &lock, NULL, NULL);
-        CHECK_EQUAL(vmm_pci_insert(r.host, &functions[i], 3 + i * WIRES), 3 + i * WIRES);
-        CHECK_EQUAL(config(&r, 3 + i * WIRES, VMM_PCI_INTERRUPT_LINE, 1), FIRST_GSI + 3);
-    }
+    struct vmm_pci_function functions[3];
+    three_pins(&r, functions);
     vmm_pci_interrupt(&functions[0], true);
     vmm_pci_interrupt(&functions[1], true);
     vmm_pci_interrupt(&functions[0], false);
     CHECK_EQUAL(r.level[FIRST_GSI + 3], 1);
+    CHECK_EQUAL(r.level[FIRST_GSI + 4], 0);
     vmm_pci_interrupt(&functions[1], false);
     CHECK_EQUAL(r.level[FIRST_GSI + 3], 0);
+    tear_down(&r);
+}
+
+static void an_edge_triggered_8259_misses_none_of_the_pins_it_shares(void)
+{
+    rig r;
+    struct vmm_pci_function functions[3];
+    three_pins(&r, functions);
+    vmm_pci_interrupt(&functions[0], true);
+    vmm_pci_interrupt(&functions[0], true);
+    vmm_pci_interrupt(&functions[2], true);
+    CHECK_EQUAL(r.edges, 1);
+    vmm_pci_interrupt(&functions[0],
+                      false); /* slot 4 came up after its handler had looked: it is heard now */
+    CHECK(r.level[ISA_IRQ] == 1 && r.edges == 2);
+    vmm_pci_interrupt(&functions[2], false);
+    CHECK(r.level[ISA_IRQ] == 0 && r.edges == 2);
     tear_down(&r);
 }
 
@@ -532,6 +556,7 @@ int main(void)
     the_pin_is_up_until_the_isr_is_read();
     the_command_register_holds_the_pin_back_and_status_tells_of_it();
     a_shared_wire_stays_up_until_the_last_lets_go();
+    an_edge_triggered_8259_misses_none_of_the_pins_it_shares();
     msix_silences_the_pin_and_keeps_the_isr_clear();
     a_masked_vector_stays_pending_until_it_is_unmasked();
     the_msix_table_keeps_what_is_written_and_nothing_reserved();

@@ -37,16 +37,23 @@ class PciHost(Device):
 
     ``window``: (address, size) in which BARs are placed, in the order functions come; ``ecam`` and ``ports``: where
     the guest will find the two ways into configuration space; ``gsis``: what interrupt pins are wired to, slot n's
-    to ``gsis[n % len(gsis)]``. Raises :class:`~vmm.errors.HostError` when there is no memory for it.
+    to ``gsis[n % len(gsis)]``, and for a guest that uses no I/O APIC all of them to ``isa_irq``. Raises
+    :class:`~vmm.errors.HostError` when there is no memory for it.
     """
 
     name = "pci"
 
-    def __init__(self, vm: Any, *, window: tuple[int, int], ecam: int, ports: int, gsis: range) -> None:
+    def __init__(self, vm: Any, *, window: tuple[int, int], ecam: int, ports: int, gsis: range, isa_irq: int) -> None:
         self.window, self.ecam, self.port, self.gsis = window, ecam, ports, gsis
         self.functions: dict[int, str] = {}
         self.registers = {}
-        layout = {"window": window[0], "window_size": window[1], "first_gsi": gsis[0], "n_gsis": len(gsis)}
+        layout = {
+            "window": window[0],
+            "window_size": window[1],
+            "first_gsi": gsis[0],
+            "n_gsis": len(gsis),
+            "isa_irq": isa_irq,
+        }
         out = ffi.new("vmm_pci_host **")
         check(lib.vmm_pci_host_create(vm, ffi.new("vmm_pci_layout *", layout), out))
         self.host: Any = out[0]
