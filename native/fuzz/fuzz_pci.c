@@ -4,7 +4,7 @@
  * guest that knows no rules. An input is a list of accesses; at its end the invariants below hold, and a reset brings
  * everything back.
  */
-#include "tests/pci_rig.h"
+#include "pci_rig.h"
 
 #include <string.h>
 
