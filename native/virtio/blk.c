@@ -70,8 +70,7 @@ struct vmm_blk {
     struct vmm_disk *disk;
     char *label;
     struct vmm_blk_limits limits;
-    bool through; /* there is no write cache as far as the driver knows */
-    bool failed;  /* a host error has been told */
+    bool failed; /* a host error has been told */
     uint8_t serial[VMM_BLK_ID];
     struct vmm_source completions;
     struct vmm_limiter limiter;
@@ -339,6 +338,14 @@ static uint64_t bytes_of(const struct request *r)
     return bytes;
 }
 
+/* 5.2.6.2: a write is stable when it completes if the driver did not agree to flush, or switched the cache off. */
+static bool writes_through(const struct vmm_blk *blk)
+{
+    const struct config *config = (const void *)blk->virtio.config;
+    return vmm_virtio_has(&blk->virtio, F_CONFIG_WCE) ? !config->writeback
+                                                      : !vmm_virtio_has(&blk->virtio, F_FLUSH);
+}
+
 /* A chain as it was taken from its ring. Answers the bytes it moves. */
 static uint64_t begin(struct vmm_blk *blk, struct request *r, unsigned queue)
 {
@@ -361,7 +368,7 @@ static uint64_t begin(struct vmm_blk *blk, struct request *r, unsigned queue)
     const uint64_t bytes = bytes_of(r);
     r->io.op = op_of(r->parsed.type);
     r->io.error = 0;
-    r->io.through = blk->through;
+    r->io.through = writes_through(blk);
     r->io.done = io_done;
     go_on(r);
     return bytes;
@@ -475,25 +482,9 @@ static void limiter_opened(void *opaque)
 
 /* ---- life cycle, as the driver drives it ---- */
 
-/* 5.2.6.2: a write is stable when it completes if the driver did not agree to flush, or switched the cache off. */
-static void decide_cache(struct vmm_blk *blk)
-{
-    const struct config *config = (const void *)blk->virtio.config;
-    blk->through = vmm_virtio_has(&blk->virtio, F_CONFIG_WCE) ? !config->writeback
-                                                              : !vmm_virtio_has(&blk->virtio, F_FLUSH);
-}
-
-static void configured(void *opaque, uint32_t offset, uint32_t size)
-{
-    (void)offset;
-    (void)size;
-    decide_cache(opaque);
-}
-
 static void start(void *opaque)
 {
     struct vmm_blk *blk = opaque;
-    decide_cache(blk);
     if (vmm_disk_fd(blk->disk) >= 0 && vmm_loop_add(blk->virtio.loop, &blk->completions, EPOLLIN) < 0)
         vmm_virtio_broken(&blk->virtio, "its completions cannot be watched: %s", vmm_error_text());
 }
@@ -556,8 +547,7 @@ static void fill_config(struct vmm_blk *blk, const vmm_blk_options *options)
 int vmm_blk_create(vmm_vm *vm, const char *name, const char *label, vmm_disk *disk,
                    const vmm_blk_options *options, vmm_blk **out)
 {
-    static const vmm_virtio_ops ops = {
-        .start = start, .kick = kick, .stop = stop, .quiesce = quiesce, .config = configured};
+    static const vmm_virtio_ops ops = {.start = start, .kick = kick, .stop = stop, .quiesce = quiesce};
     int rc = check(name, disk, options);
     if (rc < 0)
         return rc;

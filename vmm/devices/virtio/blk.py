@@ -1,0 +1,160 @@
+"""The block device (virtio 1.2, 5.2) over a file of the host."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.devices.virtio.device import VirtioDevice
+from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmm.devices.device import State
+    from vmm.disk.image import Image
+    from vmm.disk.overlay import Overlay
+
+_COUNTS = (
+    "reads", "writes", "flushes", "discards", "zeroings", "bytes_read", "bytes_written", "errors", "unsupported",
+)  # fmt: skip
+_WRITEBACK = 32  # offset in the configuration space
+
+
+class Blk(VirtioDevice):
+    """A disk. ``path`` is a raw image or a block device; with ``overlay`` it is only read, and that file holds what
+    the guest writes.
+
+    ``cache``: ``writeback`` (the host's page cache) or ``none`` (O_DIRECT); either way what a flush was answered for
+    is on stable storage. ``sector``: logical, 512 or 4096 bytes. ``iops`` and ``bps``: operations and bytes a second,
+    0 for no limit. Raises :class:`~vmm.errors.ConfigError`. The model is ``native/virtio/blk.c``, the host's end
+    ``native/disk``.
+    """
+
+    device_id = 2
+
+    def __init__(
+        self,
+        vm: Any,
+        index: int,
+        path: str | os.PathLike[str],
+        *,
+        readonly: bool = False,
+        serial: str = "",
+        cache: str = "writeback",
+        overlay: str | os.PathLike[str] | None = None,
+        sector: int = 512,
+        queues: int = 1,
+        iops: int = 0,
+        bps: int = 0,
+    ) -> None:
+        self.name = f"virtio-blk{index}"
+        self.path = os.fspath(path)
+        self._blk: Any = None
+        self._raw: Image | None = None
+        self._overlay: Overlay | None = None
+        disk = self._open(overlay, readonly, cache == "none", sector)
+        options = ffi.new("vmm_blk_options *")
+        options.sector, options.queues, options.readonly = sector, queues, readonly
+        options.block_exponent = (4096 // sector).bit_length() - 1  # pages of the host's cache, clusters of an overlay
+        options.bytes_per_second, options.operations_per_second = bps, iops
+        ffi.buffer(options.serial)[: len(serial)] = serial.encode("ascii")
+        out = ffi.new("vmm_blk **")
+        label = os.fspath(overlay) if overlay else self.path
+        try:
+            check(lib.vmm_blk_create(vm, self.name.encode(), os.fsencode(label), disk, options, out))
+        except BaseException:
+            lib.vmm_disk_destroy(disk)
+            self._close()
+            raise
+        self._blk = out[0]
+        self.virtio = lib.vmm_blk_virtio(self._blk)
+
+    def _open(self, overlay: str | os.PathLike[str] | None, readonly: bool, direct: bool, sector: int) -> Any:
+        out = ffi.new("vmm_disk **")
+        try:
+            if overlay is None:
+                from vmm.disk.image import open_raw
+
+                raw = self._raw = open_raw(self.path, readonly=readonly, direct=direct, sector=sector)
+                check(lib.vmm_disk_open_raw(raw.fd, raw.size, raw.alignment, 0, out))
+            else:
+                from vmm.disk.overlay import Overlay
+
+                over = self._overlay = Overlay(os.fspath(overlay), self.path, direct=direct)
+                at, base, image = over.layout, over.base, over.image
+                if at.size % sector or sector % image.alignment:
+                    raise ConfigError(
+                        f"disk {self.path} has {at.size} bytes: sector={sector} does not go with that"
+                        if at.size % sector
+                        else f"overlay {image.path}: cache=none needs sector={image.alignment} on its file system"
+                    )
+                where = (at.size, at.bitmap_at, at.bitmap_size, at.data_at)
+                check(lib.vmm_disk_open_overlay(base.fd, base.size, image.fd, *where, image.alignment, 0, out))
+        except BaseException:
+            self._close()
+            raise
+        return out[0]
+
+    def _close(self) -> None:
+        for file in (self._raw, self._overlay):
+            if file is not None:
+                file.close()
+        self._raw = self._overlay = None
+
+    def destroy(self) -> None:
+        """Free the native half, which records what an overlay holds; then close the files, and with them the locks."""
+        if self._blk is not None:
+            lib.vmm_blk_destroy(self._blk)
+            self._blk = self.virtio = None
+        self._close()
+
+    @property
+    def size(self) -> int:
+        """Bytes the guest sees."""
+        return int(lib.vmm_blk_size(self._blk))
+
+    def resize(self, new_size: int | None = None) -> int:
+        """Another size in bytes while the machine runs; the guest is told. Answers the size.
+
+        ``None``: the file's own, which somebody else has changed. A file is made longer or shorter (the guest had
+        better know before its disk shrinks); an overlay only grows. Raises :class:`~vmm.errors.ConfigError`.
+        """
+        follow = new_size is None
+        if new_size is None:
+            if self._raw is None:
+                raise ConfigError(f"overlay of {self.path}: say which size it is to have")
+            new_size = os.lseek(self._raw.fd, 0, os.SEEK_END)
+        sector = int.from_bytes(self.config(20, 4), "little")
+        if new_size <= 0 or new_size % sector:
+            raise ConfigError(f"disk {self.path}: {new_size} bytes are not whole sectors of {sector}")
+        if self._raw is not None and self._raw.block_device and not follow:
+            raise ConfigError(f"disk {self.path} is a block device: resize it on the host, then call resize()")
+        if self._overlay is not None:
+            self._overlay.grow(new_size)
+        check(lib.vmm_blk_resize(self._blk, new_size, follow))
+        return new_size
+
+    def statistics(self) -> dict[str, Any]:
+        """Since the start: reads, writes, flushes, discards, zeroings (requests answered without an error),
+        bytes_read, bytes_written, errors, unsupported; throttled, how often the rate limits held requests back;
+        and ``queues``, the same counts for each queue."""
+        stats = ffi.new("vmm_blk_stats *")
+        queues = []
+        for queue in range(self.info()["queues"]):
+            check(lib.vmm_blk_get_stats(self._blk, queue, stats))
+            queues.append({count: int(getattr(stats, count)) for count in _COUNTS})
+        total: dict[str, Any] = {count: sum(queue[count] for queue in queues) for count in _COUNTS}
+        return {**total, "throttled": int(lib.vmm_blk_throttled(self._blk)), "queues": queues}
+
+    def save(self) -> State:
+        """The size the guest was told, and whether it left the write cache on; not what is on the disk."""
+        return {"version": 1, "size": self.size, "writeback": int(self.config(_WRITEBACK, 1) != b"\0")}
+
+    def load(self, state: State) -> None:
+        """Take a saved state. ``ValueError``: not one of a disk of this size."""
+        from vmm.devices.state import checked
+
+        s = checked(self.name, state, {"size": (1 << 63) - 1, "writeback": 1})
+        if s["size"] != self.size:
+            raise ValueError(f"{self.name}: the saved disk has {s['size']} bytes, this one {self.size}")
+        self.set_config(_WRITEBACK, bytes([s["writeback"]]))
