@@ -60,6 +60,10 @@ def create_devices(machine: Machine) -> None:
 def _add_configured(machine: Machine) -> None:
     """The virtio devices the configuration asks for, disks first: their order is their names' in the guest."""
     config, vm = machine.config, machine.native
+    for index, disk in enumerate(config.disks):
+        from vmm.devices.virtio.blk import Blk
+
+        machine.add(Blk(vm, index, **disk.as_dict()))
     if config.rng:
         from vmm.devices.virtio.rng import Rng
 
