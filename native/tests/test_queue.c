@@ -300,6 +300,25 @@ static void split_a_table_may_end_a_chain(void)
     tear_down(&rig);
 }
 
+/* Together they are no longer than the longest chain. */
+static void split_a_table_that_ends_too_long_a_chain_breaks_it(void)
+{
+    for (unsigned entries = VMM_QUEUE_SIZE_MAX - 1; entries <= VMM_QUEUE_SIZE_MAX; entries++) {
+        struct rig rig;
+        set_up(&rig, 4, VMM_QUEUE_INDIRECT);
+        struct split_desc *table = machine_at(rig.vm, TABLE, 16 * entries);
+        for (unsigned i = 0; i < entries; i++)
+            table[i] = (struct split_desc){DATA, 1, i + 1 < entries ? NEXT : 0, i + 1};
+        CHECK(ring_offer(&rig.ring, (struct piece[]){OUT(DATA, 1), OUT(TABLE, 16 * entries)}, 2) >= 0);
+        rig.ring.split[1].flags = INDIRECT;
+        if (entries < VMM_QUEUE_SIZE_MAX)
+            CHECK_EQUAL(vmm_queue_pop(&rig.q, &rig.chain), 1);
+        else
+            check_broken(&rig, "longer than its queue");
+        tear_down(&rig);
+    }
+}
+
 /* 2.8.7: in a packed ring's table only WRITE is looked at. */
 static void packed_a_table_is_read_in_order(void)
 {
@@ -776,6 +795,22 @@ static void packed_a_table_in_a_list_breaks_it(void)
     }
 }
 
+/* 2.8.5: a used descriptor says whether the device wrote. */
+static void packed_used_flags_say_whether_something_was_written(void)
+{
+    struct rig rig;
+    set_up(&rig, 2, PACKED);
+    for (unsigned i = 0; i < 8; i++) {
+        CHECK(ring_offer(&rig.ring, (struct piece[]){IN(DATA, 8)}, 1) >= 0);
+        CHECK_EQUAL(vmm_queue_pop(&rig.q, &rig.chain), 1);
+        vmm_queue_push(&rig.q, &rig.chain, i & 1);
+        vmm_queue_publish(&rig.q);
+        CHECK_EQUAL(rig.ring.packed[i & 1].flags, (i & 1 ? WRITE : 0) | (i & 2 ? 0 : AVAIL | USED));
+        collect(&rig, 1);
+    }
+    tear_down(&rig);
+}
+
 /* 2.8.1: flags that do not fit the wrap counter are no offer. */
 static void packed_other_flags_are_no_offer(void)
 {
@@ -911,6 +946,7 @@ int main(void)
     doorbells_are_asked_for(EVENT);
     doorbells_are_asked_for(PACKED | EVENT);
     split_a_table_may_end_a_chain();
+    split_a_table_that_ends_too_long_a_chain_breaks_it();
     split_bad_chains_break_it();
     split_bad_heads_break_it();
     split_a_leaping_index_breaks_it();
@@ -921,6 +957,7 @@ int main(void)
     packed_a_half_available_list_breaks_it();
     packed_a_table_in_a_list_breaks_it();
     packed_other_flags_are_no_offer();
+    packed_used_flags_say_whether_something_was_written();
     bytes_are_read_and_written_across_pieces();
     return 0;
 }
