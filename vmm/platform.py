@@ -68,6 +68,12 @@ def _add_configured(machine: Machine) -> None:
         from vmm.devices.virtio.rng import Rng
 
         machine.add(Rng(vm))
+    for index, net in enumerate(config.nets):
+        from vmm.devices.virtio.net import Net
+        from vmm.net import end_of
+
+        limits = {"pps": net.pps, "bps": net.bps}
+        machine.add(Net(vm, index, end_of(net), mac=net.mac, mtu=net.mtu, queues=net.queues, **limits))
     for index, share in enumerate(config.shares):
         from vmm.devices.virtio.fs import Fs
 

@@ -35,6 +35,9 @@ int vmm_net_attach_tap(vmm_net *net, const int *fds, uint32_t n);
 /* An eventfd that is signalled when the host end is gone (and was closed): attach another, or do not. */
 int vmm_net_lost_fd(vmm_net *net);
 
+/* Tell whoever listens to the machine's messages something about the host end. */
+void vmm_net_say(vmm_net *net, const char *text);
+
 /* The cable: pulled (0), or plugged in (1, as it is at first). The link is up while it is in and there is an end. */
 void vmm_net_plug(vmm_net *net, int in);
 int vmm_net_link(vmm_net *net); /* 1: up */

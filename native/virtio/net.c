@@ -811,6 +811,11 @@ int vmm_net_lost_fd(vmm_net *net)
     return net->lost_fd;
 }
 
+void vmm_net_say(vmm_net *net, const char *text)
+{
+    vmm_vm_say(net->virtio.vm, "%s", text);
+}
+
 void vmm_net_plug(vmm_net *net, int in)
 {
     VMM_VIRTIO_LOCKED(&net->virtio);
