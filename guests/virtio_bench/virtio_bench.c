@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What a disk and a link can do, from a driver that polls, at CPL 3, where the guest runs at full speed on every KVM.
- * Each phase prints "go NAME", works for as long as it was told, and prints "NAME: n operations, b bytes, t ticks, d
- * doorbells". Command line:
+ * First it prints "spin" and does so for a while. Each phase prints "go NAME", waits for a byte, works for as long as it
+ * was told, prints "NAME: n operations, b bytes, t ticks, d doorbells" and waits for a byte again. Command line:
  *   ticks=N     of the time-stamp counter, a phase (2500000000)
  *   blk=1       the disk: random reads of 4 KiB, one and 32 at a time; reads of 1 MiB in order, four at a time
  *   net=1       the link's receiving end: says hello until frames come, counts them, says when it has enough
@@ -20,11 +20,19 @@ enum { ETHERNET = 14, IP = 20, TCP = 20, TCP_CHECKSUM = 16, SEGMENT = 1448, FRAM
 static uint64_t ticks, features;
 static bool indirect;
 
-static void report(const char *name, uint64_t operations, uint64_t bytes, uint64_t start, uint64_t end,
+/* The host looks at the clocks of the monitor's threads, and answers with a byte. */
+static void begin(const char *name)
+{
+    print("go %s\n", name);
+    serial_getc();
+}
+
+static void report(const char *name, uint64_t operations, uint64_t bytes, uint64_t ticks_taken,
                    uint64_t doorbells)
 {
-    print("%s: %lu operations, %lu bytes, %lu ticks, %lu doorbells\n", name, operations, bytes, end - start,
+    print("%s: %lu operations, %lu bytes, %lu ticks, %lu doorbells\n", name, operations, bytes, ticks_taken,
           doorbells);
+    serial_getc();
 }
 
 /* ---- disk ---- */
@@ -62,7 +70,7 @@ static void read_phase(const char *name, uint32_t size, unsigned depth, bool in_
 {
     uint64_t places = sectors / (size / BLK_SECTOR), next = 0, operations = 0, rung = requests.doorbells;
     uint32_t written;
-    print("go %s\n", name);
+    begin(name);
     uint64_t start = rdtsc(), end = start;
     for (unsigned slot = 0; slot < depth; slot++)
         offer_read(slot, (in_order ? next++ % places : random() % places) * (size / BLK_SECTOR), size);
@@ -87,7 +95,7 @@ static void read_phase(const char *name, uint32_t size, unsigned depth, bool in_
         }
         virtqueue_publish(&requests);
     }
-    report(name, operations, operations * size, start, rdtsc(), requests.doorbells - rung);
+    report(name, operations, operations * size, rdtsc() - start, requests.doorbells - rung);
 }
 
 static void disk_open(void)
@@ -104,7 +112,6 @@ static void disk_open(void)
 
 static void bench_disk(void)
 {
-    disk_open();
     read_phase("warm", LARGE, LARGE_DEPTH, true);
     read_phase("read 4k depth 1", SMALL, 1, false);
     read_phase("read 4k depth 32", SMALL, DEPTH_MAX, false);
@@ -133,7 +140,6 @@ static struct packet *packet_at(char *buffers, unsigned n)
 
 static void offer_receive(unsigned n)
 {
-    /* Behind the header, so that frames lie as they would in a stack of its own; 64 KiB: any frame fits one buffer. */
     virtqueue_offer(&receive, n, &(struct virtq_buffer){packet_at(receive_buffers, n), FRAME_ROOM, true}, 1);
 }
 
@@ -200,7 +206,7 @@ static void send_and_wait(enum frame_kind kind)
         __asm__ volatile("pause");
 }
 
-/* Frames of our kind since the last call, their bytes and (PENULTIMATE) the last one's kind. */
+/* Frames of our kind since the last call, their bytes and the last one's kind. */
 static unsigned drain(uint64_t *bytes, enum frame_kind *kind)
 {
     unsigned n = 0;
@@ -228,7 +234,7 @@ static void receive_phase(void)
         if (drain(&bytes, &kind) && kind == KIND_DATA)
             start = rdtsc();
     }
-    print("go receive\n");
+    begin("receive");
     bytes = 0;
     uint64_t rung = receive.doorbells, end;
     start = rdtsc();
@@ -239,7 +245,7 @@ static void receive_phase(void)
             __asm__ volatile("pause");
         end = rdtsc();
     } while (end - start < ticks);
-    report("receive", frames, bytes, start, end, receive.doorbells - rung);
+    report("receive", frames, bytes, end - start, receive.doorbells - rung);
     /* The sender may be in the middle of a wait for us: frames are taken until it is over. */
     for (unsigned i = 0; i < 3; i++) {
         send_and_wait(KIND_ENOUGH);
@@ -258,7 +264,7 @@ static void send_phase(uint32_t frame)
         fill(n, KIND_DATA, frame);
     while (!(drain(&bytes, &kind) && kind == KIND_HELLO))
         __asm__ volatile("pause");
-    print("go send\n");
+    begin("send");
     uint64_t start = rdtsc();
     for (unsigned n = 0; n < depth; n++)
         send(n, frame);
@@ -273,7 +279,15 @@ static void send_phase(uint32_t frame)
         else
             __asm__ volatile("pause");
     }
-    report("send", frames, frames * frame, start, rdtsc(), transmit.doorbells);
+    report("send", frames, frames * frame, rdtsc() - start, transmit.doorbells);
+}
+
+/* Turn on the spot, so that the host can tell the vCPU's thread from the others by its appetite. */
+static void spin(void)
+{
+    print("spin\n");
+    for (uint64_t since = rdtsc(); rdtsc() - since < ticks / 8;)
+        __asm__ volatile("pause");
 }
 
 static uint64_t run(uint64_t unused)
@@ -284,14 +298,20 @@ static uint64_t run(uint64_t unused)
     features =
         VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC | (argument("packed", 0) ? VIRTIO_F_RING_PACKED : 0);
     uint32_t frame = (uint32_t)argument("frame", 64);
-    if (argument("blk", 0))
+    if (argument("blk", 0)) {
+        disk_open();
+        spin();
         bench_disk();
+    }
     if (argument("net", 0)) {
         nic_open(frame > FRAME_ETHERNET);
         uint64_t offloads = NET_F_HOST_TSO4 | NET_F_GUEST_TSO4;
-        if (frame > FRAME_ETHERNET && (nic.agreed & offloads) != offloads)
+        if (frame > FRAME_ETHERNET && (nic.agreed & offloads) != offloads) {
             print("no offloads\n");
-        else if (argument("net", 0) == 1)
+            return 0;
+        }
+        spin();
+        if (argument("net", 0) == 1)
             receive_phase();
         else
             send_phase(frame);
