@@ -195,11 +195,14 @@ static int check_region(const struct vmm_vm *vm, uint64_t gpa, uint64_t size, ui
 static int map_region(struct vmm_region *r)
 {
     uint32_t huge = r->flags & VMM_MEMORY_HUGE_2M ? MFD_HUGETLB | MFD_HUGE_2MB : 0;
-    r->fd = memfd_create("guest-memory", MFD_CLOEXEC | huge);
+    r->fd = memfd_create("guest-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING | huge);
     if (r->fd < 0)
         return vmm_error_errno("memfd_create");
     if (ftruncate(r->fd, (off_t)r->size) < 0)
         return vmm_error_errno("ftruncate of guest memory");
+    /* A process that is given the memory (vhost-user) cannot take it from under us by making the file shorter. */
+    if (fcntl(r->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
+        return vmm_error_errno("sealing guest memory");
     r->host = mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, 0);
     if (r->host == MAP_FAILED)
         return vmm_error_errno("mmap of guest memory");
