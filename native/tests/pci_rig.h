@@ -34,6 +34,7 @@ typedef struct rig {
     vmm_pci_host *host;
     struct vmm_virtio dev, other;
     vmm_virtio_pci *transport, *second;
+    struct vmm_pci_function *spare;
     int level[FIRST_GSI + WIRES];
     unsigned edges; /* of the ISA line */
     int kicked;     /* eventfd: queues kicked */

@@ -540,6 +540,81 @@ static void a_guest_that_breaks_a_rule_is_told_by_the_configuration_interrupt(vo
     tear_down(&r);
 }
 
+/* ---- several vCPUs at once ---- */
+
+static uint64_t next_random(uint64_t *state)
+{
+    *state = *state * 6364136223846793005ull + 1442695040888963407ull;
+    return *state >> 33;
+}
+
+/* Decoding on and off, the BAR to and fro, MSI-X, the pin, the ISR, status: in any order. */
+static void *hammer(void *opaque)
+{
+    static const unsigned offsets[] = {
+        STATUS, QUEUE_SELECT, QUEUE_ENABLE, ISR, TABLE + 12, PENDING, NOTIFY, 8, 12};
+    rig *r = opaque;
+    uint64_t state = (uintptr_t)&state;
+    for (int i = 0; i < 20000; i++) {
+        unsigned what = (unsigned)next_random(&state), offset = offsets[next_random(&state) % 9];
+        unsigned size = offset == STATUS || offset == ISR ? 1 : offset < 32 && offset > 12 ? 2 : 4;
+        switch (what % 8) {
+        case 0:
+            set_config(r, 1, VMM_PCI_COMMAND, 2, next_random(&state));
+            break;
+        case 1:
+            set_config(r, 1, VMM_PCI_BAR0, 4, WINDOW + (next_random(&state) % 4) * BAR_SIZE);
+            break;
+        case 2:
+            set_config(r, 1, MSIX_CONTROL, 2, next_random(&state));
+            break;
+        case 3:
+            use_buffer(r, 0);
+            break;
+        case 4:
+            vmm_pci_interrupt(r->spare, what & 8);
+            break;
+        case 5:
+            in(r, offset, size);
+            break;
+        default:
+            vmm_virtio_pci_ops()->write(r->transport, offset, size, next_random(&state) & 0xf);
+        }
+    }
+    return NULL;
+}
+
+static void accesses_from_several_threads_leave_nothing_behind(void)
+{
+    enum { THREADS = 4 };
+    rig r;
+    pthread_t threads[THREADS];
+    uint8_t before[256];
+    struct vmm_pci_function spare; /* on the same wire */
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static const struct vmm_pci_identity identity = {.vendor = 1};
+    set_up(&r, NULL);
+    vmm_pci_function_init(&spare, &identity, true, &lock, NULL, NULL);
+    CHECK_EQUAL(vmm_pci_insert(r.host, &spare, 1 + WIRES), 1 + WIRES);
+    r.spare = &spare;
+    for (unsigned i = 0; i < 256; i++)
+        before[i] = (uint8_t)config(&r, 1, i, 1);
+    for (int i = 0; i < THREADS; i++)
+        CHECK_EQUAL(pthread_create(&threads[i], NULL, hammer, &r), 0);
+    for (int i = 0; i < THREADS; i++)
+        CHECK_EQUAL(pthread_join(threads[i], NULL), 0);
+    vmm_virtio_reset(&r.dev);
+    vmm_pci_host_reset(r.host);
+    vmm_pci_interrupt(&spare, false);
+    CHECK(r.level[FIRST_GSI + 1] == 0 && r.level[ISA_IRQ] == 0);
+    for (unsigned i = 0; i < 256; i++)
+        CHECK_EQUAL(config(&r, 1, i, 1), before[i]);
+    for (unsigned page = 0; page < 4; page++)
+        CHECK_EQUAL(in(&r, page * BAR_SIZE + 18, 2), 0xffff);
+    vmm_pci_remove(&spare);
+    tear_down(&r);
+}
+
 int main(void)
 {
     both_ways_into_configuration_space_agree();
@@ -567,5 +642,6 @@ int main(void)
     a_queue_is_reset_alone();
     writing_status_zero_resets_the_transport_too();
     a_guest_that_breaks_a_rule_is_told_by_the_configuration_interrupt();
+    accesses_from_several_threads_leave_nothing_behind();
     return 0;
 }
