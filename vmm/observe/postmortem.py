@@ -72,5 +72,5 @@ def _symbol(machine: Machine, rip: int) -> str:
         return ""
     from vmm.observe.symbols import Symbols
 
-    name = Symbols(path).name(rip)
+    name = Symbols.of_elf(path).name(rip)
     return f" <{name}>" if name else ""

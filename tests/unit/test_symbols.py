@@ -1,0 +1,154 @@
+"""Symbols: of ELF files, of System.map, of kallsyms tables built here in each known order, whole and damaged."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+from shutil import which
+
+import pytest
+from effort import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmm.errors import ConfigError
+from vmm.observe import kallsyms
+from vmm.observe.symbols import Symbols
+
+BASE = 0xFFFFFFFF81000000
+ORDERS = ("before", "sequences", "after")
+
+
+def pad(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 8)
+
+
+def tables(symbols: list[tuple[int, str, str]], order: str, *, percpu: bool = True) -> bytes:
+    """What scripts/kallsyms.c makes of symbols, with every character its own token and one for a long word."""
+    tokens = [bytes([n]) if chr(n).isalnum() or n == ord("_") else b"%02x" % n for n in range(256)]
+    tokens[0], tokens[1] = b"Tstart_", b"very_long_word_"
+    table, index = b"", []
+    for token in tokens:
+        index.append(len(table))
+        table += token + b"\0"
+    names, markers = b"", []
+    for n, (_, kind, name) in enumerate(symbols):
+        if n % 256 == 0:
+            markers.append(len(names))
+        packed = (kind + name).encode().replace(b"very_long_word_", b"\1")
+        length = len(packed)
+        names += (bytes([length]) if length < 0x80 else bytes([length & 0x7F | 0x80, length >> 7])) + packed
+    if percpu:
+        offsets = [address if address < BASE else BASE - 1 - address for address, _, _ in symbols]
+    else:
+        offsets = [address - BASE for address, _, _ in symbols]
+    addresses = pad(struct.pack(f"<{len(offsets)}i", *offsets)) + struct.pack("<Q", BASE)
+    count = struct.pack("<Q", len(symbols))
+    marks = pad(struct.pack(f"<{len(markers)}I", *markers))
+    sequences = pad(bytes(3 * len(symbols)))
+    packed_tokens = pad(table) + pad(struct.pack("<256H", *index))
+    if order == "after":
+        return count + pad(names) + marks + packed_tokens + addresses + sequences
+    return addresses + count + pad(names) + marks + (sequences if order == "sequences" else b"") + packed_tokens
+
+
+def some(n: int, *, percpu: bool = True) -> list[tuple[int, str, str]]:
+    fixed = [(0x40 * i, "A", f"per_cpu_{i}") for i in range(3)] if percpu else []
+    return fixed + [(BASE + 0x10 * i, "tTdD"[i % 4], f"very_long_word_{i}" * (1 + i % 9)) for i in range(n)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("percpu", [True, False], ids=["percpu", "relative"])
+@pytest.mark.parametrize("n", [100, 250, 256, 1500])
+def test_kallsyms_are_found_in_every_order(order: str, percpu: bool, n: int) -> None:
+    symbols = some(n, percpu=percpu)
+    around = b"0\0" + b"1\0" * 4 + b"\xff" * 14  # looks like tokens for a moment
+    assert kallsyms.parse(pad(around) + tables(symbols, order, percpu=percpu) + b"\x90" * 100) == symbols
+
+
+@given(st.integers(0, 2**32), st.sampled_from(ORDERS), st.binary(min_size=1, max_size=16))
+@settings(max_examples=examples(60), deadline=None)
+def test_damaged_kallsyms_are_none_or_whole_names(at: int, order: str, junk: bytes) -> None:
+    image = bytearray(tables(some(300), order))
+    at %= len(image)
+    image[at : at + len(junk)] = junk
+    found = kallsyms.parse(bytes(image))
+    assert found is None or all(isinstance(name, str) for _, _, name in found)
+
+
+def test_cut_off_kallsyms_are_none() -> None:
+    image = tables(some(300), "before")
+    assert kallsyms.parse(image[: len(image) // 2]) is None
+    assert kallsyms.parse(image[-2000:]) is None
+    assert kallsyms.parse(b"") is None
+
+
+def test_a_name_is_its_symbol_and_how_far() -> None:
+    symbols = Symbols([(0x1000, 0x20, "first"), (0x1000, 0, ".Llabel"), (0x1100, 0, "last")], "here")
+    assert symbols.name(0x1000) == "first"
+    assert symbols.name(0x101F) == "first+0x1f"
+    assert symbols.name(0xFFF) is None
+    assert symbols.name(0x1100 + 0x10) == "last+0x10"
+    assert symbols.name(0x1100 + 0x1000) is None
+    assert symbols.address("last") == 0x1100
+    assert symbols.address("nobody") is None
+
+
+def test_a_system_map_is_read_and_another_file_is_refused(tmp_path: Path) -> None:
+    good = tmp_path / "System.map"
+    good.write_text("ffffffff81000000 T _text\nffffffff81000100 t start_it\n")
+    assert Symbols.open(str(good)).name(BASE + 0x110) == "start_it+0x10"
+    bad = tmp_path / "notes.txt"
+    bad.write_text("nothing of the kind\n")
+    with pytest.raises(ConfigError, match=r"neither an ELF file nor a System\.map"):
+        Symbols.open(str(bad))
+    with pytest.raises(ConfigError, match="cannot read symbols"):
+        Symbols.open(str(tmp_path / "missing"))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if which("gcc") is None:
+        pytest.skip("there is no gcc")
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "p.c").write_text(
+        "int twice(int n)\n{\n    return 2 * n;\n}\nint main(void)\n{\n    return twice(1);\n}\n"
+    )
+    subprocess.run(
+        ["gcc", "-g", "-O0", "-no-pie", "-Wl,--build-id=sha1", "-o", "p", "p.c"], cwd=folder, check=True, timeout=60
+    )
+    return folder / "p"
+
+
+class Flat:
+    """Linear memory that is one run of bytes."""
+
+    def __init__(self, start: int, data: bytes) -> None:
+        self.start, self.data = start, data
+
+    def read(self, address: int, size: int) -> bytes:
+        if not self.start <= address <= self.start + len(self.data) - size:
+            raise IndexError(address)
+        return self.data[address - self.start : address - self.start + size]
+
+
+def test_lines_and_build_id_come_from_the_elf_file(program: Path) -> None:
+    symbols = Symbols.open(str(program))
+    twice = symbols.address("twice")
+    assert twice is not None
+    assert symbols.name(twice + 4) == "twice+0x4"
+    where = symbols.line(twice + 4)
+    assert where is not None and where[0].endswith("p.c") and where[1] in (2, 3)
+    assert symbols.line(0x10) is None
+    assert len(symbols.build_id) == 20
+
+
+def test_another_kernels_symbols_are_told_by_their_build_id(program: Path) -> None:
+    symbols = Symbols.open(str(program))
+    assert symbols.notes is not None
+    address, notes = symbols.notes
+    assert symbols.mismatch(Flat(address, notes)) is None
+    other = notes.replace(symbols.build_id, bytes(20))
+    assert symbols.build_id.hex() in (symbols.mismatch(Flat(address, other)) or "")
+    assert symbols.mismatch(Flat(0, b"")) is None
