@@ -186,11 +186,13 @@ static const struct vmm_end_ops stream_ops = {
 
 int vmm_stream_end_create(int fd, bool header, struct vmm_end **out)
 {
-    struct stream *stream = calloc(1, sizeof(*stream));
+    struct stream *stream = malloc(sizeof(*stream)); /* its buffers are written before they are read */
     if (!stream)
         return vmm_error_set(-ENOMEM, "allocating a stream end");
     stream->end = (struct vmm_end){.ops = &stream_ops, .n_channels = 1, .fd = {fd}};
     stream->prefix_size = header ? PREFIX_MAX : 4;
+    stream->rest_at = stream->rest_size = 0;
+    stream->at = stream->filled = 0;
     *out = &stream->end;
     return 0;
 }

@@ -5,10 +5,16 @@
 #include "net/offload.h"
 #include "virtio/net.h"
 
+#include <arpa/inet.h>
 #include <endian.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
 
@@ -928,6 +934,70 @@ static void two_machines_exchange_frames_both_ways(uint32_t ring_features)
     teardown(&b[1]);
 }
 
+/* ---- a tap, in a network namespace of our own ---- */
+
+static bool open_tap(int fds[2])
+{
+    if (unshare(CLONE_NEWNET) < 0)
+        return false;
+    struct ifreq request = {.ifr_name = "vmmtest"};
+    for (int i = 0; i < 2; i++) {
+        request.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE;
+        fds[i] = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
+        if (fds[i] < 0 || ioctl(fds[i], TUNSETIFF, &request) < 0)
+            return false;
+    }
+    const int control = socket(AF_INET, SOCK_DGRAM, 0);
+    struct sockaddr_in *address = (struct sockaddr_in *)&request.ifr_addr;
+    *address = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(0x0a000001)};
+    CHECK(ioctl(control, SIOCSIFADDR, &request) == 0);
+    request.ifr_flags = IFF_UP;
+    CHECK(ioctl(control, SIOCSIFFLAGS, &request) == 0);
+    close(control);
+    return true;
+}
+
+/* The host's stack answers what the guest asks; a send while the interface is down is lost, and no more. */
+static void the_host_answers_on_a_tap(void)
+{
+    int fds[2];
+    if (!open_tap(fds)) {
+        fprintf(stderr, "a tap needs CAP_SYS_ADMIN, CAP_NET_ADMIN and /dev/net/tun: not tried\n");
+        return;
+    }
+    static const uint8_t ask[42] = "\xff\xff\xff\xff\xff\xff\2\0\0\0\0\1\x08\x06\0\1\x08\0\6\4\0\1"
+                                   "\2\0\0\0\0\1\x0a\0\0\2\0\0\0\0\0\0\x0a\0\0\1";
+    struct bench b;
+    setup_with(&b, 0, PLAIN | ALL_OFFLOADS, linked);
+    CHECK_EQUAL(vmm_net_attach_tap(b.net, fds, 2), 0);
+    for (unsigned i = 0; i < SLOTS; i++)
+        offer_buffer(&b, i, 2000);
+    ring_bell(&b, RX);
+    offer_frame(&b, 0, (struct vmm_net_header){0}, ask, sizeof(ask));
+    ring_bell(&b, TX);
+    const uint8_t *answer;
+    do { /* the host says other things too: IPv6 router solicitations and the like */
+        int id;
+        collect(&b, RX, &id);
+        answer = (uint8_t *)machine_at(b.vm, slot(RX, (unsigned)id), 2000) + 12;
+    } while (memcmp(answer + 12, "\x08\x06\0\1\x08\0\6\4\0\2", 10));
+    CHECK(!memcmp(answer + 28, "\x0a\0\0\1\2\0\0\0\0\1\x0a\0\0\2", 14));
+
+    const int control = socket(AF_INET, SOCK_DGRAM, 0);
+    struct ifreq request = {.ifr_name = "vmmtest"};
+    CHECK(ioctl(control, SIOCGIFFLAGS, &request) == 0);
+    request.ifr_flags &= ~IFF_UP;
+    CHECK(ioctl(control, SIOCSIFFLAGS, &request) == 0);
+    close(control);
+    int id;
+    collect(&b, TX, &id);
+    offer_frame(&b, 1, (struct vmm_net_header){0}, ask, sizeof(ask));
+    ring_bell(&b, TX);
+    collect(&b, TX, &id);
+    CHECK_EQUAL(vmm_net_link(b.net), 1);
+    teardown(&b);
+}
+
 int main(void)
 {
     static const uint32_t rings[] = {0, VMM_QUEUE_EVENT_IDX, VMM_QUEUE_PACKED,
@@ -966,5 +1036,6 @@ int main(void)
     a_command_of_a_feature_that_was_not_agreed_is_refused();
     frames_beyond_the_limit_wait(false);
     frames_beyond_the_limit_wait(true);
+    the_host_answers_on_a_tap();
     return 0;
 }

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from vmm.linux.kernel import SmallKernel
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
+
+LOST = "virtio-net0: its host end is gone (Connection reset by peer); the link is down"
 
 # What busybox' udhcpc calls with what it was given.
 LEASE = """#!/bin/sh
@@ -84,17 +86,19 @@ wget -q -O - http://10.0.2.2:{port}/data | sha256sum
 def test_two_guests_ping_each_other_and_send_a_file_over_a_socket_link(
     small_kernel: SmallKernel, tmp_path: Path
 ) -> None:
-    sender = """
+    server = """
 ip link set eth0 up; ip addr add 10.1.1.1/24 dev eth0
-until ping -c 1 -W 2 10.1.1.2; do :; done
-dd if=/dev/urandom of=/data bs=1000 count=500 2>/dev/null
-echo sent: $(sha256sum < /data)
-until nc 10.1.1.2 9999 < /data; do sleep 1; done
-ping -c 1 -W 1 10.1.1.2 >/dev/null; :
+mkdir /www; dd if=/dev/urandom of=/www/data bs=1000 count=300 2>/dev/null
+echo served: $(sha256sum < /www/data)
+httpd -h /www
+until ping -c 1 -W 1 10.1.1.2; do :; done
+while ping -c 1 -W 5 10.1.1.2 >/dev/null; do sleep 1; done
+echo carrier: $(cat /sys/class/net/eth0/carrier)
 """
-    receiver = """
+    client = """
 ip link set eth0 up; ip addr add 10.1.1.2/24 dev eth0
-echo got: $(nc -l -p 9999 | sha256sum)
+until wget -q -O /data http://10.1.1.1/data; do sleep 1; done
+echo fetched: $(sha256sum < /data)
 """
     path = os.fspath(tmp_path / "link")
     machines = [
@@ -104,19 +108,23 @@ echo got: $(nc -l -p 9999 | sha256sum)
             memory="128M",
             nets=[f"socket={path}"],
         )
-        for program in (receiver, sender)
+        for program in (server, client)
     ]
     try:
         for machine in machines:
             machine.start()
-        outcomes = [machine.wait(timeout=300) for machine in machines]
-        printed = [printed_by(machine) for machine in machines]
+        done = machines[1].wait(timeout=400)
+        fetched = printed_by(machines[1])
+        machines[1].close()
+        outcomes = [machines[0].wait(timeout=60), done]
+        printed = [printed_by(machines[0]), fetched]
         assert [outcome.reason for outcome in outcomes] == ["power-off"] * 2, printed[0][-1500:] + printed[1][-1500:]
-        sent = printed[1].split("sent: ")[1].split()[0]
-        assert f"got: {sent}" in printed[0]
-        assert "1 packets received" in printed[1]
-        # One of them lost the other when that powered off, and said so.
-        assert all("the link is down" in text for machine in machines for text in machine.messages)
+        digest = printed[0].split("served: ")[1].split()[0]
+        assert f"fetched: {digest}" in printed[1]
+        assert "1 packets received" in printed[0]
+        # The client powered off first, and its network with it.
+        assert "carrier: 0" in printed[0]
+        assert machines[0].messages == [LOST]
     finally:
         for machine in machines:
             machine.close()
