@@ -1,0 +1,220 @@
+"""virtio-blk in a machine, seen by its driver: requests against a model, files that change, limits."""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from effort import examples
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from overlay_reader import flattened
+
+from vmm import Machine
+from vmm.devices.virtio.blk import Blk
+from vmm.errors import ConfigError
+from vmm.parts import Disk
+from vmm.testing.ring import VirtioDriver
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = b"\0", b"\1", b"\2"
+KIB = 1024
+SIZE = 256 * KIB
+CAPACITY = SIZE // 512
+
+
+class Guest:
+    """A machine with one disk and the driver of it."""
+
+    def __init__(self, path: Path, **fields: object) -> None:
+        self.machine = Machine(memory="64M", rng=False, disks=[Disk(str(path), **fields)])
+        blk = self.machine.virtio[0]
+        assert isinstance(blk, Blk)
+        self.blk = blk
+        self.driver = VirtioDriver.of(self.machine, blk)
+        self.driver.start()
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.machine.close()
+
+    def ask(self, kind: int, sector: int = 0, data: bytes = b"", room: int = 0, queue: int = 0) -> tuple[bytes, bytes]:
+        """A request's status and what was read."""
+        header = struct.pack("<IIQ", kind, 0, sector)
+        answer = self.driver.request(queue, [header, data] if data else [header], [room, 1] if room else [1])
+        return answer.data[-1:], answer.data[:-1]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(n * 7 & 0xFF for n in range(4096)) * (SIZE // 4096))
+    return path
+
+
+REQUEST = st.tuples(
+    st.sampled_from([IN, OUT, OUT, WRITE_ZEROES, FLUSH]),
+    st.one_of(st.integers(0, CAPACITY + 2), st.sampled_from([CAPACITY - 1, (1 << 64) - 1, (1 << 55)])),
+    st.integers(0, 24),
+    st.integers(0, 255),
+)
+
+
+@pytest.mark.parametrize("fields", [{}, {"overlay": "top.ovl"}, {"overlay": "top.ovl", "cache": "none"}], ids=str)
+def test_any_history_of_requests_reads_as_the_model_does(
+    image: Path, tmp_path: Path, fields: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    if "overlay" in fields:
+        fields = {**fields, "overlay": str(tmp_path / fields["overlay"])}
+    base, model = image.read_bytes(), bytearray(image.read_bytes())
+    with Guest(image, **fields) as guest:
+
+        @settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
+        @given(st.lists(REQUEST, max_size=12))
+        def history(requests: list[tuple[int, int, int, int]]) -> None:
+            for kind, sector, count, byte in requests:
+                at, size = sector * 512, count * 512
+                inside = at + size <= SIZE
+                if kind == FLUSH:
+                    assert guest.ask(FLUSH, sector)[0] == OK
+                elif kind == IN:
+                    status, data = guest.ask(IN, sector, room=size)
+                    assert status == (OK if inside else IOERR)
+                    assert not inside or data == model[at : at + size]
+                else:
+                    ranges = struct.pack("<QII", sector, count, byte & 1)
+                    status, _ = guest.ask(kind, sector, bytes([byte]) * size if kind == OUT else ranges)
+                    assert status == (OK if inside else IOERR)
+                    if inside:
+                        model[at : at + size] = bytes([byte if kind == OUT else 0]) * size
+
+        history()
+        assert guest.ask(FLUSH)[0] == OK
+        on_disk = flattened(image, tmp_path / "top.ovl") if fields else image.read_bytes()
+        assert on_disk == model
+        assert guest.machine.messages == []
+    assert not fields or image.read_bytes() == base
+
+
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
+@given(header=st.binary(min_size=16, max_size=16), data=st.binary(max_size=600), room=st.integers(0, 600))
+def test_any_header_gets_a_status_of_the_specification(shared: Guest, header: bytes, data: bytes, room: int) -> None:
+    answer = shared.driver.request(0, [header, data] if data else [header], [room, 1] if room else [1])
+    assert answer.data[-1] in (0, 1, 2) and answer.written <= room + 1
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> object:
+    path = tmp_path_factory.mktemp("shared") / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    with Guest(path) as guest:
+        yield guest
+
+
+def test_an_overlay_is_there_again_in_the_next_machine(image: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.ovl"
+    for n in range(3):
+        with Guest(image, overlay=str(top)) as guest:
+            for earlier in range(n):
+                assert guest.ask(IN, earlier * 9, room=512)[1] == bytes([earlier + 1]) * 512
+            assert guest.ask(OUT, n * 9, bytes([n + 1]) * 512)[0] == OK  # and no flush: closing records it
+
+
+def test_two_machines_do_not_write_one_image(image: Path, tmp_path: Path) -> None:
+    with Guest(image):
+        with pytest.raises(ConfigError, match="is in use by another machine"):
+            Guest(image)
+        with pytest.raises(ConfigError, match="is being written by another machine"):
+            Guest(image, readonly=True)
+    with Guest(image, readonly=True), Guest(image, readonly=True), Guest(image, overlay=str(tmp_path / "top.ovl")):
+        pass
+
+
+def test_a_disk_is_resized_while_it_is_used(image: Path) -> None:
+    with Guest(image) as guest:
+        assert guest.ask(IN, CAPACITY, room=512)[0] == IOERR
+        assert guest.blk.resize(2 * SIZE) == 2 * SIZE
+        assert guest.driver.transport.interrupts() & 2
+        assert guest.blk.config(0, 8) == (2 * CAPACITY).to_bytes(8, "little")
+        assert guest.ask(IN, CAPACITY, room=512) == (OK, bytes(512))
+        assert image.stat().st_size == 2 * SIZE
+        with pytest.raises(ConfigError, match="not whole sectors of 512"):
+            guest.blk.resize(1000)
+        with image.open("r+b") as file:
+            file.truncate(SIZE // 2)
+        assert guest.ask(IN, CAPACITY - 1, room=512)[0] == IOERR  # nobody said so yet: the host's error
+        assert guest.blk.resize() == SIZE // 2
+        assert [("the file ends before it" in text) for text in guest.machine.messages] == [True]
+
+
+def test_an_overlay_grows_while_it_is_used(image: Path, tmp_path: Path) -> None:
+    top = str(tmp_path / "top.ovl")
+    with Guest(image, overlay=top) as guest:
+        guest.blk.resize(SIZE + 4096)
+        assert guest.ask(OUT, CAPACITY + 1, b"z" * 512)[0] == OK
+        with pytest.raises(ConfigError, match="cannot shrink"):
+            guest.blk.resize(SIZE)
+        with pytest.raises(ConfigError, match="which size"):
+            guest.blk.resize()
+    with Guest(image, overlay=top) as guest:
+        assert guest.blk.size == SIZE + 4096
+        assert guest.ask(IN, CAPACITY, room=1024) == (OK, bytes(512) + b"z" * 512)
+
+
+def test_a_file_that_vanishes_serves_on(image: Path) -> None:
+    with Guest(image) as guest:
+        image.unlink()
+        assert guest.ask(OUT, 1, b"x" * 512)[0] == OK
+        assert guest.ask(IN, 1, room=512) == (OK, b"x" * 512)
+
+
+def test_the_serial_is_what_was_given(image: Path) -> None:
+    with Guest(image, serial="root-0123456789-abcd") as guest:
+        assert guest.ask(GET_ID, room=20) == (OK, b"root-0123456789-abcd")
+        assert guest.ask(GET_ID, room=7)[1] == b"root-01"
+
+
+def test_queues_count_for_themselves(image: Path) -> None:
+    with Guest(image, queues=3) as guest:
+        assert guest.blk.config(34, 2) == b"\3\0"
+        assert guest.ask(OUT, 0, bytes(1024), queue=2)[0] == OK
+        assert guest.ask(IN, 0, room=512, queue=1)[0] == OK
+        assert guest.ask(FLUSH)[0] == OK
+        assert guest.ask(99)[0] == UNSUPP
+        statistics = guest.blk.statistics()
+        assert [(q["reads"], q["writes"], q["flushes"]) for q in statistics["queues"]] == [
+            (0, 0, 1),
+            (1, 0, 0),
+            (0, 1, 0),
+        ]
+        assert (statistics["bytes_read"], statistics["bytes_written"], statistics["unsupported"]) == (512, 1024, 1)
+
+
+def test_bytes_a_second_are_limited(image: Path) -> None:
+    with Guest(image, bps=str(100 * KIB)) as guest:
+        began = time.monotonic()
+        for _ in range(15):  # 120 KiB: a second's worth at once, 20 KiB later than that
+            assert guest.ask(IN, 0, room=8 * KIB)[0] == OK
+        assert time.monotonic() - began > 0.1
+        assert guest.blk.statistics()["throttled"] > 0
+
+
+def test_the_state_is_what_the_driver_set(image: Path) -> None:
+    with Guest(image) as guest:
+        assert guest.blk.save() == {"version": 1, "size": SIZE, "writeback": 1}
+        guest.driver.transport.set_config(32, b"\0")
+        state = guest.blk.save()
+        assert state["writeback"] == 0
+    with Guest(image) as guest:
+        guest.blk.load(state)
+        assert guest.blk.save() == state
+        for wrong in ({**state, "size": SIZE * 2}, {**state, "writeback": 2}, {"version": 2}):
+            with pytest.raises(ValueError, match="virtio-blk0"):
+                guest.blk.load(wrong)
