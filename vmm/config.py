@@ -87,6 +87,7 @@ FIELDS: dict[str, Field] = {
     "balloon": Field(read_flag, False, "let the host take memory back from the guest (virtio-balloon)"),
     "console_device": Field(read_one_of(*CONSOLE_DEVICES), "uart", "what the console is to the guest: uart, virtio"),
     "virtio": Field(read_one_of(*TRANSPORTS), "mmio", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
+    "symbols": Field(read_path, None, "names of the guest's functions: a vmlinux that is not stripped, or System.map"),
     "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
 }
 
@@ -121,6 +122,7 @@ class MachineConfig:
     balloon: bool
     console_device: str
     virtio: str
+    symbols: str | None
     reboot: bool
 
     def __init__(self, **fields: Any) -> None:
@@ -168,8 +170,9 @@ def read_file(path: PathLike) -> Mapping[str, Any]:
         if field not in FIELDS:
             raise ConfigError(f"{name}: a machine has no field {field!r}: it has {', '.join(FIELDS)}")
     folder = os.path.dirname(os.path.abspath(name))
-    if isinstance(fields.get("kernel"), str):
-        fields["kernel"] = os.path.join(folder, fields["kernel"])
+    for field in ("kernel", "symbols"):
+        if isinstance(fields.get(field), str):
+            fields[field] = os.path.join(folder, fields[field])
     if "initrd" in fields:
         fields["initrd"] = [os.path.join(folder, part) for part in read_paths(fields["initrd"])]
     for field, read in parts.READERS.items():

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from vmm.devices.device import Device
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.observe.stack import Frame
+    from vmm.observe.symbols import Symbols
 
 KVM_PATH = "/dev/kvm"
 IRQCHIP, PIT = 1, 2
@@ -68,6 +70,7 @@ class Machine:
         self.messages: list[str] = []
         self.on_message: Callable[[str], object] | None = None
         self.entry: Entry | None = None
+        self._symbols: Symbols | None = None
         self.outcome: Outcome | None = None
         self.notes: list[str] = []
         self._kvm_path = kvm
@@ -205,6 +208,35 @@ class Machine:
         vm = self._vm
         stop = lib.vmm_vm_stop
         return lambda code=0: stop(vm, reason, code)
+
+    # ---- looking ----
+
+    @property
+    def symbols(self) -> Symbols:
+        """The guest's names: of the configured file, of the image, or of the running kernel's own tables.
+
+        Found once they are there; a file of another kernel than the one that runs is said in :attr:`messages`.
+        Raises :class:`~vmm.errors.ConfigError` where the configured file cannot be used.
+        """
+        from vmm.observe.symbols import Symbols
+
+        if self._symbols is None or not self._symbols:
+            path = self.config.symbols or (self.entry.symbols if self.entry else None)
+            found = (
+                Symbols.open(path) if path and path == self.config.symbols else Symbols.of_elf(path) if path else None
+            )
+            if not found and self.kind in LINUX_KINDS:
+                found = Symbols.of_kernel(self.memory)
+            self._symbols = found or Symbols([], "nowhere")
+            if self.vcpus and not self.running and (other := self._symbols.mismatch(self.vcpus[0].memory)):
+                self._message(other)
+        return self._symbols
+
+    def stack(self, vcpu: int = 0) -> list[Frame]:
+        """The call stack of a vCPU that does not run (paused or ended), innermost frame first; 64-bit guests."""
+        from vmm.observe import stack
+
+        return stack.walk(self.vcpus[vcpu].registers(), self.vcpus[vcpu].memory, self.symbols)
 
     # ---- running ----
 

@@ -48,6 +48,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--balloon": ("balloon", {"action": "store_true"}),
     "--console-device": ("console_device", {"metavar": "KIND"}),
     "--virtio": ("virtio", {"metavar": "TRANSPORT"}),
+    "--symbols": ("symbols", {"metavar": "FILE"}),
     "--huge-pages": ("huge_pages", {"action": "store_true"}),
     "--reboot": ("reboot", {"action": "store_true"}),
 }

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmm.outcome import Outcome
 
 EXITS_SHOWN = 8
+FRAMES_SHOWN = 10
 CONSOLE_LINES = 8
 
 
@@ -55,6 +56,11 @@ def report(machine: Machine, outcome: Outcome) -> str:
     lines.append(f"  cs {r['cs']:#x}  ss {r['ss']:#x}  idt {r['idt_base']:#x}/{r['idt_limit']:#x}  efer {r['efer']:#x}")
     lines.append("code:")
     lines += [f"  {line}" for line in disassemble(outcome.instruction, linear, outcome.bits, 4)]
+    frames = machine.stack(outcome.vcpu or 0)[1:] if outcome.bits == 64 else []
+    if frames:
+        lines.append("called from:")
+        lines += [f"  {frame}" for frame in frames[:FRAMES_SHOWN]]
+        lines += ["  ..."] if len(frames) > FRAMES_SHOWN else []
     if outcome.last_exits:
         lines.append("last exits:")
         shown = folded([describe_exit(machine, event) for event in outcome.last_exits])
@@ -67,10 +73,8 @@ def report(machine: Machine, outcome: Outcome) -> str:
 
 
 def _symbol(machine: Machine, rip: int) -> str:
-    path = machine.entry.symbols if machine.entry else None
-    if not path:
+    name = machine.symbols.name(rip)
+    if not name:
         return ""
-    from vmm.observe.symbols import Symbols
-
-    name = Symbols.of_elf(path).name(rip)
-    return f" <{name}>" if name else ""
+    where = machine.symbols.line(rip)
+    return f" <{name}>" + (f" {where[0]}:{where[1]}" if where else "")
