@@ -265,25 +265,26 @@ static void transmit(struct vmm_net *net, unsigned pair)
     struct vmm_virtqueue *q = transmit_queue(net, pair);
     /* With a limit frames go one by one: what a batch took more would be a burst. */
     const unsigned most = vmm_limiter_limits(&net->limit_out) ? 1 : BATCH;
-    unsigned frames = 0;
+    unsigned work = 0; /* chains, and looks at the ring: a guest may take back what it offered, for ever */
     bool limited = false;
     if (!usable(net, q) || full(net, pair))
         return;
     do {
+        work++;
         vmm_queue_suppress(&q->ring);
-        while (frames < TURN_FRAMES && !full(net, pair)) {
+        while (work < TURN_FRAMES && !full(net, pair)) {
             limited = !vmm_limiter_open(&net->limit_out);
             if (limited || !collect(net, pair, most))
                 break;
-            frames += send_batch(net, pair);
+            work += send_batch(net, pair);
         }
         if (!net->virtio.running)
             return;
         vmm_virtio_publish(&net->virtio, q->index);
-    } while (!limited && !full(net, pair) && frames < TURN_FRAMES && vmm_queue_arm(&q->ring));
+    } while (!limited && !full(net, pair) && work < TURN_FRAMES && vmm_queue_arm(&q->ring));
     if (net->end)
         watch(&net->channels[pair % net->end->n_channels]);
-    if (frames >= TURN_FRAMES && !full(net, pair))
+    if (work >= TURN_FRAMES && !full(net, pair))
         vmm_virtqueue_ring(q);
 }
 
@@ -309,13 +310,12 @@ static enum outcome take_buffers(struct vmm_net *net, struct vmm_virtqueue *q, u
         }
         struct vmm_chain *chain = &net->chains[*n];
         /* Arm while the ring is empty: with buffers in it, that are too few, the driver's next would not ring. */
-        while (!vmm_virtio_pop(&net->virtio, q->index, chain)) {
+        if (!vmm_virtio_pop(&net->virtio, q->index, chain) &&
+            (!vmm_queue_arm(&q->ring) || !vmm_virtio_pop(&net->virtio, q->index, chain))) {
             if (!net->virtio.running)
                 return DROPPED;
-            if (!vmm_queue_arm(&q->ring)) {
-                vmm_queue_rewind(&q->ring, mark);
-                return STARVED;
-            }
+            vmm_queue_rewind(&q->ring, mark);
+            return STARVED;
         }
         if (chain->in_size < HEADER) {
             vmm_virtio_broken(&net->virtio, "a receive buffer of %u bytes, a header alone has %u",
