@@ -135,7 +135,8 @@ static uint32_t inflate(void *opaque, unsigned queue, struct vmm_chain *chain)
 {
     struct vmm_balloon *balloon = opaque;
     uint32_t numbers[256];
-    const uint64_t size = chain->out_size & ~3ull; /* a last number that is cut off is none */
+    /* Where no whole number begins any more; a loaded position may be odd, and four bytes from it must be there. */
+    const uint64_t size = chain->out_size > 3 ? chain->out_size - 3 : 0;
     uint64_t *at = &balloon->progress[queue];
     while (*at < size && balloon->turn_numbers > 0) {
         size_t n = sizeof numbers / 4 < balloon->turn_numbers ? sizeof numbers / 4 : balloon->turn_numbers;
