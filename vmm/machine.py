@@ -189,7 +189,11 @@ class Machine:
             raise StateError(f"{device.name} comes too late: add devices before the image is loaded")
         device.connect(self._open_vm(), self._callback_failed)
         self.virtio.append(device)
-        add_virtio(self, device)
+        try:
+            add_virtio(self, device)
+        except BaseException:
+            self.on_close(device.destroy)  # no transport will
+            raise
         return device
 
     def load(self) -> Entry:

@@ -110,6 +110,9 @@ class Part:
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a {self.kind} does not change: make another one")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, (type(self), self.as_dict())
+
     def as_dict(self) -> dict[str, Any]:
         """All fields by name."""
         return dict(self._values)
@@ -136,7 +139,8 @@ class Part:
         for option in options:
             name, equals, value = option.partition("=")
             if not equals and name in _FLAGS:
-                name, given[_FLAGS[name][0]] = _FLAGS[name][0], _FLAGS[name][1]
+                field, value_of_flag = _FLAGS[name]
+                given[field] = value_of_flag
             elif not equals:
                 raise ConfigError(f"{option!r} in {cls.kind} {text!r} means nothing: write it as name=value")
             elif isinstance(cls.fields.get(name, _NONE).default, tuple):
@@ -154,6 +158,10 @@ class Part:
         """With paths relative to ``folder``."""
         paths = {n: os.path.join(folder, v) for n, v in self._values.items() if n in _PATHS and v}
         return self.with_(**paths)
+
+
+def _make(kind: type[Part], fields: dict[str, Any]) -> Part:
+    return kind(**fields)
 
 
 _NONE = Field(read_text, None, "")

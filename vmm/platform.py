@@ -11,6 +11,7 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from vmm.boot import Entry
     from vmm.boot.acpi import Tables
+    from vmm.console import Console
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.machine import Machine
@@ -34,7 +35,7 @@ def create_devices(machine: Machine) -> None:
     from vmm.devices.pvpanic import Pvpanic
     from vmm.devices.rtc import Rtc
 
-    uart = NativeUart(machine.line(layout.GSI_COM1), machine.console)
+    uart = NativeUart(machine.line(layout.GSI_COM1), _uart_console(machine))
     machine.on_close(uart.destroy)
     machine.attach(uart, port=layout.COM1, size=8)
     i8042 = I8042(machine.stop_callback(_RESET))
@@ -57,6 +58,17 @@ def create_devices(machine: Machine) -> None:
     _add_configured(machine)
 
 
+def _uart_console(machine: Machine) -> Console:
+    """A console has one device: where that is virtio's, the UART talks to one that nobody reads."""
+    if machine.config.console_device == "uart":
+        return machine.console
+    from vmm.console import Console
+
+    unread = Console()
+    machine.on_close(unread.destroy)
+    return unread
+
+
 def _add_configured(machine: Machine) -> None:
     """The virtio devices the configuration asks for, disks first: their order is their names' in the guest."""
     config, vm = machine.config, machine.native
@@ -64,10 +76,6 @@ def _add_configured(machine: Machine) -> None:
         from vmm.devices.virtio.blk import Blk
 
         machine.add(Blk(vm, index, **disk.as_dict()))
-    if config.rng:
-        from vmm.devices.virtio.rng import Rng
-
-        machine.add(Rng(vm))
     for index, net in enumerate(config.nets):
         from vmm.devices.virtio.net import Net
         from vmm.net import end_of
@@ -78,6 +86,22 @@ def _add_configured(machine: Machine) -> None:
         from vmm.devices.virtio.fs import Fs
 
         machine.add(Fs(vm, index, share.directory, share.tag, readonly=share.readonly))
+    if config.vsock is not None:
+        from vmm.devices.virtio.vsock import Vsock
+
+        machine.add(Vsock(vm, **config.vsock.as_dict()))
+    if config.balloon:
+        from vmm.devices.virtio.balloon import Balloon
+
+        machine.add(Balloon(vm))
+    if config.console_device == "virtio":
+        from vmm.devices.virtio.console import VirtioConsole
+
+        machine.add(VirtioConsole(vm, 0, machine.console))
+    if config.rng:
+        from vmm.devices.virtio.rng import Rng
+
+        machine.add(Rng(vm))
 
 
 def add_virtio(machine: Machine, device: VirtioDevice) -> None:
@@ -198,7 +222,8 @@ def command_line(machine: Machine, tables: Tables) -> str:
     if machine.kind not in LINUX_KINDS:
         return given
     words = given.split()
-    added = [] if any(word.startswith("console=") for word in words) else ["console=ttyS0"]
+    tty = "ttyS0" if machine.config.console_device == "uart" else "hvc0"
+    added = [] if any(word.startswith("console=") for word in words) else [f"console={tty}"]
     # A panic is over at once: the machine ends with it instead of looping for ever.
     added += [] if any(word.startswith("panic=") for word in words) else ["panic=-1"]
     if machine.merge_ticks:

@@ -1,0 +1,68 @@
+"""What a configuration asks for is in the machine, on either transport, in the order the guest names it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmm import ConfigError, Machine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_every_part_becomes_its_device(tmp_path: Path, transport: str) -> None:
+    for name in ("a.img", "b.img"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    with Machine(
+        memory="32M",
+        virtio=transport,
+        disks=[f"{tmp_path}/a.img", f"{tmp_path}/b.img,ro"],
+        nets=f"socket={tmp_path}/link",
+        vsock=f"{tmp_path}/vsock,cid=7",
+        balloon=True,
+        console_device="virtio",
+    ) as machine:
+        names = [device.name for device in machine.virtio]
+        assert names == [
+            "virtio-blk0", "virtio-blk1", "virtio-net0", "virtio-vsock0", "virtio-balloon0", "virtio-console0",
+            "virtio-rng0",
+        ]  # fmt: skip
+        assert [device.name for device in machine.devices][-len(names) :] == names
+        assert (tmp_path / "vsock").is_socket()
+    assert not (tmp_path / "vsock").exists()
+
+
+def test_devices_that_are_not_asked_for_are_not_there() -> None:
+    with Machine(memory="16M", rng=False) as machine:
+        assert machine.virtio == []
+        assert (machine.pci is None) == (machine.config.virtio == "mmio")
+
+
+def test_linux_is_told_of_the_console_it_has(tmp_path: Path) -> None:
+    from vmm.boot.acpi import Tables
+    from vmm.platform import command_line
+
+    for device, tty in (("uart", "ttyS0"), ("virtio", "hvc0")):
+        with Machine(memory="16M", console_device=device, rng=False) as machine:
+            machine.kind = "bzimage"
+            assert f"console={tty}" in command_line(machine, Tables()).split()
+
+
+def test_a_disk_that_is_not_there_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        Machine(memory="16M", disks=f"{tmp_path}/nowhere.img")
+
+
+def test_more_devices_than_mmio_has_lines_for_names_the_other_transport(tmp_path: Path) -> None:
+    disks = []
+    for n in range(16):
+        path = tmp_path / f"{n}.img"
+        path.write_bytes(bytes(4096))
+        disks.append(str(path))
+    with pytest.raises(ConfigError, match="use the transport pci"):
+        Machine(memory="16M", disks=disks, virtio="mmio")
+    with Machine(memory="16M", disks=disks, virtio="pci") as machine:
+        assert len(machine.virtio) == 17
