@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vmm.boot import Entry
     from vmm.bus import Attachment
+    from vmm.cpu.debug import Debugger, Point, Stop
     from vmm.devices.device import Device
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
@@ -75,6 +76,7 @@ class Machine:
         self.notes: list[str] = []
         self._kvm_path = kvm
         self._vm: Any = None
+        self._debugger: Debugger | None = None
         self._starters: list[Any] = []
         self._stoppers: list[Any] = []
         self._closers: list[Any] = []
@@ -313,6 +315,38 @@ class Machine:
         """Undo one :meth:`pause`."""
         check(lib.vmm_vm_resume(self._open_vm()))
 
+    # ---- debugging ----
+
+    @property
+    def debug(self) -> Debugger:
+        """The machine's debugger, made on first use (the image is loaded then): see :class:`vmm.cpu.debug.Debugger`."""
+        if self._debugger is None:
+            from vmm.cpu.debug import Debugger
+
+            self._open_vm()
+            self.load()
+            self._debugger = Debugger(
+                self._vm,
+                self.vcpus,
+                self.memory,
+                pause=self.pause,
+                resume=self.resume,
+                failed=self._callback_failed,
+                stop_fd=self.stop_fd,
+                emulated=self.host.emulated,
+            )
+        return self._debugger
+
+    def breakpoint(
+        self, address: int, callback: Callable[[Stop], object] | None = None, *, hardware: bool = False
+    ) -> Point:
+        """Call ``callback(stop)`` before the instruction at linear ``address``: ``debug.breakpoint``."""
+        return self.debug.breakpoint(address, callback, hardware=hardware)
+
+    def watch(self, address: int, size: int = 8, callback: Callable[[Stop], object] | None = None) -> Point:
+        """Call ``callback(stop)`` behind a write to linear ``address``: ``debug.watch``."""
+        return self.debug.watch(address, size, callback)
+
     @property
     def stop_fd(self) -> int:
         """A file descriptor that is readable once the machine has ended."""
@@ -407,6 +441,9 @@ class Machine:
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
             self._end()
+        if self._debugger is not None:
+            self._debugger.close()
+            self._debugger = None
         for device in self.devices:
             device.reset()
         if hasattr(self, "memory"):

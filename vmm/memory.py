@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HUGE_2M = 1
 DIRTY_LOG = 2
+INT3 = 0xCC
 
 
 class GuestMemory:
@@ -26,6 +27,7 @@ class GuestMemory:
         self.regions = list(regions)
         self.memfds: list[int] = []
         self._maps: list[tuple[int, int, memoryview]] = []
+        self.planted: dict[int, int] = {}  # where a debugger put an INT3, and the guest's own byte
         host, memfd = ffi.new("void **"), ffi.new("int *")
         for gpa, size in self.regions:
             try:
@@ -54,12 +56,23 @@ class GuestMemory:
         raise GuestMemoryError(gpa, size)
 
     def read(self, gpa: int, size: int) -> bytes:
-        """A copy of ``size`` bytes at ``gpa``."""
-        return bytes(self.view(gpa, size))
+        """A copy of ``size`` bytes at ``gpa``, without the breakpoints a debugger has planted there."""
+        found = self.view(gpa, size)
+        if not self.planted:
+            return bytes(found)
+        data = bytearray(found)
+        for at, byte in self.planted.items():
+            if gpa <= at < gpa + size:
+                data[at - gpa] = byte
+        return bytes(data)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Store ``data`` at ``gpa``."""
+        """Store ``data`` at ``gpa``. Breakpoints planted there stay."""
         self.view(gpa, len(data))[:] = data
+        for at in self.planted:
+            if gpa <= at < gpa + len(data):
+                self.planted[at] = data[at - gpa]
+                self.view(at, 1)[0] = INT3
 
     def fill(self, gpa: int, size: int, byte: int = 0) -> None:
         """Set ``size`` bytes at ``gpa`` to ``byte``."""

@@ -25,7 +25,7 @@
 #define MSR_CSTAR 0xc0000083u
 #define MSR_SFMASK 0xc0000084u
 
-enum { DR7_G0 = 2, DR7_G1 = 8, DR7_EXACT = 0x700, PF_ERROR_USER = 4 };
+enum { PF_ERROR_USER = 4 };
 
 /* What the processor pushes for an exception in 64-bit mode, below an error code where there is one. */
 struct exception_frame {
@@ -40,23 +40,14 @@ struct gate {
 };
 enum { GATE_INTERRUPT = 14, GATE_TRAP = 15 };
 
-static bool guest_debug(struct compat_vcpu *compat, uint32_t control)
+/* Breakpoints on; or off, for one instruction. */
+static bool arm(struct compat_vcpu *compat, bool on)
 {
-    struct kvm_guest_debug debug = {.control = control};
-    if (control & KVM_GUESTDBG_USE_HW_BP) {
-        debug.arch.debugreg[0] = compat->page_fault_entry;
-        debug.arch.debugreg[1] = compat->undefined_entry;
-        debug.arch.debugreg[7] =
-            DR7_EXACT | (compat->page_fault_entry ? DR7_G0 : 0) | (compat->undefined_entry ? DR7_G1 : 0);
-    }
-    return ioctl(compat->vcpu->fd, KVM_SET_GUEST_DEBUG, &debug) == 0;
-}
-
-static bool arm(struct compat_vcpu *compat)
-{
-    compat->stepping = false;
-    bool any = compat->page_fault_entry || compat->undefined_entry;
-    return guest_debug(compat, any ? KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP : 0);
+    struct vmm_vcpu_debug *debug = &compat->vcpu->debug;
+    debug->reserved[0] = compat->page_fault_entry;
+    debug->reserved[1] = compat->undefined_entry;
+    debug->step_over = !on;
+    return vmm_debug_apply(compat->vcpu) == 0;
 }
 
 /* Supervisor memory read whatever the CPL, as exception delivery reads the IDT. */
@@ -99,11 +90,12 @@ void syscall_repair_refresh(struct compat_vcpu *compat, struct completion *c)
     struct gate page_fault, undefined;
     uint64_t first = read_gate(c, V_PF, &page_fault) ? page_fault.entry : 0;
     uint64_t second = read_gate(c, V_UD, &undefined) ? undefined.entry : 0;
-    if (first == compat->page_fault_entry && second == compat->undefined_entry && !compat->stepping)
+    if (first == compat->page_fault_entry && second == compat->undefined_entry &&
+        !compat->vcpu->debug.step_over)
         return;
     compat->page_fault_entry = first;
     compat->undefined_entry = second;
-    arm(compat);
+    arm(compat, true);
 }
 
 /*
@@ -201,16 +193,15 @@ static bool step_over(struct compat_vcpu *compat, struct completion *c)
     enum outcome outcome = complete(c, bytes, n);
     if (outcome == COMPLETE_DONE)
         return completion_store(compat, c, outcome);
-    compat->stepping = true;
-    return guest_debug(compat, KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP);
+    return arm(compat, false);
 }
 
 int compat_debug(struct vmm_vcpu *vcpu)
 {
     struct compat_vcpu *compat = vcpu->compat;
     struct compat_machine *machine = compat_of(vcpu);
-    if (compat->stepping) /* wherever the step ended, an interrupt's entry included */
-        return arm(compat);
+    if (vcpu->debug.step_over) /* wherever the step ended, an interrupt's entry included */
+        return arm(compat, true);
     uint64_t at = vcpu->run->debug.arch.pc;
     bool page_fault = at == compat->page_fault_entry;
     if (!at || (!page_fault && at != compat->undefined_entry))
@@ -223,6 +214,8 @@ int compat_debug(struct vmm_vcpu *vcpu)
         return completion_store(compat, &c, COMPLETE_JUMPED);
     }
     atomic_fetch_add_explicit(&machine->faults, 1, memory_order_relaxed);
+    if (vmm_debug_wants(vcpu, at))
+        return 0;
     return step_over(compat, &c);
 }
 
@@ -239,6 +232,7 @@ int compat_wrmsr(struct vmm_vcpu *vcpu)
                                            : NULL;
     if (!kept)
         return 0;
+    vcpu->unsettled = true; /* KVM ends the instruction on the next entry */
     run->msr.error = vmm_vcpu_set_msrs(vcpu, &index, &value, 1) != 1; /* refused: #GP, as without us */
     if (run->msr.error)
         return 1;
@@ -264,5 +258,6 @@ int syscall_repair_enable(struct vmm_vm *vm)
         return vmm_error_set(-ENOTSUP, "the SYSCALL repair needs KVM_CAP_X86_USER_SPACE_MSR");
     if (ioctl(vm->fd, KVM_X86_SET_MSR_FILTER, &filter) != 0)
         return vmm_error_set(-ENOTSUP, "the SYSCALL repair needs KVM_CAP_X86_MSR_FILTER");
+    vm->debug.reserved = VMM_DEBUG_RESERVED;
     return 0;
 }

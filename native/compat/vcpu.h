@@ -19,7 +19,6 @@ struct compat_vcpu {
     /* The SYSCALL repair. The MSRs are as the guest wrote them; lstar 0: not yet. */
     uint64_t star, lstar, cstar, sfmask;
     uint64_t page_fault_entry, undefined_entry; /* breakpoints, armed while not 0 */
-    bool stepping;                              /* over such an entry's first instruction */
 };
 
 static inline struct compat_machine *compat_of(struct vmm_vcpu *vcpu)

@@ -8,6 +8,7 @@
 #ifndef VMM_CORE_H
 #define VMM_CORE_H
 
+#include "core/debug.h"
 #include "core/trace.h"
 #include "vmmcore.h"
 
@@ -61,7 +62,7 @@ struct vmm_bus {
 
 /* ---- machine ---- */
 
-enum vmm_request { VMM_REQUEST_STOP = 1, VMM_REQUEST_PAUSE = 2 };
+enum vmm_request { VMM_REQUEST_STOP = 1, VMM_REQUEST_PAUSE = 2, VMM_REQUEST_DEBUG = 4 };
 
 struct vmm_compat_ops {
     int (*vcpu_init)(struct vmm_vcpu *vcpu);
@@ -93,6 +94,7 @@ struct vmm_vm {
 
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;
+    struct vmm_debug debug;
 
     pthread_mutex_t lock;
     pthread_cond_t changed;    /* a vCPU parked, left, or may go on */
@@ -119,6 +121,7 @@ struct vmm_vcpu {
     uint32_t last_range[2]; /* per space: where the last hit was */
     _Atomic uint64_t epoch; /* bus epoch this vCPU reads under; 0: not in the bus */
     void *compat;
+    struct vmm_vcpu_debug debug;
 
     struct vmm_trace_point trace;
     uint64_t exits[VMM_EXIT_REASONS];
@@ -147,5 +150,8 @@ bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t
 
 int vmm_vm_create_chips(struct vmm_vm *vm);
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
+
+/* Have every vCPU look at its requests; under vm->lock. */
+void vmm_vm_kick_locked(struct vmm_vm *vm);
 
 #endif

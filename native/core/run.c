@@ -58,6 +58,12 @@ static void kick_locked(struct vmm_vcpu *vcpu)
         syscall(SYS_tgkill, getpid(), vcpu->thread, kick_signal());
 }
 
+void vmm_vm_kick_locked(struct vmm_vm *vm)
+{
+    for (uint32_t i = 0; i < vm->n_vcpus; i++)
+        kick_locked(vm->vcpus[i]);
+}
+
 void vmm_vcpu_kick(vmm_vcpu *vcpu)
 {
     pthread_mutex_lock(&vcpu->vm->lock);
@@ -75,8 +81,7 @@ static void stop_locked(struct vmm_vm *vm, int reason, uint64_t code, uint32_t v
     vm->stop_code = code;
     vm->stop_vcpu = vcpu_id;
     atomic_fetch_or(&vm->requests, VMM_REQUEST_STOP);
-    for (uint32_t i = 0; i < vm->n_vcpus; i++)
-        kick_locked(vm->vcpus[i]);
+    vmm_vm_kick_locked(vm);
     pthread_cond_broadcast(&vm->changed);
     ssize_t written = write(vm->stop_fd, &(uint64_t){1}, sizeof(uint64_t));
     (void)written; /* only a full counter could refuse, and then it is readable already */
@@ -124,6 +129,7 @@ int vmm_vm_rearm(vmm_vm *vm)
         vm->stop_code = 0;
         vm->stop_vcpu = UINT32_MAX;
         atomic_fetch_and(&vm->requests, ~(uint32_t)VMM_REQUEST_STOP);
+        vmm_debug_rearm(vm);
         uint64_t count;
         ssize_t got = read(vm->stop_fd, &count, sizeof(count));
         (void)got; /* EAGAIN: it was not signalled */
@@ -150,8 +156,7 @@ int vmm_vm_pause(vmm_vm *vm)
     pthread_mutex_lock(&vm->lock);
     vm->pauses++;
     atomic_fetch_or(&vm->requests, VMM_REQUEST_PAUSE);
-    for (uint32_t i = 0; i < vm->n_vcpus; i++)
-        kick_locked(vm->vcpus[i]);
+    vmm_vm_kick_locked(vm);
     while (any_in_state(vm, VMM_VCPU_RUNNING))
         pthread_cond_wait(&vm->changed, &vm->lock);
     loop = vm->loop; /* a vCPU may have made it meanwhile */
@@ -252,6 +257,33 @@ static enum verdict remedied(struct vmm_vcpu *vcpu, remedy try, int reason, uint
     return entry.claimed ? REENTER : leave(vcpu, reason, code);
 }
 
+/* compat's breakpoints, then the debugger's, whose stops are no deed of the guest's and not recorded. */
+static enum verdict exit_debug(struct vmm_vcpu *vcpu)
+{
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    remedy ours = compat ? compat->debug : NULL;
+    uint64_t exception = vcpu->run->debug.arch.exception;
+    if (!vcpu->vm->debug.open)
+        return remedied(vcpu, ours, VMM_STOP_DEBUG, exception);
+    if (ours && ours(vcpu) == 1)
+        vmm_debug_completed(vcpu);
+    else if (!vmm_debug_exit(vcpu))
+        return leave(vcpu, VMM_STOP_DEBUG, exception);
+    return REENTER;
+}
+
+static enum verdict exit_internal_error(struct vmm_vcpu *vcpu)
+{
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    if (vmm_debug_int3(vcpu))
+        return REENTER;
+    enum verdict verdict = remedied(vcpu, compat ? compat->internal_error : NULL, VMM_STOP_EMULATION,
+                                    vcpu->run->internal.suberror);
+    if (verdict == REENTER)
+        vmm_debug_completed(vcpu);
+    return verdict;
+}
+
 static enum verdict exit_other(struct vmm_vcpu *vcpu)
 {
     const struct kvm_run *run = vcpu->run;
@@ -269,10 +301,9 @@ static enum verdict exit_other(struct vmm_vcpu *vcpu)
     case KVM_EXIT_SYSTEM_EVENT:
         return leave(vcpu, VMM_STOP_SYSTEM_EVENT, run->system_event.type);
     case KVM_EXIT_INTERNAL_ERROR:
-        return remedied(vcpu, compat ? compat->internal_error : NULL, VMM_STOP_EMULATION,
-                        run->internal.suberror);
+        return exit_internal_error(vcpu);
     case KVM_EXIT_DEBUG:
-        return remedied(vcpu, compat ? compat->debug : NULL, VMM_STOP_DEBUG, run->debug.arch.exception);
+        return exit_debug(vcpu);
     case KVM_EXIT_X86_RDMSR:
         return remedied(vcpu, compat ? compat->rdmsr : NULL, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
     case KVM_EXIT_X86_WRMSR:
@@ -328,7 +359,7 @@ static bool attend(struct vmm_vcpu *vcpu)
     struct vmm_vm *vm = vcpu->vm;
     settle(vcpu);
     pthread_mutex_lock(&vm->lock);
-    while (vm->pauses && vm->stop_reason == VMM_STOP_NONE) {
+    while ((vm->pauses || vmm_debug_parked(vcpu)) && vm->stop_reason == VMM_STOP_NONE) {
         vcpu->state = VMM_VCPU_PARKED;
         pthread_cond_broadcast(&vm->changed);
         pthread_cond_wait(&vm->changed, &vm->lock);

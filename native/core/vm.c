@@ -116,6 +116,7 @@ void vmm_vm_destroy(vmm_vm *vm)
         return;
     vmm_loop_destroy(vm->loop);
     vmm_trace_destroy(vm);
+    vmm_debug_deinit(vm);
     pthread_mutex_destroy(&vm->io_trace_lock);
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         if (vm->compat)

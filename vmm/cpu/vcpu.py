@@ -18,6 +18,8 @@ GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
 CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
+EFER_LMA = 1 << 10
+
 # KVM exit reasons (linux/kvm.h) by number
 EXIT_REASONS = {
     0: "unknown", 1: "exception", 2: "io", 3: "hypercall", 4: "debug", 5: "hlt", 6: "mmio", 7: "irq-window",
@@ -124,6 +126,13 @@ class Vcpu:
         if sregs.cs.l:
             return 64
         return 32 if sregs.cs.db else 16
+
+    def linear_rip(self) -> int:
+        """The linear address of the next instruction."""
+        registers = self.registers()
+        if registers["efer"] & EFER_LMA and self.bits == 64:
+            return registers["rip"]
+        return (registers["rip"] + registers["cs_base"]) & 0xFFFFFFFF
 
     def msr(self, index: int) -> int:
         """One model-specific register. Raises :class:`~vmm.errors.HostError` when KVM has none such."""

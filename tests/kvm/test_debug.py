@@ -1,0 +1,254 @@
+"""Breakpoints, watchpoints and steps with Python callables, on bare-metal code."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vmm import layout
+from vmm.errors import ConfigError, LinearMemoryError, StateError
+from vmm.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vmm.cpu.debug import Stop
+
+    GuestPath = Callable[[str], str]
+
+COUNTER = 0x200000
+GPA = layout.MIB
+LOOP, STORE, JUMP = GPA + 7, GPA + 10, GPA + 13
+
+# xor eax, eax; mov edi, COUNTER; 1: inc rax; mov [rdi], rax; jmp 1b
+COUNT = bytes.fromhex("31c0 bf00002000 48ffc0 488907 ebf8")
+EXIT_WITH_5 = bytes.fromhex("b005 e6f4")  # mov al, 5; out 0xf4, al
+
+
+def symbols_of(path: str) -> dict[str, int]:
+    from elftools.elf.elffile import ELFFile
+
+    with open(path, "rb") as file:
+        return {
+            symbol.name: symbol["st_value"] for symbol in ELFFile(file).get_section_by_name(".symtab").iter_symbols()
+        }
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Any:
+    """Makes a machine that runs the given long-mode code; all of them are closed in the end."""
+    made: list[Machine] = []
+    numbers = itertools.count()
+
+    def make(code: bytes, **fields: Any) -> Machine:
+        path = tmp_path / f"flat{next(numbers)}.bin"
+        path.write_bytes(code)
+        machine = Machine(**{"kernel": str(path), "kind": "flat", "mode": "long", "memory": "16M", **fields})
+        made.append(machine)
+        return machine
+
+    yield make
+    for machine in made:
+        machine.close()
+
+
+@pytest.mark.parametrize("hardware", [False, True], ids=["software", "hardware"])
+def test_a_callback_sees_every_pass_and_may_change_registers(flat: Any, hardware: bool) -> None:
+    machine = flat(COUNT)
+    seen: list[int] = []
+    done = threading.Event()
+
+    def at_store(stop: Stop) -> object:
+        rax = stop.vcpu.registers()["rax"]
+        seen.append(rax)
+        stop.vcpu.set_registers(rax=rax + 10)
+        if len(seen) == 5:
+            done.set()
+            return False
+        return None
+
+    machine.breakpoint(STORE, at_store, hardware=hardware)
+    machine.start()
+    assert done.wait(10)
+    assert seen == [1, 12, 23, 34, 45]
+    assert int.from_bytes(machine.memory.read(COUNTER, 8), "little") == 44  # 45 + 10 is not stored yet
+    machine.stop()
+
+
+def test_a_stop_without_a_callback_is_waited_for_and_gone_on_from(flat: Any) -> None:
+    machine = flat(COUNT)
+    machine.breakpoint(STORE)
+    machine.start()
+    for turn in range(1, 4):
+        stop = machine.debug.wait(10)
+        assert (stop.kind, stop.address, stop.vcpu.number) == ("breakpoint", STORE, 0)
+        assert stop.vcpu.registers()["rax"] == turn
+        machine.debug.go()
+    assert machine.debug.wait(10).vcpu.registers()["rax"] == 4
+    with pytest.raises(TimeoutError, match="came to no breakpoint"):
+        machine.debug.wait(0.05)
+
+
+def test_steps_are_one_instruction_each_also_over_breakpoints(flat: Any) -> None:
+    machine = flat(COUNT)
+    for address in (LOOP, STORE):
+        machine.breakpoint(address)
+    machine.start()
+    vcpu = machine.debug.wait(10).vcpu
+    passed = [vcpu.registers()["rip"]]
+    for _ in range(6):
+        stop = machine.debug.step(vcpu)
+        assert stop.kind == "step"
+        passed.append(stop.address)
+    assert passed == [LOOP, STORE, JUMP, LOOP, STORE, JUMP, LOOP]
+
+
+def test_what_a_breakpoint_replaced_is_what_readers_see_and_writers_change(flat: Any) -> None:
+    machine = flat(COUNT)
+    machine.load()
+    first = machine.breakpoint(LOOP)
+    second = machine.breakpoint(LOOP)
+    assert machine.memory.view(LOOP, 1)[0] == 0xCC
+    assert machine.memory.read(GPA, len(COUNT)) == COUNT
+    assert machine.vcpus[0].memory.read(LOOP, 3) == COUNT[7:10]
+    machine.memory.write(LOOP, b"\x90\x90\x90")
+    assert machine.memory.view(LOOP, 3) == b"\xcc\x90\x90"
+    assert machine.memory.read(LOOP, 3) == b"\x90\x90\x90"
+    first.remove()
+    assert machine.memory.view(LOOP, 1)[0] == 0xCC  # the other is there still
+    second.remove()
+    second.remove()
+    assert machine.memory.view(LOOP, 1)[0] == 0x90
+
+
+def test_a_watchpoint_stops_behind_the_write_and_nothing_else(flat: Any) -> None:
+    machine = flat(COUNT)
+    values: list[tuple[int, int]] = []
+    done = threading.Event()
+
+    def written(stop: Stop) -> object:
+        values.append((stop.vcpu.registers()["rip"], int.from_bytes(machine.memory.read(COUNTER, 8), "little")))
+        if len(values) == 4:
+            done.set()
+        return len(values) < 4
+
+    machine.watch(COUNTER, 8, written)
+    machine.start()
+    assert done.wait(10)
+    assert values == [(JUMP, 1), (JUMP, 2), (JUMP, 3), (JUMP, 4)]
+
+
+def test_an_exception_in_a_callback_comes_out_of_wait_as_itself(flat: Any) -> None:
+    raised = ValueError("in the callback")
+
+    def fail(stop: Stop) -> object:
+        raise raised
+
+    machine = flat(COUNT)
+    machine.breakpoint(STORE, fail)
+    machine.start()
+    with pytest.raises(ValueError, match="in the callback") as caught:
+        machine.wait(timeout=10)
+    assert caught.value is raised
+    assert machine.vcpus[0].registers()["rip"] == STORE
+
+
+def test_a_removed_breakpoint_is_gone_from_a_running_machine(flat: Any) -> None:
+    machine = flat(COUNT)
+    hits: list[Stop] = []
+    point = machine.breakpoint(STORE, hits.append)
+    machine.start()
+    while len(hits) < 3:
+        time.sleep(0.001)
+    point.remove()
+    machine.pause()
+    count, before = len(hits), int.from_bytes(machine.memory.read(COUNTER, 8), "little")
+    machine.resume()
+    time.sleep(0.05)
+    assert len(hits) == count
+    assert int.from_bytes(machine.memory.read(COUNTER, 8), "little") > before + 100
+
+
+def test_a_guest_runs_to_its_end_under_a_breakpoint_it_passes(flat: Any) -> None:
+    machine = flat(bytes.fromhex("b903000000 ffc9 75fc") + EXIT_WITH_5)  # mov ecx, 3; 1: dec ecx; jnz 1b
+    passes: list[int] = []
+    machine.breakpoint(GPA + 5, lambda stop: passes.append(stop.vcpu.registers()["rcx"]))
+    outcome = machine.run(timeout=10)
+    assert (outcome.reason, outcome.code) == ("debug-exit", 5)
+    assert passes == [3, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["traps", "syscall", "instructions"])
+@pytest.mark.parametrize("hardware", [False, True], ids=["software", "hardware"])
+def test_a_guest_s_own_exceptions_and_system_calls_stay_its_own(guest: GuestPath, name: str, hardware: bool) -> None:
+    """The guest checks its #BP, single-step #DB, #PF and SYSCALL itself; a debugger has breakpoints meanwhile."""
+    with Machine(kernel=guest(name), memory="64M", append="iopl=0 user_int=0 counts=0 movbe=0") as machine:
+        passed: list[int] = []
+        symbols = symbols_of(guest(name))
+        machine.breakpoint(symbols["cpu_init"], lambda stop: passed.append(stop.address), hardware=hardware)
+        outcome = machine.run(timeout=30)
+        assert outcome.status == 33, machine.console.transcript
+        assert passed == [symbols["cpu_init"]]
+
+
+def test_every_vcpu_stands_at_a_stop(guest: GuestPath) -> None:
+    with Machine(kernel=guest("spin"), memory="16M", cpus=2) as machine:
+        machine.breakpoint(machine.load().rip)
+        machine.start()
+        stop = machine.debug.wait(10)
+        assert stop.vcpu.number == 0
+        first = [vcpu.registers() for vcpu in machine.vcpus]
+        time.sleep(0.02)
+        assert [vcpu.registers() for vcpu in machine.vcpus] == first
+        machine.stop()
+
+
+def test_more_points_than_there_are_debug_registers_are_refused(flat: Any) -> None:
+    machine = flat(COUNT)
+    slots = machine.debug.slots
+    assert slots in (2, 4)
+    points = [machine.breakpoint(GPA + i, hardware=True) for i in range(slots)]
+    machine.breakpoint(GPA, hardware=True)  # shares one
+    with pytest.raises(ConfigError, match=f"all {slots} debug registers are in use"):
+        machine.watch(COUNTER)
+    points[1].remove()
+    machine.watch(COUNTER)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda m: m.breakpoint(1 << 64), ConfigError, "not a 64-bit address"),
+        (lambda m: m.breakpoint(0xFFFF800000000000), LinearMemoryError, "no breakpoint can be planted"),
+        (lambda m: m.breakpoint(1 << 47), LinearMemoryError, "not canonical"),
+        (lambda m: m.watch(COUNTER, 3), ConfigError, "1, 2, 4 or 8 bytes"),
+        (lambda m: m.watch(COUNTER + 1, 2), ConfigError, "at a multiple of that"),
+    ],
+)
+def test_impossible_points_are_refused_with_a_reason(flat: Any, call: Any, error: Any, match: str) -> None:
+    with pytest.raises(error, match=match):
+        call(flat(COUNT))
+
+
+def test_closing_a_machine_that_stands_ends_who_waits(flat: Any) -> None:
+    machine = flat(COUNT)
+    debug = machine.debug
+    waiting: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            debug.wait(10)
+        except StateError as error:
+            waiting.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    machine.start()
+    machine.close()
+    thread.join(5)
+    assert waiting and "closed" in str(waiting[0])

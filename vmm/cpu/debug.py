@@ -1,0 +1,355 @@
+"""Breakpoints, watchpoints and single-step, with Python callables: the debugger of a machine.
+
+Native code owns the debug registers and stops every vCPU at an event (``native/include/vmmdebug.h``); one thread here,
+started with the first :class:`Debugger`, takes the events, asks the callables, and lets the machine go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.cpu.paging import PageFault
+from vmm.errors import ConfigError, LinearMemoryError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vmm.cpu.vcpu import Vcpu
+    from vmm.memory import GuestMemory
+
+# enum vmm_debug_kind
+_SOFTWARE, _EXECUTE, _WRITE, _ACCESS, _STEP = 1, 2, 3, 4, 5
+KINDS = {_SOFTWARE: "breakpoint", _EXECUTE: "hardware", _WRITE: "write", _ACCESS: "access", _STEP: "step"}
+_NATIVE = {name: number for number, name in KINDS.items()}
+_WATCH_BY_STEP = 1
+
+
+class Point:
+    """A breakpoint or watchpoint that is set: ``kind`` (a value of :data:`KINDS`), linear ``address``, ``size``."""
+
+    __slots__ = ("_remove", "address", "callback", "gpa", "kind", "size", "slot")
+
+    def __init__(
+        self,
+        kind: str,
+        address: int,
+        size: int,
+        callback: Callable[[Stop], object] | None,
+        remove: Callable[[Point], None],
+    ) -> None:
+        self._remove = remove
+        self.kind = kind
+        self.address = address
+        self.size = size
+        self.callback = callback
+        self.gpa = self.slot = -1  # one of them says where it is set
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it is set: points may share a byte or a debug register."""
+        return self.gpa, self.slot
+
+    def remove(self) -> None:
+        """Take it back. Twice is fine."""
+        self._remove(self)
+
+    def __repr__(self) -> str:
+        return f"<Point {self.kind} at {self.address:#x}>"
+
+
+class Stop:
+    """Why the machine stands: which ``vcpu``, what ``kind`` of point (or "step"), its linear ``address`` (of a step:
+    the next instruction's), and the ``points`` that are set there."""
+
+    __slots__ = ("address", "kind", "points", "vcpu")
+
+    def __init__(self, vcpu: Vcpu, kind: str, address: int, points: list[Point]) -> None:
+        self.vcpu = vcpu
+        self.kind = kind
+        self.address = address
+        self.points = points
+
+    def __repr__(self) -> str:
+        return f"<Stop {self.kind} at {self.address:#x} on vCPU {self.vcpu.number}>"
+
+
+class Debugger:
+    """The debugger of one machine; :attr:`vmm.machine.Machine.debug` makes it on first use.
+
+    ``pause`` and ``resume`` are the machine's (they nest); ``stop_fd`` is readable once it has ended; ``failed`` takes
+    an exception out of a callable and stops the machine; ``emulated`` says that the host's KVM emulates CPL 0 code
+    (``host.Findings``). There, watchpoints see writes only and step every instruction, and CPL 3 code is not stopped.
+    """
+
+    def __init__(
+        self,
+        vm: Any,
+        vcpus: Sequence[Vcpu],
+        ram: GuestMemory,
+        *,
+        pause: Callable[[], None],
+        resume: Callable[[], None],
+        failed: Callable[[BaseException], None],
+        stop_fd: int,
+        emulated: bool,
+    ) -> None:
+        from queue import SimpleQueue
+
+        self.vcpus = vcpus
+        self.points: list[Point] = []
+        self.on_stop: Callable[[Stop], None] | None = None
+        self._vm = vm
+        self._ram = ram
+        self._pause = pause
+        self._resume = resume
+        self._failed = failed
+        self._stop_fd = stop_fd
+        self._stops: SimpleQueue[Stop | None] = SimpleQueue()
+        self._before: dict[Vcpu, int] = {}  # who was told to stand before a breakpoint, and where
+        self._turn = threading.RLock()  # whoever takes events or lets vCPUs go
+        self._setting = threading.RLock()  # of points: not _turn, which is held while a vCPU makes a step
+        with self._standing():
+            check(lib.vmm_debug_open(vm, _WATCH_BY_STEP if emulated else 0))
+        self.slots = int(lib.vmm_debug_slots(vm))
+        self._event_fd = int(lib.vmm_debug_fd(vm))
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._serve, name="debugger", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def _standing(self) -> Iterator[None]:
+        self._pause()
+        try:
+            with self._setting:
+                yield
+        finally:
+            self._resume()
+
+    # ---- points ----
+
+    def breakpoint(
+        self,
+        address: int,
+        callback: Callable[[Stop], object] | None = None,
+        *,
+        hardware: bool = False,
+        vcpu: Vcpu | None = None,
+    ) -> Point:
+        """Stop before the instruction at linear ``address`` is executed, on whatever vCPU.
+
+        ``callback(stop)`` is called while the machine stands; it may look at and change registers and memory. When it
+        answers ``False`` the machine stays paused until :meth:`go`; after anything else it goes on. Without a
+        callback :meth:`wait` answers the stop. A software breakpoint is planted in the physical page that ``vcpu``
+        (default: the first) has at ``address`` now; where nothing is mapped yet take a ``hardware`` one, of which
+        there are :attr:`slots`.
+
+        Raises :class:`~vmm.errors.LinearMemoryError` where nothing is mapped, :class:`~vmm.errors.ConfigError` when
+        no debug register is left.
+        """
+        point = Point("hardware" if hardware else "breakpoint", address, 1, callback, self.remove)
+        return self._set(point, vcpu or self.vcpus[0])
+
+    def watch(
+        self, address: int, size: int = 8, callback: Callable[[Stop], object] | None = None, *, reads: bool = False
+    ) -> Point:
+        """Stop behind an instruction that has written (with ``reads``: or read) the 1, 2, 4 or 8 bytes at linear
+        ``address``, a multiple of that. ``callback`` as in :meth:`breakpoint`.
+        """
+        if size not in (1, 2, 4, 8) or address % size:
+            raise ConfigError(f"a watchpoint is 1, 2, 4 or 8 bytes at a multiple of that, not {size} at {address:#x}")
+        point = Point("access" if reads else "write", address, size, callback, self.remove)
+        return self._set(point, self.vcpus[0])
+
+    def _set(self, point: Point, vcpu: Vcpu) -> Point:
+        if not 0 <= point.address < 1 << 64:
+            raise ConfigError(f"{point.address:#x} is not a 64-bit address")
+        with self._standing():
+            if point.kind == "breakpoint":
+                found = vcpu.memory.walk(point.address)
+                if isinstance(found, PageFault):
+                    raise LinearMemoryError(point.address, f"no breakpoint can be planted: {found.sentence}")
+                point.gpa = found.gpa
+            else:
+                point.slot = self._slot_for(point)
+            self._install(point)
+            self.points.append(point)
+        return point
+
+    def _slot_for(self, point: Point) -> int:
+        for other in self.points:
+            if (other.kind, other.address, other.size) == (point.kind, point.address, point.size):
+                return other.slot
+        free = set(range(self.slots)) - {other.slot for other in self.points}
+        if not free:
+            raise ConfigError(
+                f"all {self.slots} debug registers are in use: remove a watchpoint or hardware breakpoint"
+            )
+        return min(free)
+
+    def _install(self, point: Point) -> None:
+        """Its place is set natively, unless it is for another point."""
+        if point.slot >= 0:
+            check(lib.vmm_debug_set_point(self._vm, point.slot, _NATIVE[point.kind], point.address, point.size))
+        elif point.gpa not in self._ram.planted:
+            original = ffi.new("uint8_t *")
+            check(lib.vmm_debug_plant(self._vm, point.gpa, original))
+            self._ram.planted[point.gpa] = int(original[0])
+
+    def _uninstall(self, point: Point) -> None:
+        if point.slot >= 0:
+            check(lib.vmm_debug_set_point(self._vm, point.slot, 0, 0, 0))
+        elif point.gpa in self._ram.planted:
+            check(lib.vmm_debug_lift(self._vm, point.gpa, self._ram.planted.pop(point.gpa)))
+
+    def remove(self, point: Point) -> None:
+        """Take a point back. Twice is fine."""
+        with self._standing():
+            if point not in self.points:
+                return
+            self.points.remove(point)
+            if not any(other.place == point.place for other in self.points):
+                self._uninstall(point)
+
+    def _here(self, address: int) -> list[Point]:
+        return [point for point in self.points if point.address == address and point.kind in ("breakpoint", "hardware")]
+
+    @contextlib.contextmanager
+    def _lifted(self, address: int) -> Iterator[None]:
+        """No breakpoint at a linear address for a while (the machine stands when this begins, and when it ends)."""
+        with self._setting:
+            for point in self._here(address):
+                self._uninstall(point)
+        try:
+            yield
+        finally:
+            with self._setting:
+                for point in self._here(address):  # fewer, perhaps, than there were
+                    self._install(point)
+
+    # ---- going on ----
+
+    def go(self, *, step: Sequence[Vcpu] = (), hold: Sequence[Vcpu] = ()) -> None:
+        """Undo the pause of a stop: ``step`` vCPUs for one instruction, ``hold`` not at all, the others run.
+
+        Raises :class:`~vmm.errors.HostError`, the machine still paused, when a vCPU cannot be stepped.
+        """
+        with self._turn:
+            before, self._before = self._before, {}
+            for vcpu in self.vcpus:
+                here = vcpu.linear_rip() if vcpu in step or vcpu in before else None
+                if here is None or vcpu in hold or not self._here(here) or (vcpu not in step and before[vcpu] != here):
+                    continue
+                stop = self._one_step(vcpu, None)
+                if stop and (stop.kind != "step" or vcpu in step):
+                    self._deliver(stop)
+                    return
+            self._roles(step, hold)
+            self._resume()
+
+    def _roles(self, step: Sequence[Vcpu] = (), hold: Sequence[Vcpu] = ()) -> None:
+        for vcpu in self.vcpus:
+            check(lib.vmm_debug_hold(vcpu.native, vcpu in hold))
+            check(lib.vmm_debug_step(vcpu.native, vcpu in step))
+
+    def step(self, vcpu: Vcpu, timeout: float | None = 10) -> Stop:
+        """Have one vCPU of the paused machine execute one instruction while the others stand; it is paused again then.
+
+        Raises :class:`~vmm.errors.StateError` when it does not come to that (the machine ended, or an instruction
+        takes longer than ``timeout`` seconds), :class:`~vmm.errors.HostError` where the host cannot.
+        """
+        with self._turn:
+            self._before.pop(vcpu, None)
+            stop = self._one_step(vcpu, timeout)
+        if stop is None:
+            raise StateError(f"vCPU {vcpu.number} did not finish its step")
+        return stop
+
+    def _one_step(self, vcpu: Vcpu, timeout: float | None) -> Stop | None:
+        with self._lifted(vcpu.linear_rip()):
+            self._roles([vcpu], [other for other in self.vcpus if other is not vcpu])
+            self._resume()
+            select.select([self._event_fd, self._stop_fd], [], [], timeout)
+            self._pause()
+            return self._take()
+
+    # ---- stops ----
+
+    def wait(self, timeout: float | None = None) -> Stop:
+        """The next stop that no callback answered; the machine is paused then, until :meth:`go`.
+
+        Raises ``TimeoutError``, and :class:`~vmm.errors.StateError` when the debugger is closed meanwhile.
+        """
+        from queue import Empty
+
+        try:
+            stop = self._stops.get(timeout=timeout)
+        except Empty:
+            raise TimeoutError(f"the guest came to no breakpoint within {timeout} s") from None
+        if stop is None:
+            raise StateError("the debugger was closed: its machine is gone")
+        return stop
+
+    def _serve(self) -> None:
+        while not select.select([self._event_fd, self._wake], [], [])[0].count(self._wake):
+            with self._turn:
+                self._pause()
+                stop = self._take()
+                if stop is None:  # a step on another thread took it
+                    self._resume()
+                else:
+                    self._answer(stop)
+
+    def _take(self) -> Stop | None:
+        """The event that waits, all vCPUs equal again; the machine is paused."""
+        event = ffi.new("vmm_debug_event *")
+        found = check(lib.vmm_debug_take(self._vm, event))
+        self._roles()
+        if not found:
+            return None
+        vcpu, kind = self.vcpus[event.vcpu], KINDS[event.kind]
+        address = vcpu.linear_rip() if kind == "step" else int(event.address)
+        stop = Stop(vcpu, kind, address, [point for point in self.points if point.kind == kind])
+        if kind == "breakpoint":
+            found = vcpu.memory.walk(address)
+            gpa = None if isinstance(found, PageFault) else found.gpa
+            stop.points = [point for point in stop.points if point.gpa == gpa]
+        else:
+            stop.points = [point for point in stop.points if point.address == address]
+        if kind in ("breakpoint", "hardware"):
+            self._before[vcpu] = address
+        return stop
+
+    def _answer(self, stop: Stop) -> None:
+        """Ask the callbacks. Whoever set a point without one is told of the stop, and lets the machine go on."""
+        try:
+            answers = [point.callback(stop) for point in stop.points if point.callback]
+            if stop.kind == "step" or len(answers) < len(stop.points):
+                self._deliver(stop)
+            elif not any(answer is False for answer in answers):
+                self.go()  # also when the point was removed meanwhile
+        except BaseException as error:  # it must not vanish here: wait() raises it as itself
+            self._failed(error)
+            self._resume()
+
+    def _deliver(self, stop: Stop) -> None:
+        if self.on_stop:
+            self.on_stop(stop)
+        else:
+            self._stops.put(stop)
+
+    def close(self) -> None:
+        """Lift everything and end the thread. The machine must not run again after it."""
+        os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        for point in list(self.points):
+            self.remove(point)
+        with self._standing():
+            check(lib.vmm_debug_close(self._vm))
+        self._stops.put(None)
+        os.close(self._wake)
