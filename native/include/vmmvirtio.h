@@ -24,6 +24,8 @@ typedef struct vmm_virtio_ops {
     void (*kick)(void *opaque, uint32_t queue); /* the driver offers buffers */
     void (*stop)(void *opaque);    /* reset or broken: after it, nothing of before touches guest memory */
     void (*quiesce)(void *opaque); /* finish or take back what is in flight; the rings then hold everything */
+    /* The driver takes one queue back, after quiesce: what is remembered of its requests is void. */
+    void (*forget)(void *opaque, uint32_t queue);
     /* The driver wrote its configuration space: within config_size; the bytes are stored already. */
     void (*config)(void *opaque, uint32_t offset, uint32_t size);
 } vmm_virtio_ops;

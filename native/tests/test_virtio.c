@@ -39,7 +39,7 @@ struct bench {
     vmm_vm *vm;
     vmm_virtio *dev;
     vmm_virtio_mmio *transport;
-    int raised, said, started, stopped, quiesced;
+    int raised, said, started, stopped, quiesced, forgot;
     _Atomic int kicks;
     int seen; /* eventfd: a kick was handled */
     vmm_line line;
@@ -69,6 +69,12 @@ static void on_quiesce(void *opaque)
 {
     ((struct bench *)opaque)->quiesced++;
 }
+static void on_forget(void *opaque, uint32_t queue)
+{
+    CHECK_EQUAL(queue, 0);
+    CHECK_EQUAL(((struct bench *)opaque)->quiesced, 1); /* before */
+    ((struct bench *)opaque)->forgot++;
+}
 static void on_kick(void *opaque, uint32_t queue)
 {
     struct bench *b = opaque;
@@ -95,7 +101,7 @@ static void put(struct bench *b, uint32_t offset, uint32_t value)
 static void setup(struct bench *b)
 {
     static const vmm_virtio_ops ops = {
-        .start = on_start, .kick = on_kick, .stop = on_stop, .quiesce = on_quiesce};
+        .start = on_start, .kick = on_kick, .stop = on_stop, .quiesce = on_quiesce, .forget = on_forget};
     static const uint16_t sizes[] = {16, 8};
     memset(b, 0, sizeof(*b));
     b->vm = machine_create();
@@ -330,6 +336,7 @@ static void test_queue_ready_zero_quiesces(void)
     put(&b, QUEUE_SEL, 0);
     put(&b, QUEUE_READY, 0);
     CHECK_EQUAL(b.quiesced, 1);
+    CHECK_EQUAL(b.forgot, 1);
     CHECK_EQUAL(get(&b, QUEUE_READY), 0);
     CHECK_EQUAL(get(&b, STATUS), RUNNING);
     put(&b, NOTIFY, 0);

@@ -243,7 +243,12 @@ static void stop(void *opaque)
     pthread_cond_broadcast(&balloon->answered);
 }
 
-static const vmm_virtio_ops ops = {.kick = kick, .stop = stop};
+static void forget(void *opaque, uint32_t queue)
+{
+    ((struct vmm_balloon *)opaque)->progress[queue] = 0;
+}
+
+static const vmm_virtio_ops ops = {.kick = kick, .stop = stop, .forget = forget};
 
 /* ---- the host's side ---- */
 

@@ -105,6 +105,12 @@ static void stop(void *opaque)
     device->sent = 0;
 }
 
+static void forget(void *opaque, uint32_t queue)
+{
+    if (queue == TRANSMIT)
+        stop(opaque);
+}
+
 /*
  * Emergency write (virtio 1.2, 5.3.4), the only bytes a driver may write: one character without queues, also before
  * DRIVER_OK; lost if there is no room.
@@ -117,7 +123,8 @@ static void configure(void *opaque, uint32_t offset, uint32_t size)
         vmm_console_put(device->console, device->virtio.config[offset]);
 }
 
-static const vmm_virtio_ops ops = {.start = start, .kick = kick, .stop = stop, .config = configure};
+static const vmm_virtio_ops ops = {
+    .start = start, .kick = kick, .stop = stop, .forget = forget, .config = configure};
 
 static void input_came(void *opaque)
 {

@@ -396,8 +396,11 @@ void vmm_virtqueue_enable(struct vmm_virtqueue *q)
 void vmm_virtqueue_reset(struct vmm_virtqueue *q)
 {
     /* Other queues go on: what is in flight is finished or taken back, not forgotten. */
-    if (q->device->running && q->enabled && q->device->ops->quiesce)
-        q->device->ops->quiesce(q->device->opaque);
+    const struct vmm_virtio *dev = q->device;
+    if (dev->running && q->enabled && dev->ops->quiesce)
+        dev->ops->quiesce(dev->opaque);
+    if (dev->running && q->enabled && dev->ops->forget)
+        dev->ops->forget(dev->opaque, q->index);
     queue_forget(q);
 }
 
