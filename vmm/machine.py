@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.observe.stack import Frame
     from vmm.observe.symbols import Symbols
+    from vmm.observe.trace import Trace
+    from vmm.trace_rings import TraceRings
 
 KVM_PATH = "/dev/kvm"
 IRQCHIP, PIT = 1, 2
@@ -82,6 +84,8 @@ class Machine:
         self._closers: list[Any] = []
         self._threads: list[threading.Thread] = []
         self._exception: BaseException | None = None
+        self._rings: TraceRings | None = None
+        self._tracing: Trace | None = None
         self._started_at = 0.0
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
@@ -231,10 +235,15 @@ class Machine:
             found = (
                 Symbols.open(path) if path and path == self.config.symbols else Symbols.of_elf(path) if path else None
             )
-            if not found and self.kind in LINUX_KINDS:
+            if not found and self.kind in LINUX_KINDS and self._vm is not None:
                 found = Symbols.of_kernel(self.memory)
             self._symbols = found or Symbols([], "nowhere")
-            if self.vcpus and not self.running and (other := self._symbols.mismatch(self.vcpus[0].memory)):
+            if (
+                self._vm is not None
+                and self.vcpus
+                and not self.running
+                and (other := self._symbols.mismatch(self.vcpus[0].memory))
+            ):
                 self._message(other)
         return self._symbols
 
@@ -347,6 +356,24 @@ class Machine:
         """Call ``callback(stop)`` behind a write to linear ``address``: ``debug.watch``."""
         return self.debug.watch(address, size, callback)
 
+    # ---- tracing ----
+
+    def trace(self, *, capacity: int = 1 << 18, keep: int = 1 << 20, instructions: bool = True) -> Trace:
+        """Trace every exit from now on, until :meth:`Trace.stop`; before the start or while it runs.
+
+        Each vCPU and the I/O thread has a ring of ``capacity`` events (a power of two), and :class:`Trace` keeps the
+        newest ``keep``. ``instructions``: see there. Raises :class:`~vmm.errors.StateError` while another trace is on.
+        """
+        from vmm.observe.trace import Trace
+        from vmm.trace_rings import TraceRings
+
+        vm = self._open_vm()
+        if self._tracing is not None and self._tracing.on:
+            raise StateError("the machine is traced already: stop that trace first")
+        self._rings = self._rings or TraceRings(vm, range(len(self.vcpus)))
+        self._tracing = Trace(self, self._rings, capacity=capacity, keep=keep, instructions=instructions)
+        return self._tracing
+
     @property
     def stop_fd(self) -> int:
         """A file descriptor that is readable once the machine has ended."""
@@ -444,6 +471,8 @@ class Machine:
         if self._debugger is not None:
             self._debugger.close()
             self._debugger = None
+        if self._tracing is not None:
+            self._tracing.finish()
         for device in self.devices:
             device.reset()
         if hasattr(self, "memory"):

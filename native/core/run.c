@@ -284,6 +284,20 @@ static enum verdict exit_internal_error(struct vmm_vcpu *vcpu)
     return verdict;
 }
 
+static enum verdict exit_msr(struct vmm_vcpu *vcpu, remedy try)
+{
+    const struct kvm_run *run = vcpu->run;
+    vmm_exit_record entry = {.address = run->msr.index,
+                             .reason = run->exit_reason,
+                             .size = 8,
+                             .write = run->exit_reason == KVM_EXIT_X86_WRMSR,
+                             .count = 1};
+    entry.claimed = try && try(vcpu) == 1;
+    entry.value = run->msr.data; /* what was written, or the answer */
+    record(vcpu, &entry);
+    return entry.claimed ? REENTER : leave(vcpu, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
+}
+
 static enum verdict exit_other(struct vmm_vcpu *vcpu)
 {
     const struct kvm_run *run = vcpu->run;
@@ -305,9 +319,9 @@ static enum verdict exit_other(struct vmm_vcpu *vcpu)
     case KVM_EXIT_DEBUG:
         return exit_debug(vcpu);
     case KVM_EXIT_X86_RDMSR:
-        return remedied(vcpu, compat ? compat->rdmsr : NULL, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
+        return exit_msr(vcpu, compat ? compat->rdmsr : NULL);
     case KVM_EXIT_X86_WRMSR:
-        return remedied(vcpu, compat ? compat->wrmsr : NULL, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
+        return exit_msr(vcpu, compat ? compat->wrmsr : NULL);
     default:
         return leave(vcpu, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
     }
