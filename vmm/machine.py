@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.devices.device import Device
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.observe.diagnose import Diagnosis
     from vmm.observe.stack import Frame
     from vmm.observe.symbols import Symbols
     from vmm.observe.trace import Trace
@@ -252,6 +253,17 @@ class Machine:
         from vmm.observe import stack
 
         return stack.walk(self.vcpus[vcpu].registers(), self.vcpus[vcpu].memory, self.symbols)
+
+    def diagnose(self) -> Diagnosis:
+        """Why the guest died or did not go on; kept in ``outcome.diagnosis``. After the run, before :meth:`close`."""
+        from vmm.observe.diagnose import diagnose
+
+        if self.outcome is None:
+            raise StateError("there is nothing to diagnose before the machine has ended: wait() or stop() it first")
+        self._open_vm()
+        if self.outcome.diagnosis is None:
+            self.outcome.diagnosis = diagnose(self, self.outcome)
+        return self.outcome.diagnosis
 
     # ---- running ----
 

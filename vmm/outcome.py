@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmm.cpu.vcpu import Exit
+    from vmm.observe.diagnose import Diagnosis
 
 # reason -> (exit status of `pyvmm boot`, one sentence). A debug exit's status is (value << 1) | 1, always odd, as
 # QEMU's isa-debug-exit has it; so pyvmm's own are even wherever no older convention fixes them.
@@ -37,13 +38,15 @@ class Outcome:
     suberror, the panic event bits ...); ``status`` the exit status it maps to. ``vcpu`` is the number of the vCPU
     that ended it, or None. ``registers`` are that vCPU's (or vCPU 0's), ``instruction`` the bytes at its RIP,
     ``bits`` its operand size, ``last_exits`` its newest exits (oldest first), ``console`` the tail of what the
-    guest printed. ``seconds`` is how long it ran.
+    guest printed. ``seconds`` is how long it ran. ``diagnosis`` is what ``Machine.diagnose()`` found, once that was
+    asked for.
     """
 
     __slots__ = (
         "bits",
         "code",
         "console",
+        "diagnosis",
         "explanation",
         "instruction",
         "last_exits",
@@ -77,6 +80,7 @@ class Outcome:
         self.console = console
         self.explanation = explanation
         self.seconds = seconds
+        self.diagnosis: Diagnosis | None = None
 
     @property
     def ok(self) -> bool:

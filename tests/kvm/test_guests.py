@@ -71,6 +71,8 @@ ENDING = [
 
 # Guests with a test of their own below.
 OTHERS = {"traps", "instructions", "debug_exit"}
+# And that of test_diagnose.py.
+OTHERS |= {"deaths"}
 # And those of test_virtio_guests.py.
 OTHERS |= {"blk_rw", "net_pair", "ring_abuse", "virtio_irq", "virtio_bench"}
 

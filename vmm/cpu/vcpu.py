@@ -141,6 +141,10 @@ class Vcpu:
             raise HostError(f"KVM has no MSR {index:#x} for this vCPU")
         return int(value[0])
 
+    def has_msr(self, index: int) -> bool:
+        """Whether KVM has this model-specific register."""
+        return check(lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), ffi.new("uint64_t[1]"), 1)) == 1
+
     def set_msr(self, index: int, value: int) -> None:
         """Set one model-specific register. Raises :class:`~vmm.errors.HostError` when KVM refuses."""
         values = ffi.new("uint64_t[]", [value])

@@ -9,6 +9,7 @@ from vmm.bus import MMIO, PIO
 if TYPE_CHECKING:
     from vmm.cpu.vcpu import Exit
     from vmm.machine import Machine
+    from vmm.observe.diagnose import Diagnosis
     from vmm.outcome import Outcome
 
 EXITS_SHOWN = 8
@@ -47,6 +48,7 @@ def report(machine: Machine, outcome: Outcome) -> str:
     r = outcome.registers
     who = "" if outcome.vcpu is None else f" on vCPU {outcome.vcpu}"
     lines = ["", f"pyvmm: {outcome.sentence}{who} (after {outcome.seconds:.3g} s)"]
+    lines += _diagnosis(machine.diagnose())
     if outcome.reason == "emulation-failure":
         lines.append(f"  instruction bytes {outcome.instruction.hex(' ') or '(unknown)'}; suberror {outcome.code}")
     linear = r["rip"] + (r["cs_base"] if outcome.bits == 16 else 0)
@@ -70,6 +72,15 @@ def report(machine: Machine, outcome: Outcome) -> str:
         lines.append("console:")
         lines += [f"  {line[:116]}" for line in tail[-CONSOLE_LINES:]]
     return "\n".join(lines) + "\n"
+
+
+def _diagnosis(found: Diagnosis) -> list[str]:
+    import textwrap
+
+    if found.cause == "unknown":
+        return []
+    lines = textwrap.wrap(found.sentence, 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    return [*lines, *(f"  - {line[:116]}" for line in found.evidence)]
 
 
 def _symbol(machine: Machine, rip: int) -> str:

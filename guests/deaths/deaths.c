@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Ways to die, one a run: "die=NAME" on the command line. All but `waiting` run without an IDT, so that the first
+ * exception is the last; who wants to be told what it was has only the registers and tables that are left.
+ */
+#include "interrupts.h"
+
+#define UNMAPPED_TERABYTE (1ull << 40)
+#define NON_CANONICAL 0x0000900000000000ull
+
+enum { TWO_MIB = 1 << 21, HOLE = 12 << 20 }; /* a place within 16 MiB that nothing else uses */
+
+extern uint64_t page_map[], page_pointers[], page_directories[];
+
+static const struct {
+    uint16_t limit;
+    uint64_t base;
+} __attribute__((packed)) empty;
+
+static void no_idt(void)
+{
+    __asm__ volatile("lidt %0" ::"m"(empty));
+}
+
+static void read_at(uint64_t address)
+{
+    write_cr3(read_cr3());
+    __asm__ volatile("mov (%0), %%rax" ::"r"(address) : "rax", "memory");
+}
+
+static void write_at(uint64_t address)
+{
+    write_cr3(read_cr3());
+    __asm__ volatile("movq $1, (%0)" ::"r"(address) : "memory");
+}
+
+static void pml4e(void)
+{
+    read_at(UNMAPPED_TERABYTE);
+}
+
+static void pdpte(void)
+{
+    read_at(5ull << 30);
+}
+
+static void pde(void)
+{
+    page_directories[HOLE / TWO_MIB] = 0;
+    write_at(HOLE + 8);
+}
+
+static void pte(void)
+{
+    page_set(HOLE, 0);
+    write_at(HOLE + 8);
+}
+
+static void read_only(void)
+{
+    page_set(HOLE, HOLE | PAGE_PRESENT);
+    write_at(HOLE + 8);
+}
+
+/* Bits 20 to 13 of an entry that maps 2 MiB, Intel SDM 3A, table 4-18. */
+static void reserved_bit(void)
+{
+    page_directories[HOLE / TWO_MIB] |= 1 << 15;
+    read_at(HOLE);
+}
+
+static void wild_jump(void)
+{
+    __asm__ volatile("jmp *%0" ::"r"(NON_CANONICAL));
+}
+
+static void wild_read(void)
+{
+    read_at(NON_CANONICAL);
+}
+
+__attribute__((noinline)) static uint64_t recurse(uint64_t n)
+{
+    volatile uint64_t kept = n; /* on the stack, and needed after the call: no loop can stand for this */
+    return kept == UINT64_MAX ? 0 : recurse(n + 1) + kept;
+}
+
+static void stack_overflow(void)
+{
+    page_set(HOLE, 0); /* the guard page; above it a stack of 8 KiB */
+    __asm__ volatile("mov %0, %%rsp; xor %%edi, %%edi; call *%1" ::"r"((uint64_t)HOLE + 3 * 4096),
+                     "r"(recurse)
+                     : "memory");
+}
+
+static void segment(void)
+{
+    __asm__ volatile("mov %0, %%ds" ::"r"(0x1238));
+}
+
+static void absent_segment(void)
+{
+    __asm__ volatile("mov %0, %%es" ::"r"(SELECTOR_ABSENT));
+}
+
+static void msr(void)
+{
+    wrmsr(0x12345, 1);
+}
+
+static void msr_value(void)
+{
+    wrmsr(MSR_LSTAR, NON_CANONICAL);
+}
+
+/* PUSH ES does not exist in 64-bit mode. */
+static void opcode(void)
+{
+    __asm__ volatile(".byte 0x06");
+}
+
+static void zeroes(void)
+{
+    __asm__ volatile("call *%0" ::"r"((uint64_t)HOLE), "a"(UNMAPPED_TERABYTE));
+}
+
+static void divide(void)
+{
+    __asm__ volatile("div %0" ::"r"(0ull), "a"(1), "d"(0));
+}
+
+/* A whole IDT, with nothing in it. */
+static void empty_idt(void)
+{
+    static uint64_t idt[512];
+    const struct {
+        uint16_t limit;
+        uint64_t base;
+    } __attribute__((packed)) pointer = {sizeof idt - 1, (uint64_t)idt};
+    __asm__ volatile("lidt %0; ud2" ::"m"(pointer));
+}
+
+/* Every source of interrupts is off, and interrupts are on. */
+static void waiting(void)
+{
+    cpu_init();
+    pic_init();
+    for (;;)
+        __asm__ volatile("sti; hlt" ::: "memory");
+}
+
+/* A loop of many instructions, and nothing in it will ever change. */
+static void loop(void)
+{
+    static volatile uint32_t ready;
+    while (!ready)
+        ;
+}
+
+static const struct {
+    const char *name;
+    void (*die)(void);
+} deaths[] = {
+    {"pml4e", pml4e},
+    {"pdpte", pdpte},
+    {"pde", pde},
+    {"pte", pte},
+    {"read-only", read_only},
+    {"reserved-bit", reserved_bit},
+    {"wild-jump", wild_jump},
+    {"wild-read", wild_read},
+    {"stack-overflow", stack_overflow},
+    {"segment", segment},
+    {"absent-segment", absent_segment},
+    {"msr", msr},
+    {"msr-value", msr_value},
+    {"opcode", opcode},
+    {"zeroes", zeroes},
+    {"divide", divide},
+    {"empty-idt", empty_idt},
+    {"waiting", waiting},
+    {"loop", loop},
+};
+
+void guest_main(void)
+{
+    const char *line = boot_info()->command_line;
+    cpu_init();
+    no_idt();
+    for (unsigned i = 0; i < sizeof deaths / sizeof *deaths; i++) {
+        size_t n = strlen(deaths[i].name);
+        if (!memcmp(line, "die=", 4) && !memcmp(line + 4, deaths[i].name, n) && !line[4 + n]) {
+            print("dying of %s\n", deaths[i].name);
+            deaths[i].die();
+            CHECK(!"reached: it lives on");
+        }
+    }
+    REQUIRE(EXIT_ARGUMENT, !"die= names no death");
+}

@@ -1,0 +1,97 @@
+"""Guests that die in known ways, each diagnosed: cause, sentence, evidence."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vmm.machine import Machine
+from vmm.observe.diagnose import CAUSES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vmm.observe.diagnose import Diagnosis
+
+    GuestPath = Callable[[str], str]
+
+
+def diagnosis(kernel: str, append: str = "", *, timeout: float = 20, **fields: Any) -> Diagnosis:
+    """Run to the end and ask why; the post-mortem screen must begin with the same."""
+    from vmm.observe.postmortem import report
+
+    with Machine(kernel=kernel, append=append, **{"memory": "16M", "rng": False, **fields}) as machine:
+        outcome = machine.run(timeout=timeout)
+        found = machine.diagnose()
+        assert outcome.diagnosis is found
+        assert found.cause in CAUSES
+        assert found.sentence.startswith(CAUSES[found.cause])
+        screen = " ".join(line.strip() for line in report(machine, outcome).splitlines())
+        assert found.sentence in screen
+        assert all(line[:80] in screen for line in found.evidence)
+        return found
+
+
+# (way to die, cause, what the sentence says)
+DEATHS = [
+    ("pml4e", "page-fault", r"pml4e\+.*reading: linear address 0x10000000000: the PML4E at 0x\w+ is 0x0: not present"),
+    ("pdpte", "page-fault", r"reading: linear address 0x140000000: the PDPTE at 0x\w+ is 0x0: not present"),
+    ("pde", "page-fault", r"writing: linear address 0xc00008: the PDE at 0x\w+ is 0x0: not present"),
+    ("pte", "page-fault", r"writing: linear address 0xc00008: the PTE at 0x\w+ is 0x0: not present"),
+    ("read-only", "page-fault", r"the PTE at 0x\w+ is 0xc00001: write to a read-only page"),
+    ("reserved-bit", "reserved-bit", r"the PDE at 0x\w+ is 0xc08\w+: reserved bits set: 15"),
+    ("wild-jump", "non-canonical-jump", r"jmp \w+ at .*wild_jump.* jumps to 0x900000000000"),
+    ("wild-read", "non-canonical-address", r"uses 0x900000000000, which is not canonical"),
+    ("stack-overflow", "stack-overflow", r"recurse\+.*below the mapped stack, which begins at 0xc01000: .*the PTE at"),
+    ("segment", "bad-segment", r"mov ds.*: selector 0x1238 is beyond the GDT's limit 0x47"),
+    ("absent-segment", "bad-segment", r"mov es.*selector 0x40 .*: not present; #NP could"),
+    ("msr", "bad-msr", r"wrmsr at .*: the processor has no MSR 0x12345"),
+    ("msr-value", "bad-msr", r"wrmsr at .*: 0x900000000000 for LSTAR is not a canonical address"),
+    ("opcode", "invalid-opcode", r"the bytes 06 .* at .*<opcode.* are no instruction"),
+    ("zeroes", "zeroes", r"it executes zeroes at 0xc00000"),
+    ("divide", "divide-error", r"div .* at .*<divide.* divides by zero"),
+    ("empty-idt", "bad-idt", r"ud2 at .*empty_idt.* raises #UD, and the gate of vector 6 .* is not present"),
+]
+
+
+@pytest.mark.parametrize(("death", "cause", "sentence"), DEATHS, ids=[death for death, _, _ in DEATHS])
+def test_a_triple_fault_is_traced_to_what_began_it(guest: GuestPath, death: str, cause: str, sentence: str) -> None:
+    found = diagnosis(guest("deaths"), f"die={death}")
+    assert found.cause == cause, found
+    assert re.search(sentence, found.sentence), found.sentence
+    assert cause == "bad-idt" or "no IDT is loaded (base 0x0, limit 0x0)" in found.sentence
+
+
+def test_an_exception_without_an_idt_is_blamed_on_the_idt(guest: GuestPath) -> None:
+    found = diagnosis(guest("triple_fault"))
+    assert found.cause == "missing-idt"
+    assert re.search(r"ud2 at .*guest_main.* raises #UD, and no IDT is loaded", found.sentence)
+
+
+def test_evidence_names_who_called_into_nothing_and_what_recursed(guest: GuestPath) -> None:
+    assert any(
+        re.match(r"called from 0x\w+ <zeroes\+", line) for line in diagnosis(guest("deaths"), "die=zeroes").evidence
+    )
+    overflow = diagnosis(guest("deaths"), "die=stack-overflow")
+    assert any(re.match(r"0x\w+ <recurse\+.* times among the 256 words", line) for line in overflow.evidence)
+
+
+def test_an_image_without_code_at_its_entry_is_the_wrong_image(tmp_path: Path) -> None:
+    for content, sentence in (
+        (bytes(4096), "the image holds zeroes at its entry point 0x100000: it ran through zeroes up to 0x200000"),
+        (b"\x06" * 16, "there is no 64-bit code at the image's entry point 0x100000: the bytes 06 06"),
+    ):
+        image = tmp_path / "image"
+        image.write_bytes(content)
+        found = diagnosis(str(image), kind="flat", mode="long", memory="2M")
+        assert found.cause == "wrong-image"
+        assert sentence in found.sentence
+
+
+def test_an_end_in_order_has_nothing_to_diagnose(guest: GuestPath) -> None:
+    with Machine(kernel=guest("hello"), memory="16M", rng=False) as machine:
+        machine.run(timeout=20)
+        assert machine.diagnose().cause == "orderly-end"

@@ -1,0 +1,202 @@
+"""Why a guest died or does not go on: one cause, one sentence, and what shows it.
+
+What can be known is worked out, never guessed: registers, page tables and descriptors after a fault
+(:mod:`~vmm.observe.faults`). Where nothing is found the cause is "unknown".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+    from vmm.observe.descriptors import Delivery
+    from vmm.observe.faults import Fault
+    from vmm.observe.processor import Processor
+    from vmm.outcome import Outcome
+
+# cause -> how a sentence about it begins
+CAUSES: dict[str, str] = {
+    # an exception that could not be delivered
+    "missing-idt": "exception without an IDT",
+    "bad-idt": "exception that the IDT could not deliver",
+    "page-fault": "page fault",
+    "reserved-bit": "page fault on a reserved bit",
+    "non-canonical-jump": "jump to a non-canonical address",
+    "non-canonical-address": "general protection: non-canonical address",
+    "stack-overflow": "stack overflow",
+    "bad-segment": "general protection: bad segment",
+    "bad-msr": "general protection: bad MSR",
+    "privileged": "general protection: privileged instruction",
+    "invalid-opcode": "invalid opcode",
+    "device-not-available": "device not available",
+    "divide-error": "divide error",
+    "software-interrupt": "software interrupt",
+    "zeroes": "jump into zeroes",
+    "no-code": "jump out of RAM",
+    "wrong-image": "wrong or truncated image",
+    "not-emulated": "instruction that KVM does not emulate",
+    # and the rest
+    "orderly-end": "orderly end",
+    "unknown": "unknown",
+}
+
+_EVIDENCE_MAX = 12
+
+
+class Diagnosis(NamedTuple):
+    """``cause``: a key of :data:`CAUSES`, for programs. ``sentence`` names it for people; ``evidence`` are lines that
+    show it."""
+
+    cause: str
+    sentence: str
+    evidence: tuple[str, ...] = ()
+
+
+def say(cause: str, text: str, evidence: list[str] | tuple[str, ...] = ()) -> Diagnosis:
+    """A diagnosis whose sentence begins as :data:`CAUSES` has it."""
+    return Diagnosis(cause, f"{CAUSES[cause]}: {text}", tuple(evidence[:_EVIDENCE_MAX]))
+
+
+def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
+    """The diagnosis of an ended run; the machine must not be closed."""
+    found = _fault(machine, outcome) if outcome.reason in ("triple-fault", "emulation-failure") else None
+    if found is None and outcome.ok:
+        found = say("orderly-end", outcome.sentence)
+    return found or say("unknown", outcome.sentence)
+
+
+def place(machine: Machine, address: int) -> str:
+    """An address as sentences show it: with its symbol, and the source line where that is known."""
+    name = machine.symbols.name(address)
+    if not name:
+        return f"{address:#x}"
+    where = machine.symbols.line(address)
+    return f"{address:#x} <{name}>" + (f" ({where[0]}:{where[1]})" if where else "")
+
+
+# ---- a fault ----
+
+# what AMD's SVM leaves after a shutdown: KVM puts the vCPU back to its state after INIT (SDM vol. 3, table 9-1)
+_AFTER_INIT = {"rip": 0xFFF0, "cs": 0xF000, "idt_base": 0, "idt_limit": 0xFFFF}
+
+
+def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
+    from vmm.observe import faults
+    from vmm.observe.descriptors import VECTORS, delivery
+    from vmm.observe.processor import Processor
+
+    r = outcome.registers
+    entered_there = machine.entry is not None and machine.entry.rip == _AFTER_INIT["rip"]
+    if outcome.reason == "triple-fault" and not entered_there and all(r[n] == v for n, v in _AFTER_INIT.items()):
+        return say("unknown", "the host's KVM has reset the vCPU (SVM), so its registers say nothing of the fault")
+    vcpu = machine.vcpus[outcome.vcpu or 0]
+    cpu = Processor(r, outcome.bits, vcpu.paging(), machine.memory.read)
+    names = faults.Names(lambda address: place(machine, address), vcpu.has_msr)
+    fault = faults.find(cpu, names)
+    if outcome.reason == "emulation-failure":
+        return _not_emulated(machine, outcome, cpu, fault)
+    if fault is None:
+        return _undeliverable(machine, cpu)
+    evidence = _details(machine, cpu, fault)
+    handler = delivery(cpu, fault.vector, names.of)
+    shown = VECTORS.get(fault.vector, f"vector {fault.vector}")
+    if fault.intended and handler.problem:
+        cause = "missing-idt" if handler.problem in ("no-idt", "unmapped") else "bad-idt"
+        return say(cause, f"{fault.text} raises {shown}, and {handler.text}", evidence)
+    text = fault.text if not handler.problem else f"{fault.text}; {shown} could not be delivered: {handler.text}"
+    if not handler.problem:
+        evidence.append(f"{handler.text}: {shown} by itself could be delivered")
+    if nothing := _nothing_at_entry(machine, cpu, fault):
+        return say("wrong-image", f"{nothing}: {fault.text}", evidence)
+    return say(fault.cause, text, evidence)
+
+
+def _nothing_at_entry(machine: Machine, cpu: Processor, fault: Fault) -> str:
+    """Whether there was no code where the image was entered, in words."""
+    if machine.entry is None:
+        return ""
+    at = machine.entry.rip + (machine.entry.cs_base if machine.entry.mode == "real" else 0)
+    first = cpu.read(at, 16)
+    if fault.cause == "zeroes" and first is not None and not any(first):
+        return f"the image holds zeroes at its entry point {at:#x}"
+    if fault.cause == "invalid-opcode" and cpu.rip == at:
+        return f"there is no {cpu.bits}-bit code at the image's entry point {at:#x}"
+    return ""
+
+
+def _not_emulated(machine: Machine, outcome: Outcome, cpu: Processor, fault: Fault | None) -> Diagnosis:
+    if fault is not None and not fault.intended:
+        if nothing := _nothing_at_entry(machine, cpu, fault):
+            return say("wrong-image", f"{nothing}: {fault.text}")
+        return say(fault.cause, fault.text, _details(machine, cpu, fault))
+    from vmm.observe.faults import decode
+
+    insn = decode(cpu, outcome.instruction)
+    shown = f"{insn.mnemonic} {insn.op_str}".strip() if insn else outcome.instruction.hex(" ") or "(bytes not known)"
+    return say("not-emulated", f"{shown} at {place(machine, cpu.rip)}; see pyvmm doctor, and --compat")
+
+
+def _undeliverable(machine: Machine, cpu: Processor) -> Diagnosis | None:
+    """Nothing is wrong with the instruction: then it was an interrupt, or a fault while one was delivered."""
+    from vmm.observe.descriptors import VECTORS, delivery
+
+    tried: dict[str, Delivery] = {}
+    for vector in (14, 13, 8):
+        found = delivery(cpu, vector, lambda address: place(machine, address))
+        if found.problem:
+            tried.setdefault(found.problem, found)
+            cause = "missing-idt" if found.problem in ("no-idt", "unmapped") else "bad-idt"
+            what = f"at {place(machine, cpu.rip)}, whose instruction is sound, an exception or interrupt came"
+            return say(cause, f"{what}, and {found.text} ({VECTORS[vector]})")
+    return None
+
+
+def _details(machine: Machine, cpu: Processor, fault: Fault) -> list[str]:
+    lines = []
+    if fault.vector == 14:
+        lines.append(f"cr2 (the last page fault's address) is {cpu.registers['cr2']:#x}")
+    if not any(cpu.fetch(cpu.rip)[0]) and (caller := _caller(machine, cpu)):
+        lines.append(caller)
+    if fault.cause == "stack-overflow":
+        lines += _recursion(machine, cpu)
+    return lines
+
+
+def _caller(machine: Machine, cpu: Processor) -> str:
+    """Who called the address it is at, if the top of the stack is where a call returns to."""
+    from vmm.observe.stack import follows_call
+
+    top = cpu.word(cpu.linear("ss", cpu.registers["rsp"]), 8) if cpu.bits == 64 else None
+    if top is None or not follows_call(_Memory(cpu), top):
+        return ""
+    return f"called from {place(machine, top)}, which is on top of the stack"
+
+
+class _Memory:
+    """What a stopped processor's code sees, as :mod:`vmm.observe.stack` reads it."""
+
+    def __init__(self, cpu: Processor) -> None:
+        self._cpu = cpu
+
+    def read(self, address: int, size: int, /) -> bytes:
+        """``size`` bytes; a ``LookupError`` where they are not mapped."""
+        data = self._cpu.read(address & (1 << 64) - 1, size)
+        if data is None:
+            raise LookupError(f"{address:#x} is not mapped")
+        return data
+
+
+def _recursion(machine: Machine, cpu: Processor) -> list[str]:
+    """The return address that fills the stack."""
+    from collections import Counter
+
+    data = cpu.read((cpu.registers["rsp"] + 7) & ~7, 2048) if cpu.bits == 64 else None
+    if data is None:
+        return []
+    words = (int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8))
+    found = Counter(word for word in words if machine.symbols.name(word)).most_common(1)
+    if not found or found[0][1] < 4:
+        return []
+    (address, times), words_seen = found[0], len(data) // 8
+    return [f"{place(machine, address)} is {times} times among the {words_seen} words on top of the stack: recursion"]
