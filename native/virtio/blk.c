@@ -19,6 +19,7 @@
 /* A turn on the I/O thread: so many requests, or bytes (a millisecond from the page cache); then others have theirs. */
 #define TURN_REQUESTS 1024
 #define TURN_BYTES (32u << 20)
+#define TURN_POLLS 64
 /* The driver sees what is done after so many requests or bytes of a turn, and can work on it meanwhile. */
 #define SHOWN_REQUESTS 8
 #define SHOWN_BYTES (128u << 10)
@@ -419,7 +420,7 @@ static void serve(struct vmm_blk *blk, unsigned queue)
 {
     struct vmm_virtqueue *q = &blk->virtio.queues[queue];
     uint64_t bytes = 0, shown = 0, n;
-    unsigned requests = 0;
+    unsigned requests = 0, polls = 0;
     blk->held &= ~(1u << queue);
     do {
         if (!blk->virtio.running || !q->enabled)
@@ -437,11 +438,13 @@ static void serve(struct vmm_blk *blk, unsigned queue)
         if (vmm_disk_turn(blk->disk)) /* what it completed on the spot gives no second wake-up */
             ring_held(blk);
         publish(blk);
-        if (requests >= TURN_REQUESTS || bytes >= TURN_BYTES) {
+        if (requests >= TURN_REQUESTS || bytes >= TURN_BYTES || polls == TURN_POLLS) {
             vmm_virtqueue_ring(q);
             return;
         }
-    } while (!(blk->held >> queue & 1) && vmm_queue_arm(&q->ring));
+        /* With requests under way their completions come next, and the eventfd tells of them. */
+    } while (!(blk->held >> queue & 1) &&
+             ((!blk->disk->under_way && ++polls && vmm_virtqueue_poll(q)) || vmm_queue_arm(&q->ring)));
 }
 
 /* Queues that were held look again, each beginning where the last turn of all ended. */

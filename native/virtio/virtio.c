@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define COMMON_FEATURES                                                                                      \
@@ -23,6 +24,38 @@ pthread_mutex_t *vmm_virtio_lock(struct vmm_virtio *dev)
 void vmm_virtio_unlock(pthread_mutex_t **lock)
 {
     pthread_mutex_unlock(*lock);
+}
+
+/* ---- doorbells ---- */
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+bool vmm_virtqueue_poll(struct vmm_virtqueue *q)
+{
+    const uint64_t start = now_ns();
+    for (uint64_t now = start; now - start < q->patience; now = now_ns()) {
+        for (int i = 0; i < 16; i++) {
+            if (vmm_queue_waiting(&q->ring))
+                return true;
+            __builtin_ia32_pause();
+        }
+    }
+    q->patience = q->patience < VMM_PATIENCE / 8 ? 0 : q->patience / 2;
+    q->idle_since = start;
+    return false;
+}
+
+/* A doorbell that comes so soon would have been seen by looking. */
+static void learn_patience(struct vmm_virtqueue *q)
+{
+    if (q->idle_since && now_ns() - q->idle_since < VMM_PATIENCE)
+        q->patience = VMM_PATIENCE;
+    q->idle_since = 0;
 }
 
 /* ---- life ---- */
@@ -41,6 +74,7 @@ static void doorbell_rang(struct vmm_source *source, uint32_t events)
     if (traced)
         vmm_trace_io(dev->vm, VMM_TRACE_DOORBELL, dev->tag, q->index, 0, 0);
     q->ring.doorbells++;
+    learn_patience(q);
     if (dev->running && q->enabled && dev->ops->kick)
         dev->ops->kick(dev->opaque, q->index);
     if (traced)

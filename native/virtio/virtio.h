@@ -53,10 +53,12 @@ struct vmm_virtio_transport {
 
 struct vmm_virtqueue {
     struct vmm_queue ring;
-    uint16_t size_max; /* what the device offers */
-    bool enabled;      /* the driver said so */
-    bool external;     /* served by another process: the doorbell is not watched here */
-    int doorbell;      /* eventfd */
+    uint16_t size_max;   /* what the device offers */
+    bool enabled;        /* the driver said so */
+    bool external;       /* served by another process: the doorbell is not watched here */
+    int doorbell;        /* eventfd */
+    uint64_t patience;   /* ns: how long vmm_virtqueue_poll looks; what has paid off lately */
+    uint64_t idle_since; /* CLOCK_MONOTONIC, ns: when it last looked in vain; 0: a doorbell rang since */
     unsigned index;
     struct vmm_virtio *device;
     struct vmm_source source; /* the doorbell on the I/O thread */
@@ -148,6 +150,14 @@ void vmm_virtqueue_area(struct vmm_virtqueue *q, enum vmm_queue_area area, bool 
 uint32_t vmm_virtqueue_area_read(const struct vmm_virtqueue *q, enum vmm_queue_area area, bool high);
 void vmm_virtqueue_enable(struct vmm_virtqueue *q);
 void vmm_virtqueue_reset(struct vmm_virtqueue *q); /* RING_RESET, and mmio's QueueReady = 0 */
+
+/*
+ * Before asking for doorbells: a driver that answers at once saves its exit, and us the way to sleep and back. Looks
+ * for requests as long as that has been paying off (at most VMM_PATIENCE); true: there are some. The guest that is
+ * slower, or has no processor to itself, soon makes it look no more.
+ */
+bool vmm_virtqueue_poll(struct vmm_virtqueue *q);
+#define VMM_PATIENCE 30000 /* ns: about what a doorbell costs both sides */
 
 /* The doorbell without an ioeventfd. */
 void vmm_virtqueue_ring(struct vmm_virtqueue *q);
