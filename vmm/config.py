@@ -78,6 +78,9 @@ FIELDS: dict[str, Field] = {
     "compat": Field(
         read_one_of(*COMPAT), "auto", "remedies for what this host's KVM lacks: as probed, forced, or none"
     ),
+    "gdb": Field(
+        read_text, "", "let gdb attach: PORT, HOST:PORT or a path; the guest waits for it unless ,nowait follows"
+    ),
     "huge_pages": Field(read_flag, False, "back guest RAM with 2 MiB pages from the host's pool"),
     "disks": Field(parts.read_disks, (), "disk image: FILE[,ro][,serial=S][,cache=none][,overlay=FILE]..."),
     "nets": Field(parts.read_nets, (), "network: user, tap=NAME or socket=PATH, [,mac=..][,hostfwd=..]..."),
@@ -113,6 +116,7 @@ class MachineConfig:
     address: int | None
     unpack: str
     compat: str
+    gdb: str
     huge_pages: bool
     disks: tuple[parts.Disk, ...]
     nets: tuple[parts.Net, ...]

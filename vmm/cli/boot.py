@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vmm.cli import command_parser
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from vmm.console_host import HostEnd
+    from vmm.observe.gdb import GdbServer
     from vmm.outcome import Outcome
 
 
@@ -49,6 +51,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--console-device": ("console_device", {"metavar": "KIND"}),
     "--virtio": ("virtio", {"metavar": "TRANSPORT"}),
     "--symbols": ("symbols", {"metavar": "FILE"}),
+    "--gdb": ("gdb", {"metavar": "ADDR", "nargs": "?", "const": "127.0.0.1:1234"}),
     "--huge-pages": ("huge_pages", {"action": "store_true"}),
     "--reboot": ("reboot", {"action": "store_true"}),
 }
@@ -105,6 +108,8 @@ def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
         if how.get("action") == "store_true" and not equals:
             given[name] = True
             continue
+        if "nargs" in how and not equals:
+            return None  # its value may be left out
         value = value if equals else next(words, "-")
         if not name or how.get("action") == "store_true" or (value.startswith("-") and not equals):
             return None
@@ -160,20 +165,30 @@ def _once(config: MachineConfig, end: HostEnd, verbose: bool) -> tuple[Outcome, 
             for note in machine.notes:
                 print(f"pyvmm: {note}", file=sys.stderr)
         _end_on_signals(machine)
-        machine.start()
-        gc.freeze()  # see vmm.cli.entry
-        gc.enable()
-        try:
-            serve(machine, end, config.timeout)
-        except PeerGone as error:
-            machine.stop()
-            raise ConfigError(str(error)) from error
-        outcome = machine.wait()
+        with _gdb(machine, config.gdb) if config.gdb else nullcontext():
+            machine.start()
+            gc.freeze()  # see vmm.cli.entry
+            gc.enable()
+            try:
+                serve(machine, end, config.timeout)
+            except PeerGone as error:
+                machine.stop()
+                raise ConfigError(str(error)) from error
+            outcome = machine.wait()
         if outcome.ok or (outcome.reason in ("timeout", "interrupted", "terminated") and not verbose):
             return outcome, "" if outcome.ok else f"pyvmm: {outcome.sentence}\n"
         from vmm.observe.postmortem import report
 
         return outcome, report(machine, outcome)
+
+
+def _gdb(machine: Any, option: str) -> GdbServer:
+    from vmm.observe.gdb import GdbServer, parse_option
+
+    address, wait = parse_option(option)
+    server = GdbServer(machine, address, wait=wait)
+    print(f"pyvmm: gdb: target remote {server.address}", file=sys.stderr, flush=True)
+    return server
 
 
 def _end_on_signals(machine: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.cpu.paging import PageFault
-from vmm.errors import ConfigError, LinearMemoryError, StateError
+from vmm.errors import ConfigError, HostError, LinearMemoryError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -248,8 +248,17 @@ class Debugger:
                 if stop and (stop.kind != "step" or vcpu in step):
                     self._deliver(stop)
                     return
-            self._roles(step, hold)
+            try:
+                self._roles(step, hold)
+            except HostError:
+                self._roles()
+                raise
             self._resume()
+
+    def forget(self, stop: Stop) -> None:
+        """This stop was told to nobody: its vCPU runs into the breakpoint again."""
+        with self._turn:
+            self._before.pop(stop.vcpu, None)
 
     def _roles(self, step: Sequence[Vcpu] = (), hold: Sequence[Vcpu] = ()) -> None:
         for vcpu in self.vcpus:

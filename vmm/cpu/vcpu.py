@@ -20,6 +20,26 @@ SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
 EFER_LMA = 1 << 10
 
+# struct kvm_fpu (linux/kvm.h): where each register lies, and its bytes
+_FPU = {
+    **{f"st{i}": (16 * i, 16) for i in range(8)},
+    "fcw": (128, 2), "fsw": (130, 2), "ftw": (132, 1), "fop": (134, 2), "fip": (136, 8), "fdp": (144, 8),
+    **{f"xmm{i}": (152 + 16 * i, 16) for i in range(16)},
+    "mxcsr": (408, 4),
+}  # fmt: skip
+_STATE_FPU = 4
+
+
+def _width(name: str) -> int:
+    """Bits of a general, control or segment register; 0: there is none of that name."""
+    if name in GENERAL or name in CONTROL:
+        return 64
+    part, _, field = name.partition("_")
+    if part in SEGMENTS:
+        return {"": 16, "base": 64}.get(field, 0)
+    return {"base": 64, "limit": 16}.get(field, 0) if part in ("gdt", "idt") else 0
+
+
 # KVM exit reasons (linux/kvm.h) by number
 EXIT_REASONS = {
     0: "unknown", 1: "exception", 2: "io", 3: "hypercall", 4: "debug", 5: "hlt", 6: "mmio", 7: "irq-window",
@@ -93,30 +113,67 @@ class Vcpu:
         return values
 
     def set_registers(self, **values: int) -> None:
-        """Set general and control registers by name, e.g. ``set_registers(rip=0x1000, rax=1)``.
+        """Set registers by the names :meth:`registers` has, e.g. ``set_registers(rip=0x1000, fs_base=0)``.
 
-        Raises :class:`~vmm.errors.ConfigError` for a name that is not a register or a value over 64 bits.
+        A selector is set alone: its hidden base, limit and rights stay. Nothing is set when one name or value is
+        wrong: :class:`~vmm.errors.ConfigError` for a name that is no register or a value that does not fit,
+        :class:`~vmm.errors.HostError` for a state no processor can be in (as KVM judges it).
         """
-        general = {k: v for k, v in values.items() if k in GENERAL}
-        control = {k: v for k, v in values.items() if k in CONTROL}
-        unknown = values.keys() - general.keys() - control.keys()
-        if unknown:
-            raise ConfigError(f"no such register: {', '.join(sorted(unknown))}")
         for name, value in values.items():
-            if not 0 <= value < 1 << 64:
-                raise ConfigError(f"{name} is a 64-bit register, {value:#x} does not fit")
+            bits = _width(name)
+            if not bits:
+                raise ConfigError(f"no such register: {name}")
+            if not 0 <= value < 1 << bits:
+                raise ConfigError(f"{name} has {bits} bits, {value:#x} does not fit")
+        general = {k: v for k, v in values.items() if k in GENERAL}
+        control = {k: v for k, v in values.items() if k not in GENERAL}
+        if control:
+            sregs = ffi.new("vmm_sregs *")
+            check(lib.vmm_vcpu_get_sregs(self.native, sregs))
+            for name, value in control.items():
+                part, _, field = name.partition("_")
+                if name in CONTROL:
+                    setattr(sregs, name, value)
+                else:
+                    setattr(getattr(sregs, part), field or "selector", value)
+            if lib.vmm_vcpu_set_sregs(self.native, sregs) < 0:
+                asked = ", ".join(f"{name} {value:#x}" for name, value in control.items())
+                raise HostError(
+                    f"no processor can be in this state, says KVM: {asked}, with the other registers as they are"
+                )
         if general:
             regs = ffi.new("vmm_regs *")
             check(lib.vmm_vcpu_get_regs(self.native, regs))
             for name, value in general.items():
                 setattr(regs, name, value)
             check(lib.vmm_vcpu_set_regs(self.native, regs))
-        if control:
-            sregs = ffi.new("vmm_sregs *")
-            check(lib.vmm_vcpu_get_sregs(self.native, sregs))
-            for name, value in control.items():
-                setattr(sregs, name, value)
-            check(lib.vmm_vcpu_set_sregs(self.native, sregs))
+
+    def fpu(self) -> dict[str, int]:
+        """x87 and SSE registers by name: ``st0``..``st7`` (80 bits, from the stack's top), ``fcw``, ``fsw``, ``ftw``
+        (abridged, SDM vol. 1, 10.5.1), ``fop``, ``fip``, ``fdp``, ``xmm0``..``xmm15`` (128 bits), ``mxcsr``.
+        """
+        raw = self._fpu_state()
+        return {name: int.from_bytes(raw[at : at + size], "little") for name, (at, size) in _FPU.items()}
+
+    def set_fpu(self, **values: int) -> None:
+        """Set x87 and SSE registers by the names :meth:`fpu` has. Raises :class:`~vmm.errors.ConfigError`."""
+        raw = self._fpu_state()
+        for name, value in values.items():
+            if name not in _FPU:
+                raise ConfigError(f"no such register: {name}")
+            at, size = _FPU[name]
+            bits = 80 if name.startswith("st") else size * 8
+            if not 0 <= value < 1 << bits:
+                raise ConfigError(f"{name} has {bits} bits, {value:#x} does not fit")
+            raw[at : at + size] = value.to_bytes(size, "little")
+        if int.from_bytes(raw[_FPU["mxcsr"][0] :][:4], "little") >> 16:
+            raise ConfigError("mxcsr: bits 31:16 are reserved")
+        check(lib.vmm_vcpu_set_state(self.native, _STATE_FPU, bytes(raw), len(raw)))
+
+    def _fpu_state(self) -> bytearray:
+        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_FPU))
+        check(lib.vmm_vcpu_get_state(self.native, _STATE_FPU, buffer, len(buffer)))
+        return bytearray(buffer)
 
     @property
     def bits(self) -> int:

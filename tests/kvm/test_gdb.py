@@ -1,0 +1,247 @@
+"""The stub with the real gdb on bare-metal guests: what a person at its prompt gets to see."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vmm.errors import ConfigError, HostError
+from vmm.machine import Machine
+from vmm.observe.gdb import GdbServer, listen, parse_option
+from vmm.observe.gdb_packets import frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    GuestPath = Callable[[str], str]
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def gdb(server: GdbServer, image: str, *commands: str) -> str:
+    """What gdb says to these commands, once attached."""
+    program = shutil.which("gdb")
+    if program is None:
+        pytest.skip("gdb is not installed")
+    line = [program, "-nx", "-batch", "-ex", "set pagination off", "-ex", "set confirm off"]
+    for command in (f"target remote {server.address}", *commands):
+        line += ["-ex", command]
+    done = subprocess.run(
+        [*line, image], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def debugged(image: str, **fields: object) -> Iterator[tuple[Machine, GdbServer]]:
+    """A machine that stands before its first instruction, with a stub on any port."""
+    settings = {"kernel": image, "memory": "16M", **fields}
+    with Machine(**settings) as machine, GdbServer(machine, "127.0.0.1:0", wait=True) as server:
+        machine.start()
+        yield machine, server
+
+
+def test_break_backtrace_step_and_on_to_the_end(guest: GuestPath) -> None:
+    with debugged(guest("hello")) as (machine, server):
+        said = gdb(server, guest("hello"), "break guest_main", "continue", "backtrace", "info registers rip", "stepi",
+                   "x/i $rip", "delete", "detach")  # fmt: skip
+        assert machine.wait(timeout=20).status == 33
+    assert "Breakpoint 1, guest_main ()" in said
+    assert "#1 " in said
+    assert "start_common () at guests/lib/start64.S" in said
+    assert "=> 0x" in said
+
+
+@pytest.mark.parametrize("command", ["break", "hbreak"])
+def test_a_breakpoint_is_hit_each_time(guest: GuestPath, command: str) -> None:
+    with debugged(guest("hello")) as (machine, server):
+        said = gdb(server, guest("hello"), f"{command} guest_main", "continue",
+                   "set $rip = &start_common", "continue", "set $rip = &start_common", "continue", "kill")  # fmt: skip
+        assert machine.wait(timeout=20).reason == "stopped"
+    assert said.count("Breakpoint 1, guest_main ()") == 3
+
+
+def test_gdb_sees_registers_and_memory_and_changes_them(guest: GuestPath) -> None:
+    with debugged(guest("hello")) as (machine, server):
+        said = gdb(
+            server, guest("hello"), "break guest_main", "continue",
+            "set $rax = 0x1122334455667788", "p/x $rax", "p/x $eax",
+            "set $xmm3.uint128 = 77", "p $xmm3.uint128", "set $mxcsr = 0x1f80", "p $eflags", "p/x $cs", "p/x $efer",
+            "set {long}0x200000 = 0x5a5a", "x/1gx 0x200000", "p/x *(char*)0xffff800000000000", "x/1bx guest_main",
+            "detach",
+        )  # fmt: skip
+        assert machine.wait(timeout=20).status == 33
+    assert "$1 = 0x1122334455667788" in said
+    assert "$2 = 0x55667788" in said
+    assert "$3 = 77" in said
+    assert "$6 = 0x500" in said  # LME and LMA
+    assert "0x0000000000005a5a" in said
+    assert "Cannot access memory at address 0xffff800000000000" in said
+    assert "0xcc" not in said  # its own breakpoint is not shown
+
+
+def test_a_watchpoint_stops_where_the_variable_is_written(guest: GuestPath) -> None:
+    with debugged(guest("irq")) as (machine, server):
+        said = gdb(server, guest("irq"), "break guest_main", "continue", "watch trap_handlers[0x20]", "continue",
+                   "info watchpoints", "delete", "detach")  # fmt: skip
+        machine.wait(timeout=30)
+    assert "Hardware watchpoint 2: trap_handlers[0x20]" in said
+    assert "Old value = " in said and "New value = " in said
+    assert "breakpoint already hit 1 time" in said
+
+
+def test_all_vcpus_are_threads(guest: GuestPath) -> None:
+    with debugged(guest("smp"), cpus=3, append="cpus=3") as (machine, server):
+        said = gdb(server, guest("smp"), "info threads", "break guest_main", "continue", "thread apply all p $rip",
+                   "thread 3", "delete", "detach")  # fmt: skip
+        assert machine.wait(timeout=20).status == 33, machine.console.transcript
+    for number in (1, 2, 3):
+        assert f"Thread {number} (vCPU {number - 1})" in said
+    assert "Switching to thread 3" in said
+
+
+def test_a_breakpoint_on_another_vcpu_is_reported_for_it(guest: GuestPath) -> None:
+    with debugged(guest("smp"), cpus=2, append="cpus=2") as (machine, server):
+        said = gdb(server, guest("smp"), "break idt_load", "continue", "info threads",
+                   "continue", "info threads", "delete", "detach")  # fmt: skip
+        assert machine.wait(timeout=20).status == 33
+    assert "* 2    Thread 2 (vCPU 1)" in said
+
+
+def test_a_guest_that_exits_ends_gdb_s_program_with_its_status(guest: GuestPath) -> None:
+    with debugged(guest("hello")) as (machine, server):
+        said = run_to_the_end(machine, server, guest("hello"))
+    assert "exited with code 041" in said  # octal for 33
+
+
+def run_to_the_end(machine: Machine, server: GdbServer, image: str) -> str:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(gdb, server, image, "continue")
+        assert machine.wait(timeout=40).status == 33
+        server.close()
+        return said.result(60)
+
+
+# ---- without gdb: the life of a connection ----
+
+
+def connect(server: GdbServer) -> socket.socket:
+    name, port = server.address.rsplit(":", 1)
+    return socket.create_connection((name, int(port)), timeout=10)
+
+
+def ask(client: socket.socket, payload: bytes) -> bytes:
+    client.sendall(frame(payload))
+    return answer(client)
+
+
+def answer(client: socket.socket) -> bytes:
+    data = b""
+    while data.count(b"#") == 0 or len(data) < data.index(b"#") + 3:
+        part = client.recv(4096)
+        assert part, data
+        data = (data + part).lstrip(b"+")
+    client.sendall(b"+")
+    return data[1 : data.index(b"#")]
+
+
+def test_a_client_that_vanishes_leaves_a_machine_that_another_finds_standing(guest: GuestPath) -> None:
+    with debugged(guest("spin")) as (machine, server):
+        for _ in range(3):
+            with connect(server) as client:
+                assert ask(client, b"?").startswith(b"T05")
+                rip = ask(client, b"p10")
+                assert ask(client, b"Z0,100000,1") == b"OK"
+        time.sleep(0.1)
+        assert machine.memory.planted == {}
+        with connect(server) as client:
+            assert ask(client, b"p10") == rip
+            assert ask(client, b"D") == b"OK"
+        machine.stop()
+
+
+def test_attaching_to_a_running_guest_stops_it_and_an_interrupt_too(guest: GuestPath) -> None:
+    with Machine(kernel=guest("spin"), memory="16M") as machine, GdbServer(machine, "127.0.0.1:0") as server:
+        machine.start()
+        time.sleep(0.05)
+        with connect(server) as client:
+            assert ask(client, b"?").startswith(b"T05")
+            first = ask(client, b"g")
+            assert ask(client, b"g") == first
+            client.sendall(frame(b"c"))
+            time.sleep(0.05)
+            client.sendall(b"\x03")
+            assert answer(client).startswith(b"T02thread:1;")
+            assert ask(client, b"vCont;s:1;c").startswith(b"T05thread:1;")
+        machine.stop()
+
+
+def test_the_stub_s_packets_are_refused_as_the_protocol_says(guest: GuestPath) -> None:
+    with debugged(guest("spin")) as (machine, server), connect(server) as client:
+        unsupported, memory, wrong, room = b"", b"E0e", b"E16", b"E1c"
+        for request, expected in [
+            (b"vMustReplyEmpty", unsupported), (b"!", unsupported), (b"Z9,0,1", unsupported), (b"qFnord", unsupported),
+            (b"m8000000000000000,8", memory), (b"Mffff800000000000,1:00", memory), (b"Z0,ffff800000000000,1", memory),
+            (b"m", wrong), (b"mxyz,1", wrong), (b"m0,-1", wrong), (b"G00", wrong), (b"Pffff=0", wrong), (b"p7f", wrong),
+            (b"M0,2:00", wrong), (b"X0,2:a", wrong), (b"Hg99", wrong), (b"T63", wrong), (b"vCont;x", wrong),
+            (b"vCont;c:99", wrong), (b"Z2,0,100", room), (b"qXfer:features:read:other.xml:0,10", b"E00"),
+        ]:  # fmt: skip
+            assert ask(client, request) == expected, request
+        assert ask(client, b"m0,0") == b""
+        assert ask(client, b"qSupported:swbreak+").startswith(b"PacketSize=4000;")
+        assert machine.stop().reason == "stopped"
+
+
+def test_a_wrong_checksum_is_asked_for_again(guest: GuestPath) -> None:
+    with debugged(guest("spin")) as (machine, server), connect(server) as client:
+        client.sendall(b"$?#00")
+        assert client.recv(1) == b"-"
+        client.sendall(b"$?#3f")
+        assert client.recv(1) == b"+"
+        machine.stop()
+
+
+# ---- addresses ----
+
+
+def test_a_unix_socket_is_made_and_removed(guest: GuestPath, tmp_path: Path) -> None:
+    path = str(tmp_path / "gdb.sock")
+    with Machine(kernel=guest("spin"), memory="16M") as machine:
+        for _ in range(2):
+            with GdbServer(machine, path, wait=False) as server:
+                assert server.address == path
+                assert Path(path).is_socket()
+            assert not Path(path).exists()
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:", "127.0.0.1:65536", "1.2.3:x"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="PORT, HOST:PORT or the path"):
+        listen(address)
+
+
+def test_an_address_that_is_taken_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with listen("127.0.0.1:0") as first, pytest.raises(HostError, match="choose another"):
+        listen(f"127.0.0.1:{first.getsockname()[1]}")
+    with pytest.raises(HostError, match="cannot listen for gdb"):
+        listen(str(tmp_path / "no" / "such" / "folder"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HostError):
+        listen(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_option_names_an_address_and_whether_to_wait() -> None:
+    assert parse_option("127.0.0.1:1234") == ("127.0.0.1:1234", True)
+    assert parse_option("5000,nowait") == ("5000", False)
+    with pytest.raises(ConfigError, match="only ,nowait"):
+        parse_option("5000,later")
