@@ -30,7 +30,7 @@ mkdir -p /a /b
 mount -t ext4 /dev/vda /a && mount -t ext4 /dev/vdb /b || exit 1
 echo serial: $(cat /sys/block/vda/serial) $(cat /sys/block/vda/queue/logical_block_size) $(cat /sys/block/vda/size)
 echo cache: $(cat /sys/block/vda/queue/write_cache) readonly: $(cat /sys/block/vdc/ro)
-dd if=/dev/urandom of=/a/random bs=1M count=16 2>/dev/null
+yes "$(cat /proc/sys/kernel/random/uuid)" | head -c 16777216 >/a/random
 cp /a/random /b/copy
 rm /b/old
 sync

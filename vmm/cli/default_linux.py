@@ -28,9 +28,14 @@ def find(config: MachineConfig, *, memory_given: bool) -> MachineConfig:
     from vmm.linux import debian, initramfs, kernel
 
     native = host.findings().native
+    drivers: list[initramfs.Entry] = []
     with progress_display() as progress:
         if native:
-            image, memory = debian.stock_kernel("cloud", progress).vmlinuz, STOCK_MEMORY
+            from vmm.linux import modules
+
+            stock = debian.stock_kernel("cloud", progress)
+            image, memory = stock.vmlinuz, STOCK_MEMORY
+            drivers = modules.entries(stock.modules, modules.of_machine(config))
         else:
             if not kernel.is_built():
                 print(
@@ -38,7 +43,7 @@ def find(config: MachineConfig, *, memory_given: bool) -> MachineConfig:
                     file=sys.stderr,
                 )
             image, memory = kernel.small_kernel(progress=progress).bzimage, SMALL_MEMORY
-        initrd = config.initrd or (str(initramfs.default(debian.busybox(progress))),)
+        initrd = config.initrd or (str(initramfs.default(debian.busybox(progress), drivers)),)
     quiet = "" if "loglevel" in config.append or "quiet" in config.append else "quiet "
     if not memory_given:
         config = config.with_(memory=memory)

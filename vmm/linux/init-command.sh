@@ -2,6 +2,9 @@
 # First process of a command's initramfs: run it, report its exit status, power off. See vmm/linux/initramfs.py.
 
 /bin/busybox mount -a
+for module in /lib/load/*.ko; do
+	[ -e "$module" ] && /bin/busybox insmod "$module"
+done
 . /etc/argv
 "$@"
 status=$?

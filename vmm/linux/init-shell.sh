@@ -4,6 +4,9 @@
 
 # All of /etc/fstab in one process.
 /bin/busybox mount -a
+for module in /lib/load/*.ko; do
+	[ -e "$module" ] && /bin/busybox insmod "$module"
+done
 read -r _ _ release _ </proc/version
 echo "Linux $release is up; the machine powers off when this shell exits."
 
