@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.errors import ConsoleTimeout
+from vmm.errors import ConfigError, ConsoleTimeout
 
 if TYPE_CHECKING:
     import re
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 INPUT_LIMIT = 64 << 10
 LOG_LIMIT = 64 << 20
 HIGH_WATER = 1 << 20
+OVERLAP = 4 << 10
+SILENCE_MS = 50
 
 
 class Console:
@@ -86,34 +88,53 @@ class Console:
     def expect(self, pattern: bytes | str, timeout: float = 10.0) -> re.Match[bytes]:
         """Wait until ``pattern`` (a regular expression) appears in output not yet consumed; consume through it.
 
+        The match is the leftmost in what has come. One shorter than 4 KiB is found at once; a longer one when the
+        guest falls silent, ends, or has printed as much again: so the cost stays proportional to the output.
+
         Raises :class:`~vmm.errors.ConsoleTimeout` with the transcript when ``timeout`` seconds pass, or at once
         when the machine has ended and the pattern is not there.
         """
-        import re
         import time
 
-        compiled = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
         deadline = time.monotonic() + timeout
-        start, seen, at = self.position, b"", self.position
-        while True:
-            part, at = self.output(at)
-            seen += part
-            match = compiled.search(seen)
-            if match:
-                self.position = start + match.end()
-                return match
-            if part:
-                continue
+        search = _Search(pattern, self)
+        while not (match := search.look()):
             left = deadline - time.monotonic()
-            if left <= 0 or not lib.vmm_console_wait(self.native, at, max(1, int(left * 1000))):
-                if self.end > at:
-                    continue
-                why = f"within {timeout:g} s" if time.monotonic() >= deadline else "before the machine ended"
-                raise ConsoleTimeout(
-                    f"the guest did not print {pattern!r} {why}; the end of what it printed: "
-                    f"{self.tail(200).decode(errors='replace')!r}",
-                    self.transcript,
-                )
+            if left > 0 and lib.vmm_console_wait(self.native, search.at, search.patience(left)):
+                continue
+            over = left <= 0 or self.closed  # before the last look: what came until then is seen by it
+            if match := search.last_look():
+                break
+            if over:
+                raise search.failure(timeout)
+        self.position = search.start + match.end()
+        return match
+
+    async def expect_async(self, pattern: bytes | str, timeout: float = 10.0) -> re.Match[bytes]:
+        """:meth:`expect` for asyncio: the event loop goes on meanwhile. One task at a time."""
+        import time
+
+        from vmm import aio
+
+        deadline = time.monotonic() + timeout
+        search = _Search(pattern, self)
+        while not (match := search.look()):
+            left = deadline - time.monotonic()
+            fd = lib.vmm_console_await(self.native, search.at)
+            if left > 0 and await aio.readable(fd, search.patience(left) / 1000) and self.end > search.at:
+                continue
+            over = left <= 0 or self.closed  # before the last look: what came until then is seen by it
+            if match := search.last_look():
+                break
+            if over:
+                raise search.failure(timeout)
+        self.position = search.start + match.end()
+        return match
+
+    @property
+    def closed(self) -> bool:
+        """Whether the machine has ended: no more output will come."""
+        return bool(lib.vmm_console_closed(self.native))
 
     # for a pump
 
@@ -148,6 +169,62 @@ class Console:
         if self.native is not None:
             lib.vmm_console_destroy(self.native)
             self.native = None
+
+
+class _Search:
+    """A pattern looked for in output as it comes, at a cost proportional to the output.
+
+    New output is searched together with the :data:`OVERLAP` bytes before it. The whole is searched when that finds
+    something (a longer match may begin further left), when it has doubled, and at :meth:`last_look`.
+    """
+
+    def __init__(self, pattern: bytes | str, console: Console) -> None:
+        import re
+
+        try:
+            self.compiled = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
+        except re.error as error:
+            raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
+        self.pattern = pattern
+        self.console = console
+        self.start = self.at = console.position
+        self.seen = bytearray()
+        self.searched = 0  # bytes of `seen` that were searched as a whole
+
+    def look(self) -> re.Match[bytes] | None:
+        """Read all there is; answers the leftmost match, if the new output completed one."""
+        while True:
+            part, self.at = self.console.output(self.at)
+            if not part:
+                return None
+            overlap = max(0, len(self.seen) - OVERLAP)
+            self.seen += part
+            if len(self.seen) >= 2 * self.searched or self.compiled.search(self.seen, overlap):
+                match = self._search_all()
+                if match:
+                    return match
+
+    def last_look(self) -> re.Match[bytes] | None:
+        """The same once nothing new comes: for matches longer than the overlap."""
+        return self.look() or (self._search_all() if self.searched < len(self.seen) else None)
+
+    def _search_all(self) -> re.Match[bytes] | None:
+        self.searched = len(self.seen)
+        return self.compiled.search(bytes(self.seen))
+
+    def patience(self, left: float) -> int:
+        """Milliseconds to wait for output when ``left`` seconds are left."""
+        whole = max(1, int(left * 1000))
+        return whole if self.searched == len(self.seen) else min(whole, SILENCE_MS)
+
+    def failure(self, timeout: float) -> ConsoleTimeout:
+        """The pattern did not come."""
+        why = "before the machine ended" if self.console.closed else f"within {timeout:g} s"
+        return ConsoleTimeout(
+            f"the guest did not print {self.pattern!r} {why}; the end of what it printed: "
+            f"{self.console.tail(200).decode(errors='replace')!r}",
+            self.console.transcript,
+        )
 
 
 def _drain(fd: int) -> None:

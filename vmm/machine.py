@@ -22,15 +22,17 @@ from vmm.memory import GuestMemory
 from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from vmm.boot import Entry
     from vmm.bus import Attachment
     from vmm.cpu.debug import Debugger, Point, Stop
+    from vmm.cpu.vcpu import Exit
     from vmm.devices.device import Device
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.hooks import Access, Hook, Hooks
     from vmm.observe.diagnose import Diagnosis
     from vmm.observe.stack import Frame
     from vmm.observe.symbols import Symbols
@@ -80,10 +82,12 @@ class Machine:
         self._kvm_path = kvm
         self._vm: Any = None
         self._debugger: Debugger | None = None
+        self._hooks: Hooks | None = None
         self._starters: list[Any] = []
         self._stoppers: list[Any] = []
         self._closers: list[Any] = []
         self._threads: list[threading.Thread] = []
+        self._inside = 0  # vCPU threads that have not left their run loop
         self._exception: BaseException | None = None
         self._rings: TraceRings | None = None
         self._tracing: Trace | None = None
@@ -290,12 +294,20 @@ class Machine:
             self._started_at = time.monotonic()
             for vcpu in self.vcpus:
                 name = f"vcpu{vcpu.number}"
-                thread = threading.Thread(target=lib.vmm_vcpu_run, args=(vcpu.native,), name=name, daemon=True)
-                self._threads.append(thread)
+                self._threads.append(threading.Thread(target=self._run_vcpu, args=(vcpu,), name=name, daemon=True))
+            self._inside = len(self._threads)
             for starter in self._starters:
                 starter()
             for thread in self._threads:
                 thread.start()
+
+    def _run_vcpu(self, vcpu: Any) -> None:
+        lib.vmm_vcpu_run(vcpu.native)
+        with self._lock:
+            self._inside -= 1
+            last = self._inside == 0
+        if last:
+            self.console.close()  # who expects output is told at once that there is no more
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the end. After ``timeout`` seconds the machine is stopped and the outcome is ``timeout``.
@@ -309,6 +321,14 @@ class Machine:
         if self._threads and not select.select([self.stop_fd], [], [], timeout)[0]:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 1)
         return self._finish()
+
+    async def wait_async(self, timeout: float | None = None) -> Outcome:
+        """:meth:`wait` for asyncio: the event loop goes on meanwhile. Cancelling it leaves the machine running."""
+        from vmm import aio
+
+        if self._threads and not await aio.readable(self.stop_fd, timeout):
+            self.interrupt(1)
+        return self.wait()
 
     def run(self, timeout: float | None = None) -> Outcome:
         """:meth:`start`, then :meth:`wait` (default: the configuration's timeout)."""
@@ -335,6 +355,41 @@ class Machine:
     def resume(self) -> None:
         """Undo one :meth:`pause`."""
         check(lib.vmm_vm_resume(self._open_vm()))
+
+    # ---- hooks ----
+
+    def on_port(self, port: int | range, callback: Callable[[Access], int | None]) -> Hook:
+        """Have ``callback(access)`` called for every access to these ports, before a write or after a read.
+
+        The device behind still acts. A number that the callback returns replaces the value: what the device is
+        given, or what the guest reads. It runs on the vCPU's thread: it may look at registers and memory,
+        :meth:`interrupt`, and remove hooks. An exception stops the machine and comes out of :meth:`wait`.
+        """
+        return self._hooked().access(PIO, port, callback)
+
+    def on_access(self, gpa: int | range, callback: Callable[[Access], int | None]) -> Hook:
+        """:meth:`on_port` for guest-physical addresses outside RAM.
+
+        Raises :class:`~vmm.errors.BusError` for RAM, whose accesses do not exit: :meth:`watch` it.
+        """
+        return self._hooked().access(MMIO, gpa, callback)
+
+    def on_exit(self, reasons: str | Iterable[str], callback: Callable[[int, Exit], object]) -> Hook:
+        """Have ``callback(vcpu, exit)`` called, on the vCPU's thread, after exits for these reasons were answered.
+
+        ``reasons`` are names of :data:`vmm.cpu.vcpu.EXIT_REASONS`, for example ``"io"`` or ``["shutdown", "hlt"]``.
+        """
+        return self._hooked().exits(reasons, callback)
+
+    def _hooked(self) -> Hooks:
+        vm = self._open_vm()
+        with self._lock:
+            if self._hooks is None:
+                from vmm.hooks import Hooks
+
+                self._hooks = Hooks(vm, self._callback_failed)
+                self.on_close(self._hooks.close)
+            return self._hooks
 
     # ---- debugging ----
 
@@ -416,7 +471,6 @@ class Machine:
                 stopper()
             if self.outcome is None:
                 self.outcome = self._make_outcome()
-                self.console.close()
             self._threads = []
             return self.outcome
 

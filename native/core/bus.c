@@ -30,8 +30,10 @@ void vmm_bus_deinit(struct vmm_bus *bus)
         next = t->next_retired;
         free(t);
     }
-    for (int space = 0; space < 2; space++)
+    for (int space = 0; space < 2; space++) {
         free(atomic_load(&bus->table[space]));
+        free(atomic_load(&bus->hooks[space]));
+    }
     pthread_mutex_destroy(&bus->lock);
 }
 
@@ -97,6 +99,28 @@ static bool access_bytes(const struct vmm_bus_table *table, uint32_t *hint, uint
     return claimed;
 }
 
+static void tell_hooks(struct vmm_vcpu *vcpu, const struct vmm_bus_table *hooks, int space, uint64_t address,
+                       uint32_t size, uint64_t *value, bool write)
+{
+    vmm_access access = {.address = address,
+                         .value = *value & ones(size),
+                         .vcpu = vcpu->id,
+                         .size = (uint8_t)size,
+                         .write = write,
+                         .space = (uint8_t)space};
+    for (uint32_t i = 0; i < hooks->n; i++) {
+        const struct vmm_range *hook = &hooks->ranges[i];
+        /* Differences: neither an access nor a range that ends at the top of the space wraps. */
+        bool touches = address <= hook->last && (address >= hook->base || hook->base - address < size);
+        if (!touches)
+            continue;
+        access.tag = hook->tag;
+        vcpu->vm->hook_access(vcpu->vm->hook_opaque, &access);
+        access.value &= ones(size);
+    }
+    *value = access.value;
+}
+
 bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t size, uint64_t *value,
                     bool write, uint32_t *tag)
 {
@@ -108,7 +132,10 @@ bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t
         atomic_store(&vcpu->epoch, atomic_load_explicit(&bus->epoch, memory_order_relaxed));
     const struct vmm_bus_table *table = atomic_load(&bus->table[space]);
     const struct vmm_range *r = find(table, address, &vcpu->last_range[space]);
+    const struct vmm_bus_table *hooks = atomic_load(&bus->hooks[space]);
     bool claimed = true;
+    if (unlikely(hooks) && write)
+        tell_hooks(vcpu, hooks, space, address, size, value, true);
     if (likely(r && fits(r, address, size))) {
         *tag = r->tag;
         call(r, address, size, value, write);
@@ -117,6 +144,8 @@ bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t
         if (!claimed)
             atomic_fetch_add_explicit(&vcpu->unclaimed, 1, memory_order_relaxed);
     }
+    if (unlikely(hooks) && !write)
+        tell_hooks(vcpu, hooks, space, address, size, value, false);
     if (!outer)
         atomic_store_explicit(&vcpu->epoch, 0, memory_order_release);
     return claimed;
@@ -142,11 +171,11 @@ static bool held_by_caller(uint64_t epoch)
     return seen && seen < epoch;
 }
 
-/* Publish `table` (may be NULL); answers the epoch from which no reader can hold the one it replaces. */
-static uint64_t publish(struct vmm_vm *vm, int space, struct vmm_bus_table *table)
+/* Publish `table` (may be NULL) at `slot`; answers the epoch from which no reader can hold the one it replaces. */
+static uint64_t publish(struct vmm_vm *vm, _Atomic(struct vmm_bus_table *) *slot, struct vmm_bus_table *table)
 {
     struct vmm_bus *bus = &vm->bus;
-    struct vmm_bus_table *old = atomic_exchange(&bus->table[space], table);
+    struct vmm_bus_table *old = atomic_exchange(slot, table);
     uint64_t epoch = atomic_fetch_add(&bus->epoch, 1) + 1;
     if (old) {
         old->retired_at = epoch;
@@ -183,6 +212,19 @@ static bool overlaps_memory(const struct vmm_vm *vm, uint64_t base, uint64_t las
     return false;
 }
 
+static int check_range(const struct vmm_vm *vm, int space, uint64_t base, uint64_t size)
+{
+    uint64_t last = base + (size - 1);
+    if ((space != VMM_PIO && space != VMM_MMIO) || !size || last < base ||
+        (space == VMM_PIO && last > 0xffff))
+        return vmm_error_set(-EINVAL, "range %#llx+%#llx", (unsigned long long)base,
+                             (unsigned long long)size);
+    if (space == VMM_MMIO && overlaps_memory(vm, base, last))
+        return vmm_error_set(-EEXIST, "range %#llx-%#llx overlaps guest RAM", (unsigned long long)base,
+                             (unsigned long long)last);
+    return 0;
+}
+
 static int attach_locked(struct vmm_vm *vm, int space, const struct vmm_range *range)
 {
     const struct vmm_bus_table *old = atomic_load(&vm->bus.table[space]);
@@ -204,23 +246,19 @@ static int attach_locked(struct vmm_vm *vm, int space, const struct vmm_range *r
         memcpy(table->ranges + at + 1, old->ranges + at, (n - at) * sizeof(*range));
     }
     table->ranges[at] = *range;
-    publish(vm, space, table);
+    publish(vm, &vm->bus.table[space], table);
     return 0;
 }
 
 int vmm_bus_attach(vmm_vm *vm, int space, uint64_t base, uint64_t size, const vmm_device_ops *ops,
                    void *opaque, uint32_t tag)
 {
-    if ((space != VMM_PIO && space != VMM_MMIO) || !size || !ops || base + (size - 1) < base ||
-        (space == VMM_PIO && base + (size - 1) > 0xffff))
-        return vmm_error_set(-EINVAL, "range %#llx+%#llx", (unsigned long long)base,
-                             (unsigned long long)size);
+    int rc = ops ? check_range(vm, space, base, size) : vmm_error_set(-EINVAL, "a range without ops");
+    if (rc < 0)
+        return rc;
     struct vmm_range range = {base, base + (size - 1), ops, opaque, tag};
-    if (space == VMM_MMIO && overlaps_memory(vm, range.base, range.last))
-        return vmm_error_set(-EEXIST, "range %#llx-%#llx overlaps guest RAM", (unsigned long long)range.base,
-                             (unsigned long long)range.last);
     pthread_mutex_lock(&vm->bus.lock);
-    int rc = attach_locked(vm, space, &range);
+    rc = attach_locked(vm, space, &range);
     pthread_mutex_unlock(&vm->bus.lock);
     return rc;
 }
@@ -238,8 +276,15 @@ static int detach_locked(struct vmm_vm *vm, int space, uint64_t base, uint64_t *
         return vmm_error_set(-ENOMEM, "bus table");
     memcpy(table->ranges, old->ranges, at * sizeof(table->ranges[0]));
     memcpy(table->ranges + at, old->ranges + at + 1, (n - at - 1) * sizeof(table->ranges[0]));
-    *epoch = publish(vm, space, table);
+    *epoch = publish(vm, &vm->bus.table[space], table);
     return 0;
+}
+
+static void wait_until_passed(struct vmm_vm *vm, uint64_t epoch)
+{
+    /* Two vCPUs detaching at once would wait for each other: a vCPU thread does not wait. */
+    while (!vmm_current_vcpu && !passed(vm, epoch))
+        sched_yield();
 }
 
 int vmm_bus_detach(vmm_vm *vm, int space, uint64_t base)
@@ -250,10 +295,84 @@ int vmm_bus_detach(vmm_vm *vm, int space, uint64_t base)
     pthread_mutex_lock(&vm->bus.lock);
     int rc = detach_locked(vm, space, base, &epoch);
     pthread_mutex_unlock(&vm->bus.lock);
-    /* Two vCPUs detaching at once would wait for each other: a vCPU thread does not wait. */
-    if (rc == 0 && !vmm_current_vcpu)
-        while (!passed(vm, epoch))
-            sched_yield();
+    if (rc == 0)
+        wait_until_passed(vm, epoch);
+    return rc;
+}
+
+/* ---- hooks ---- */
+
+void vmm_vm_on_hook(vmm_vm *vm, void (*access)(void *opaque, vmm_access *access),
+                    void (*exit)(void *opaque, uint32_t vcpu, const vmm_exit_record *record), void *opaque)
+{
+    vm->hook_access = access;
+    vm->hook_exit = exit;
+    vm->hook_opaque = opaque; /* ordered before any table or reason bit by their seq_cst stores */
+}
+
+void vmm_hook_exits(vmm_vm *vm, uint64_t reasons)
+{
+    atomic_store(&vm->hooked_exits, reasons);
+}
+
+static int hook_attach_locked(struct vmm_vm *vm, int space, const struct vmm_range *range)
+{
+    const struct vmm_bus_table *old = atomic_load(&vm->bus.hooks[space]);
+    uint32_t n = old ? old->n : 0;
+    if (n >= VMM_MAX_HOOKS)
+        return vmm_error_set(-ENOSPC, "more than %d hooks", VMM_MAX_HOOKS);
+    struct vmm_bus_table *table = table_create(n + 1);
+    if (!table)
+        return vmm_error_set(-ENOMEM, "hook table");
+    if (n)
+        memcpy(table->ranges, old->ranges, n * sizeof(*range));
+    table->ranges[n] = *range;
+    publish(vm, &vm->bus.hooks[space], table);
+    return 0;
+}
+
+int vmm_hook_attach(vmm_vm *vm, int space, uint64_t base, uint64_t size, uint32_t tag)
+{
+    struct vmm_range range = {.base = base, .last = base + (size - 1), .tag = tag};
+    int rc = check_range(vm, space, base, size);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&vm->bus.lock);
+    rc = hook_attach_locked(vm, space, &range);
+    pthread_mutex_unlock(&vm->bus.lock);
+    return rc;
+}
+
+static int hook_detach_locked(struct vmm_vm *vm, int space, uint32_t tag, uint64_t *epoch)
+{
+    const struct vmm_bus_table *old = atomic_load(&vm->bus.hooks[space]);
+    uint32_t n = old ? old->n : 0, at = 0;
+    while (at < n && old->ranges[at].tag != tag)
+        at++;
+    if (at == n)
+        return vmm_error_set(-ENOENT, "no hook %u", tag);
+    struct vmm_bus_table *table =
+        n > 1 ? table_create(n - 1) : NULL; /* none left: the bus is as fast as before */
+    if (n > 1 && !table)
+        return vmm_error_set(-ENOMEM, "hook table");
+    if (table) {
+        memcpy(table->ranges, old->ranges, at * sizeof(table->ranges[0]));
+        memcpy(table->ranges + at, old->ranges + at + 1, (n - at - 1) * sizeof(table->ranges[0]));
+    }
+    *epoch = publish(vm, &vm->bus.hooks[space], table);
+    return 0;
+}
+
+int vmm_hook_detach(vmm_vm *vm, int space, uint32_t tag)
+{
+    if (space != VMM_PIO && space != VMM_MMIO)
+        return vmm_error_set(-EINVAL, "space %d", space);
+    uint64_t epoch = 0;
+    pthread_mutex_lock(&vm->bus.lock);
+    int rc = hook_detach_locked(vm, space, tag, &epoch);
+    pthread_mutex_unlock(&vm->bus.lock);
+    if (rc == 0)
+        wait_until_passed(vm, epoch);
     return rc;
 }
 

@@ -11,6 +11,7 @@
 #include "core/debug.h"
 #include "core/trace.h"
 #include "vmmcore.h"
+#include "vmmhook.h"
 
 #include <linux/kvm.h>
 #include <pthread.h>
@@ -20,6 +21,7 @@
 
 #define VMM_MAX_REGIONS 32  /* two of RAM, the rest for device memory; KVM's own limit is far higher */
 #define VMM_MAX_RANGES 4096 /* a machine with every PCI function's BARs has a few hundred */
+#define VMM_MAX_HOOKS 64    /* each access is compared with each of them */
 #define VMM_MAX_LINES 4096  /* KVM_MAX_IRQ_ROUTES on x86 */
 #define VMM_MAX_VCPUS 1024  /* KVM_MAX_VCPUS on x86 without a raised build limit */
 #define VMM_LAST_EXITS 64   /* power of two: the ring below is indexed by a wrapping counter */
@@ -56,6 +58,7 @@ struct vmm_bus_table {
 struct vmm_bus {
     pthread_mutex_t lock; /* one writer; readers take none */
     _Atomic(struct vmm_bus_table *) table[2];
+    _Atomic(struct vmm_bus_table *) hooks[2]; /* in the order attached, no ops; NULL: none */
     struct vmm_bus_table *retired;
     _Atomic uint64_t epoch;
 };
@@ -95,6 +98,11 @@ struct vmm_vm {
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;
     struct vmm_debug debug;
+
+    void (*hook_access)(void *opaque, vmm_access *access);
+    void (*hook_exit)(void *opaque, uint32_t vcpu, const vmm_exit_record *record);
+    void *hook_opaque;
+    _Atomic uint64_t hooked_exits; /* bit: exit reason */
 
     pthread_mutex_t lock;
     pthread_cond_t changed;    /* a vCPU parked, left, or may go on */

@@ -338,19 +338,26 @@ static enum verdict answer_exit(struct vmm_vcpu *vcpu)
     return exit_other(vcpu);
 }
 
-static enum verdict answer_and_trace(struct vmm_vcpu *vcpu, struct vmm_trace *trace)
+static enum verdict answer_and_tell(struct vmm_vcpu *vcpu, struct vmm_trace *trace, uint64_t hooked)
 {
+    const uint32_t reason = vcpu->run->exit_reason;
     uint64_t tsc = __rdtsc(), recorded = vcpu->recorded;
     enum verdict verdict = answer_exit(vcpu);
-    bool any = vcpu->recorded != recorded;
-    vmm_trace_exit(trace, vcpu, tsc, any ? &vcpu->last[recorded & (VMM_LAST_EXITS - 1)] : NULL);
+    const vmm_exit_record bare = {.reason = reason, .count = 1}, *entry = NULL;
+    if (vcpu->recorded != recorded)
+        entry = &vcpu->last[recorded & (VMM_LAST_EXITS - 1)];
+    if (trace)
+        vmm_trace_exit(trace, vcpu, tsc, entry);
+    if (hooked >> (reason < VMM_EXIT_REASONS ? reason : VMM_EXIT_REASONS - 1) & 1)
+        vcpu->vm->hook_exit(vcpu->vm->hook_opaque, vcpu->id, entry ? entry : &bare);
     return verdict;
 }
 
 static enum verdict handle_exit(struct vmm_vcpu *vcpu)
 {
     struct vmm_trace *trace = vmm_trace_on(&vcpu->trace);
-    return unlikely(trace) ? answer_and_trace(vcpu, trace) : answer_exit(vcpu);
+    const uint64_t hooked = atomic_load(&vcpu->vm->hooked_exits);
+    return unlikely(trace || hooked) ? answer_and_tell(vcpu, trace, hooked) : answer_exit(vcpu);
 }
 
 /*

@@ -2,9 +2,9 @@
 /*
  * Console: a log of what the guest wrote and a queue of what it has yet to read.
  *
- * Both eventfds are levels kept under the lock, so they cannot be lost or left over whether or not their
+ * The eventfds are levels kept under the lock, so they cannot be lost or left over whether or not their
  * reader also drains them: output_fd is readable while output lies past the pump's position, room_fd from the
- * moment room opens until a send falls short again. A byte put behind others costs no system call.
+ * moment room opens until a send falls short again, more_fd from when awaited output came until it is awaited again. A byte put behind others costs no system call.
  */
 #include "console.h"
 
@@ -37,6 +37,7 @@ struct vmm_console {
     bool closed;
     bool awaited; /* somebody sleeps on `more`; cleared by the broadcast, so that a burst wakes once */
     pthread_cond_t more;
+    uint64_t await_past; /* more_fd is owed when `end` passes it; UINT64_MAX: nobody waits there */
 
     uint8_t *input;
     size_t input_limit, input_head, input_count;
@@ -48,7 +49,7 @@ struct vmm_console {
     unsigned calling; /* threads inside a listener; listen waits for them on `quiet` */
     pthread_cond_t quiet;
 
-    int output_fd, room_fd;
+    int output_fd, room_fd, more_fd;
 };
 
 /* ---- eventfds as levels ------------------------------------------------------------------------------- */
@@ -88,6 +89,7 @@ int vmm_console_create(size_t input_limit, size_t log_limit, size_t high_water, 
     console->capacity = log_limit + VMM_CONSOLE_SLACK;
     console->high_water = high_water;
     console->pump = NO_PUMP;
+    console->await_past = UINT64_MAX;
     console->input_limit = input_limit;
     console->log = malloc(console->capacity);
     console->input = malloc(input_limit + VMM_CONSOLE_SLACK);
@@ -95,6 +97,9 @@ int vmm_console_create(size_t input_limit, size_t log_limit, size_t high_water, 
     int error = console->output_fd < 0 ? errno : 0;
     console->room_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (console->room_fd < 0)
+        error = errno;
+    console->more_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (console->more_fd < 0)
         error = errno;
     if (!console->log || !console->input)
         error = ENOMEM;
@@ -114,6 +119,8 @@ void vmm_console_destroy(vmm_console *console)
         close(console->output_fd);
     if (console->room_fd >= 0)
         close(console->room_fd);
+    if (console->more_fd >= 0)
+        close(console->more_fd);
     free(console->log);
     free(console->input);
     pthread_cond_destroy(&console->quiet);
@@ -180,6 +187,10 @@ static void append(vmm_console *console, const uint8_t *bytes, size_t n)
     if (console->awaited) {
         console->awaited = false;
         pthread_cond_broadcast(&console->more);
+    }
+    if (console->end > console->await_past) {
+        console->await_past = UINT64_MAX;
+        level_raise(console->more_fd);
     }
 }
 
@@ -278,6 +289,19 @@ int vmm_console_wait(vmm_console *console, uint64_t position, int timeout_ms)
     return more;
 }
 
+int vmm_console_await(vmm_console *console, uint64_t position)
+{
+    pthread_mutex_lock(&console->lock);
+    const bool due = console->end > position || console->closed;
+    console->await_past = due ? UINT64_MAX : position;
+    if (due)
+        level_raise(console->more_fd);
+    else
+        level_lower(console->more_fd);
+    pthread_mutex_unlock(&console->lock);
+    return console->more_fd;
+}
+
 void vmm_console_set_pump(vmm_console *console, uint64_t position)
 {
     pthread_mutex_lock(&console->lock);
@@ -309,9 +333,18 @@ void vmm_console_close(vmm_console *console)
     console->awaited = false;
     pthread_cond_broadcast(&console->more);
     level_raise(console->output_fd);
+    level_raise(console->more_fd);
     void (*owed)(void *) = console->refused ? console->on_room : NULL;
     console->refused = false;
     unlock_and_call(console, owed);
+}
+
+int vmm_console_closed(vmm_console *console)
+{
+    pthread_mutex_lock(&console->lock);
+    const bool closed = console->closed;
+    pthread_mutex_unlock(&console->lock);
+    return closed;
 }
 
 /* ---- input: a bounded queue --------------------------------------------------------------------------- */

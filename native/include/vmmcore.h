@@ -315,6 +315,9 @@ size_t vmm_console_read(vmm_console *console, uint64_t *position, uint8_t *bytes
 uint64_t vmm_console_end(vmm_console *console); /* bytes ever written by the guest */
 /* Wait until end() > position, closed, or the time is up (ms; -1: for ever). 1: there is more; 0: there is not. */
 int vmm_console_wait(vmm_console *console, uint64_t position, int timeout_ms);
+/* The same for event loops: an eventfd that turns readable once end() > position, or closed. One waiter: each call
+ * forgets the one before. */
+int vmm_console_await(vmm_console *console, uint64_t position);
 /* The pump's position: everything before it has been written out. UINT64_MAX: no pump. */
 void vmm_console_set_pump(vmm_console *console, uint64_t position);
 /* eventfds: readable when output arrived past the pump's position; when input room opened after send took less. */
@@ -322,6 +325,7 @@ int vmm_console_output_fd(vmm_console *console);
 int vmm_console_room_fd(vmm_console *console);
 /* No more output will come: waiters return. */
 void vmm_console_close(vmm_console *console);
+int vmm_console_closed(vmm_console *console);
 
 /* Device side. put: 0 when the pump is too far behind (try again after on_room). get: -1 when there is none. */
 int vmm_console_put(vmm_console *console, uint8_t byte);

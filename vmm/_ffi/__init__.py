@@ -14,7 +14,9 @@ from vmm.errors import from_native
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "Upcall", "VirtioUpcall", "check", "ffi", "lib"]
+__all__ = [
+    "PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "HookUpcall", "Upcall", "VirtioUpcall", "check", "ffi", "lib",
+]  # fmt: skip
 
 _MASK = (1 << 64) - 1
 
@@ -72,6 +74,50 @@ def vmm_py_write(opaque: Any, offset: int, size: int, value: int) -> None:
 
 
 PYTHON_OPS = ffi.new("vmm_device_ops *", {"read": lib.vmm_py_read, "write": lib.vmm_py_write})
+
+
+class HookUpcall:
+    """What takes the events of hooks, as native code sees it; on vCPU threads. An exception goes to ``failed``.
+
+    ``access`` gets a native ``vmm_access`` and may change its value; ``exit`` a vCPU's number and an exit record.
+    """
+
+    __slots__ = ("access", "exit", "failed", "opaque")
+
+    def __init__(
+        self,
+        access: Callable[[Any], None],
+        exit: Callable[[int, Any], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.access = access
+        self.exit = exit
+        self.failed = failed
+        self.opaque: Any = ffi.new_handle(self)
+
+    def connect(self, vm: Any) -> None:
+        """Have ``vm`` tell it; it must last as long as ``vm``."""
+        lib.vmm_vm_on_hook(vm, lib.vmm_py_hook_access, lib.vmm_py_hook_exit, self.opaque)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_hook_access(opaque: Any, access: Any) -> None:
+    """An access that a hook covers."""
+    upcall: HookUpcall = _from_handle(opaque)
+    try:
+        upcall.access(access)
+    except BaseException as error:
+        upcall.failed(error)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_hook_exit(opaque: Any, vcpu: int, record: Any) -> None:
+    """An exit of a reason that is hooked."""
+    upcall: HookUpcall = _from_handle(opaque)
+    try:
+        upcall.exit(vcpu, record)
+    except BaseException as error:
+        upcall.failed(error)
 
 
 class VirtioUpcall:

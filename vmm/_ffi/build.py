@@ -18,6 +18,8 @@ UPCALLS = """
 extern "Python" {
     uint64_t vmm_py_read(void *opaque, uint64_t offset, uint32_t size);
     void vmm_py_write(void *opaque, uint64_t offset, uint32_t size, uint64_t value);
+    void vmm_py_hook_access(void *opaque, vmm_access *access);
+    void vmm_py_hook_exit(void *opaque, uint32_t vcpu, const vmm_exit_record *record);
     void vmm_py_say(void *opaque, const char *text);
     void vmm_py_virtio_start(void *opaque);
     void vmm_py_virtio_kick(void *opaque, uint32_t queue);
