@@ -126,6 +126,17 @@ def test_what_a_breakpoint_replaced_is_what_readers_see_and_writers_change(flat:
     assert machine.memory.view(LOOP, 1)[0] == 0x90
 
 
+def test_a_guest_that_writes_over_a_breakpoint_keeps_what_it_wrote(flat: Any) -> None:
+    # mov byte [rip+2], 0x90 (the INT3's place); out
+    machine = flat(bytes.fromhex("c6050400000090 b005 e6f4 f4 90"))
+    machine.load()
+    point = machine.breakpoint(GPA + 11)
+    assert machine.memory.view(GPA + 11, 1)[0] == 0xCC
+    assert machine.run(timeout=10).code == 5
+    point.remove()
+    assert machine.memory.read(GPA + 11, 1) == b"\x90"
+
+
 def test_a_watchpoint_stops_behind_the_write_and_nothing_else(flat: Any) -> None:
     machine = flat(COUNT)
     values: list[tuple[int, int]] = []

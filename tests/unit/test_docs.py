@@ -43,6 +43,15 @@ def test_code_of_write_a_virtio_device_runs() -> None:
     assert {"Entropy", "Scratchpad", "answer"} <= names.keys()
 
 
+@pytest.mark.kvm
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
+def test_code_of_debug_with_gdb_runs() -> None:
+    page = DOCS / "debug-with-gdb.md"
+    names: dict[str, object] = {"__name__": "debug_with_gdb"}
+    exec(compile(_program(page), page, "exec"), names)
+    assert {"passes", "outcome", "lost"} <= names.keys()
+
+
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/write-a-device.md", "docs/write-a-virtio-device.md"])
 def test_paths_named_in_a_page_exist(page: str) -> None:
     named = set(re.findall(r"`((?:vmm|native|guests|tests|bench|docs)/[\w./-]*)`", (ROOT / page).read_text()))

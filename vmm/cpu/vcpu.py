@@ -20,14 +20,14 @@ SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
 EFER_LMA = 1 << 10
 
-# struct kvm_fpu (linux/kvm.h): where each register lies, and its bytes
+# XSAVE's legacy region (SDM vol. 1, table 13-1): where each register lies, and its bytes
 _FPU = {
-    **{f"st{i}": (16 * i, 16) for i in range(8)},
-    "fcw": (128, 2), "fsw": (130, 2), "ftw": (132, 1), "fop": (134, 2), "fip": (136, 8), "fdp": (144, 8),
-    **{f"xmm{i}": (152 + 16 * i, 16) for i in range(16)},
-    "mxcsr": (408, 4),
+    "fcw": (0, 2), "fsw": (2, 2), "ftw": (4, 1), "fop": (6, 2), "fip": (8, 8), "fdp": (16, 8), "mxcsr": (24, 4),
+    **{f"st{i}": (32 + 16 * i, 10) for i in range(8)},
+    **{f"xmm{i}": (160 + 16 * i, 16) for i in range(16)},
 }  # fmt: skip
-_STATE_FPU = 4
+_XSTATE_BV = 512  # of the header: bit 0 says that x87's part holds, bit 1 SSE's
+_STATE_XSAVE = 5
 
 
 def _width(name: str) -> int:
@@ -52,7 +52,7 @@ STATE_MSRS = (
     0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084, 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,
     0x4B564D00, 0x4B564D01, 0x4B564D02, 0x4B564D03, 0x4B564D04,
 )  # fmt: skip
-_STATE_KINDS = {"mp": 0, "events": 1, "debugregs": 2, "lapic": 3, "xsave": 5, "xcrs": 6}
+_STATE_KINDS = {"mp": 0, "events": 1, "debugregs": 2, "lapic": 3, "xsave": _STATE_XSAVE, "xcrs": 6}
 
 
 class Exit:
@@ -162,17 +162,17 @@ class Vcpu:
             if name not in _FPU:
                 raise ConfigError(f"no such register: {name}")
             at, size = _FPU[name]
-            bits = 80 if name.startswith("st") else size * 8
-            if not 0 <= value < 1 << bits:
-                raise ConfigError(f"{name} has {bits} bits, {value:#x} does not fit")
+            if not 0 <= value < 1 << 8 * size:
+                raise ConfigError(f"{name} has {8 * size} bits, {value:#x} does not fit")
             raw[at : at + size] = value.to_bytes(size, "little")
         if int.from_bytes(raw[_FPU["mxcsr"][0] :][:4], "little") >> 16:
             raise ConfigError("mxcsr: bits 31:16 are reserved")
-        check(lib.vmm_vcpu_set_state(self.native, _STATE_FPU, bytes(raw), len(raw)))
+        raw[_XSTATE_BV] |= 3
+        check(lib.vmm_vcpu_set_state(self.native, _STATE_XSAVE, bytes(raw), len(raw)))
 
     def _fpu_state(self) -> bytearray:
-        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_FPU))
-        check(lib.vmm_vcpu_get_state(self.native, _STATE_FPU, buffer, len(buffer)))
+        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_XSAVE))
+        check(lib.vmm_vcpu_get_state(self.native, _STATE_XSAVE, buffer, len(buffer)))
         return bytearray(buffer)
 
     @property

@@ -193,10 +193,10 @@ class Session:
             b"T": lambda data: b"OK" if self._thread(data) else _BAD_REQUEST,
             b"Z": self._insert,
             b"z": self._remove,
-            b"c": lambda _: self._go({}, "c"),
-            b"C": lambda _: self._go({}, "c"),
-            b"s": lambda _: self._go({self._vcpu: "s"}, "c"),
-            b"S": lambda _: self._go({self._vcpu: "s"}, "c"),
+            b"c": lambda data: self._go_from(data, {}),
+            b"C": lambda data: self._go_from(data.partition(b";")[2], {}),
+            b"s": lambda data: self._go_from(data, {self._vcpu: "s"}),
+            b"S": lambda data: self._go_from(data.partition(b";")[2], {self._vcpu: "s"}),
             b"D": self._detach,
             b"k": self._kill,
             b"q": self._query,
@@ -342,6 +342,11 @@ class Session:
         return b"OK"
 
     # ---- running ----
+
+    def _go_from(self, address: bytes, actions: dict[Vcpu, str]) -> bytes | None:
+        if address:
+            self._vcpu.set_registers(rip=_number(address))
+        return self._go(actions, "c")
 
     def _go(self, actions: dict[Vcpu, str], others: str) -> bytes | None:
         """Let vCPUs go: "c" on, "s" for a step, "" not at all. The answer comes with the stop."""
