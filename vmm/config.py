@@ -89,7 +89,7 @@ FIELDS: dict[str, Field] = {
     "rng": Field(read_flag, True, "give the guest random numbers (virtio-rng)"),
     "balloon": Field(read_flag, False, "let the host take memory back from the guest (virtio-balloon)"),
     "console_device": Field(read_one_of(*CONSOLE_DEVICES), "uart", "what the console is to the guest: uart, virtio"),
-    "virtio": Field(read_one_of(*TRANSPORTS), "mmio", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
+    "virtio": Field(read_one_of(*TRANSPORTS), "pci", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
     "symbols": Field(read_path, None, "names of the guest's functions: a vmlinux that is not stripped, or System.map"),
     "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
 }
