@@ -29,7 +29,7 @@ class BuildNativeFirst(build_ext):
 
 setup(
     packages=find_packages(include=["vmm", "vmm.*"]),
-    package_data={"vmm": ["py.typed"], "vmm.linux": ["*.config", "init*", "*.sh", "data/*"]},
+    package_data={"vmm": ["py.typed"], "vmm.observe": ["*.html"], "vmm.linux": ["*.config", "init*", "*.sh", "data/*"]},
     cffi_modules=["vmm/_ffi/build.py:builder"],
     cmdclass={"build_ext": BuildNativeFirst},
     zip_safe=False,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.hooks import Access, Hook, Hooks
     from vmm.observe.diagnose import Diagnosis
+    from vmm.observe.profile import Profile
     from vmm.observe.stack import Frame
     from vmm.observe.symbols import Symbols
     from vmm.observe.trace import Trace
@@ -269,6 +270,28 @@ class Machine:
             self.outcome.diagnosis = diagnose(self, self.outcome)
         return self.outcome.diagnosis
 
+    def trace(self, *, capacity: int = 1 << 18, keep: int = 1 << 20, instructions: bool = True) -> Trace:
+        """Trace every exit from now on, until :meth:`Trace.stop`; before the start or while it runs.
+
+        Each vCPU and the I/O thread has a ring of ``capacity`` events (a power of two), and :class:`Trace` keeps the
+        newest ``keep``. ``instructions``: see there. Raises :class:`~vmm.errors.StateError` while another trace is on.
+        """
+        from vmm.observe.trace import Trace
+        from vmm.trace_rings import TraceRings
+
+        vm = self._open_vm()
+        if self._tracing is not None and self._tracing.on:
+            raise StateError("the machine is traced already: stop that trace first")
+        self._rings = self._rings or TraceRings(vm, range(len(self.vcpus)))
+        self._tracing = Trace(self, self._rings, capacity=capacity, keep=keep, instructions=instructions)
+        return self._tracing
+
+    def profile(self, hz: float = 100.0, *, stacks: bool = False) -> Profile:
+        """Sample where the vCPUs are, ``hz`` times a second, until :meth:`Profile.stop`."""
+        from vmm.observe.profile import Profile
+
+        return Profile(self, hz, stacks=stacks)
+
     # ---- running ----
 
     @property
@@ -422,24 +445,6 @@ class Machine:
     def watch(self, address: int, size: int = 8, callback: Callable[[Stop], object] | None = None) -> Point:
         """Call ``callback(stop)`` behind a write to linear ``address``: ``debug.watch``."""
         return self.debug.watch(address, size, callback)
-
-    # ---- tracing ----
-
-    def trace(self, *, capacity: int = 1 << 18, keep: int = 1 << 20, instructions: bool = True) -> Trace:
-        """Trace every exit from now on, until :meth:`Trace.stop`; before the start or while it runs.
-
-        Each vCPU and the I/O thread has a ring of ``capacity`` events (a power of two), and :class:`Trace` keeps the
-        newest ``keep``. ``instructions``: see there. Raises :class:`~vmm.errors.StateError` while another trace is on.
-        """
-        from vmm.observe.trace import Trace
-        from vmm.trace_rings import TraceRings
-
-        vm = self._open_vm()
-        if self._tracing is not None and self._tracing.on:
-            raise StateError("the machine is traced already: stop that trace first")
-        self._rings = self._rings or TraceRings(vm, range(len(self.vcpus)))
-        self._tracing = Trace(self, self._rings, capacity=capacity, keep=keep, instructions=instructions)
-        return self._tracing
 
     @property
     def stop_fd(self) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "boot": "boot a kernel, or a Linux that pyvmm gets for itself",
     "doctor": "say what this host's KVM is and can do",
+    "profile": "boot, and say where the guest spends its time",
+    "trace": "boot and show every exit by name, or show what was saved",
 }
 
 

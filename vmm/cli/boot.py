@@ -15,11 +15,16 @@ from vmm.outcome import REASONS
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from vmm.console_host import HostEnd
+    from vmm.machine import Machine
     from vmm.observe.gdb import GdbServer
     from vmm.outcome import Outcome
+
+    Watch = Callable[[Machine, HostEnd], AbstractContextManager[None]]
 
 
 def _on_off(text: str) -> bool:
@@ -135,8 +140,11 @@ def configure(given: dict[str, Any]) -> MachineConfig:
     return config
 
 
-def run(argv: list[str]) -> int:
-    """Boot; answers the exit status."""
+def run(argv: list[str], watch: Watch | None = None) -> int:
+    """Boot; answers the exit status.
+
+    ``watch(machine, end)`` is a context that is entered before the vCPUs run and left once they have ended.
+    """
     given = _arguments(argv)
     config = configure(given)
     from vmm.console_host import open_end
@@ -144,7 +152,7 @@ def run(argv: list[str]) -> int:
     end = open_end(config.console)
     try:
         while True:
-            outcome, report = _once(config, end, bool(given.get("verbose")))
+            outcome, report = _once(config, end, bool(given.get("verbose")), watch)
             if not (outcome.reason == "reset" and config.reboot):
                 break
     finally:
@@ -154,7 +162,7 @@ def run(argv: list[str]) -> int:
     return outcome.status
 
 
-def _once(config: MachineConfig, end: HostEnd, verbose: bool) -> tuple[Outcome, str]:
+def _once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None) -> tuple[Outcome, str]:
     from vmm.console_host import PeerGone, serve
     from vmm.machine import Machine
 
@@ -165,7 +173,8 @@ def _once(config: MachineConfig, end: HostEnd, verbose: bool) -> tuple[Outcome, 
             for note in machine.notes:
                 print(f"pyvmm: {note}", file=sys.stderr)
         _end_on_signals(machine)
-        with _gdb(machine, config.gdb) if config.gdb else nullcontext():
+        watched = watch(machine, end) if watch else nullcontext()
+        with watched, _gdb(machine, config.gdb) if config.gdb else nullcontext():
             machine.start()
             gc.freeze()  # see vmm.cli.entry
             gc.enable()

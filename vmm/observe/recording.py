@@ -216,7 +216,7 @@ class Recording:
     def line(self, event: Any) -> str:
         """One line for a person: time, thread, reason, what happened, how long it took, where, the instruction."""
         duration, rip = int(event["duration"]), int(event["rip"])
-        took = _nanoseconds(duration) if duration else ""
+        took = in_words(duration) if duration else ""
         symbol = self.symbol(event)
         where = f"{rip:#x}" + (f" <{symbol}>" if symbol else "") if rip else ""
         return (
@@ -339,8 +339,9 @@ def _access(event: Any) -> str:
     return f"{'<-' if event['write'] else '->'} {value:#x}{text}{f' x{count}' if count > 1 else ''}"
 
 
-def _nanoseconds(n: int) -> str:
+def in_words(ns: int) -> str:
+    """Nanoseconds with the unit that fits, e.g. ``1.25 us``."""
     for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n} ns"
+        if ns >= size:
+            return f"{ns / size:.3g} {unit}"
+    return f"{ns} ns"

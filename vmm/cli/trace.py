@@ -1,0 +1,179 @@
+"""``pyvmm trace``: every exit of a guest by name, live or from a file; as lines, a table, a page, a Perfetto trace."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vmm.cli import command_parser
+from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterable, Iterator
+
+    from vmm.console_host import HostEnd
+    from vmm.machine import Machine
+    from vmm.observe.recording import Recording
+    from vmm.observe.trace import Trace
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "trace",
+        usage="pyvmm trace [options] -- [boot options]\n       pyvmm trace [options] FILE",
+        description="Boot as pyvmm boot does and trace every exit; or show a trace that was saved. Without --save, "
+        "--summary, --html or --perfetto, a line for each event: live on standard error, of FILE on standard output.",
+        epilog="The exit status of a boot is that of pyvmm boot.",
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a trace that --save wrote")
+    parser.add_argument("--lines", metavar="FILE", help="write the lines to FILE, as they come")
+    parser.add_argument("--save", metavar="FILE", help="write the trace itself, to be shown later")
+    parser.add_argument("--summary", action="store_true", help="print how often and how long, by reason, device, "
+                        "register and symbol")  # fmt: skip
+    parser.add_argument("--html", metavar="FILE", help="write a timeline for a browser, one file that needs no other")
+    parser.add_argument("--perfetto", metavar="FILE", help="write JSON for ui.perfetto.dev or chrome://tracing")
+    parser.add_argument("--symbols", metavar="FILE", help="names for a saved trace: a vmlinux or a System.map")
+    parser.add_argument("--keep", metavar="N", type=int, default=1 << 20, help="keep the newest N events "
+                        "(64 bytes each; default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Trace; answers the guest's exit status, or 0 for a file."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    given = _parser().parse_args(argv[:at])
+    if given.keep < 1:
+        raise ConfigError(f"--keep {given.keep}: give a number of events, 1 or more")
+    if at == len(argv):
+        if given.file is None:
+            raise ConfigError("trace what? give a saved trace, or -- and then the options of pyvmm boot")
+        return _show_file(given)
+    if given.file is not None:
+        raise ConfigError(f"{given.file} and a boot: give either a saved trace or, after --, the options of pyvmm boot")
+    if given.symbols is not None:
+        raise ConfigError("--symbols is for a saved trace: of a boot, give it after --")
+    return _boot(given, argv[at + 1 :])
+
+
+def _show_file(given: argparse.Namespace) -> int:
+    from vmm.observe.recording import Recording
+
+    recording = Recording.load(given.file)
+    if given.symbols is not None:
+        from vmm.observe.symbols import Symbols
+
+        recording.use_symbols(Symbols.open(given.symbols))
+    if given.lines is not None:
+        with _open(given.lines) as file:
+            _write_lines(recording, recording.events, file.write)
+    elif not _asks_for_more(given):
+        _write_lines(recording, recording.events, sys.stdout.write)
+        _note(recording.missing)
+    for text in _results(recording, given):
+        sys.stdout.write(text)
+    return 0
+
+
+def _boot(given: argparse.Namespace, argv: list[str]) -> int:
+    from vmm.cli import boot
+
+    results: list[str] = []
+    lines = _open(given.lines) if given.lines is not None else None
+
+    @contextmanager
+    def watch(machine: Machine, end: HostEnd) -> Iterator[None]:
+        trace = machine.trace(keep=given.keep)
+        lines_wanted = lines is not None or not _asks_for_more(given)
+        follower = _follow(trace, lines, end) if lines_wanted else _collect(trace)
+        yield
+        follower.join()
+        trace.stop()
+        results[:] = [*_results(trace, given)] or _sentence("", trace.missing)
+
+    try:
+        status = boot.run(argv, watch)
+    finally:
+        if lines is not None:
+            lines.close()
+    sys.stderr.writelines(results)
+    return status
+
+
+def _follow(trace: Trace, lines: Any, end: HostEnd) -> Any:
+    """Write lines as they come, on a thread of its own: the caller's serves the console."""
+    from threading import Thread
+
+    newline = "\r\n" if end.raw and lines is None else "\n"
+    write = (lines or sys.stderr).write
+    thread = Thread(target=_write_lines, args=(trace, trace, write, newline), name="trace", daemon=True)
+    thread.start()
+    return thread
+
+
+def _collect(trace: Trace) -> Any:
+    """Only take events out of the rings, before they are full."""
+    from threading import Thread
+
+    def collect() -> None:
+        for _ in trace:
+            pass
+
+    thread = Thread(target=collect, name="trace", daemon=True)
+    thread.start()
+    return thread
+
+
+def _write_lines(
+    recording: Recording, events: Iterable[Any], write: Callable[[str], object], newline: str = "\n"
+) -> None:
+    lost = recording.lost
+    try:
+        for event in events:
+            if recording.lost > lost:
+                write(f"... {recording.lost - lost} events were lost{newline}")
+                lost = recording.lost
+            write(recording.line(event) + newline)
+    except BrokenPipeError:
+        return  # whoever read them has gone; the guest goes on
+
+
+def _results(recording: Recording, given: argparse.Namespace) -> Iterable[str]:
+    """Do what was asked for once all is there; yields what is to be said of it."""
+    if given.save is not None:
+        recording.save(given.save)
+    if given.html is not None:
+        from vmm.observe.timeline import write_page
+
+        yield from _sentence(f"{given.html}: ", write_page(recording, given.html))
+    if given.perfetto is not None:
+        from vmm.observe.timeline import write_perfetto
+
+        yield from _sentence("", write_perfetto(recording, given.perfetto))
+    if given.summary:
+        from vmm.observe.summary import table
+
+        yield table(recording)
+    elif _asks_for_more(given):
+        yield from _sentence("", recording.missing)
+
+
+def _asks_for_more(given: argparse.Namespace) -> bool:
+    return bool(given.save or given.summary or given.html or given.perfetto)
+
+
+def _sentence(start: str, text: str) -> list[str]:
+    return [f"pyvmm: {start}{text}\n"] if text else []
+
+
+def _note(text: str) -> None:
+    if text:
+        print(f"pyvmm: {text}", file=sys.stderr)
+
+
+def _open(path: str) -> Any:
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise ConfigError(f"cannot write lines to {path}: {error.strerror}; choose another file") from error
