@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vmm.cli import profile, trace
 from vmm.cli.boot import FLAGS
 from vmm.outcome import REASONS
 
@@ -52,6 +53,16 @@ def test_code_of_debug_with_gdb_runs() -> None:
     assert {"passes", "outcome", "lost"} <= names.keys()
 
 
+@pytest.mark.kvm
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
+def test_code_of_trace_exits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "trace-exits.md"
+    names: dict[str, object] = {"__name__": "trace_exits"}
+    exec(compile(_program(page), page, "exec"), names)
+    assert {"trace", "slowest", "again", "profile"} <= names.keys()
+
+
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/write-a-device.md", "docs/write-a-virtio-device.md"])
 def test_paths_named_in_a_page_exist(page: str) -> None:
     named = set(re.findall(r"`((?:vmm|native|guests|tests|bench|docs)/[\w./-]*)`", (ROOT / page).read_text()))
@@ -63,7 +74,9 @@ def test_manual_page_has_every_flag_and_exit_status() -> None:
     manual = (DOCS / "pyvmm.1").read_text().replace("\\-", "-")
     entries = re.findall(r"^\.TP\n\.BR? (.*)$", manual, re.MULTILINE)
     flags = {word for entry in entries for word in re.findall(r"--[a-z-]+", entry)}
-    assert flags == {*FLAGS, "--config", "--verbose", "--help", "--version", "--json", "--kvm"}
+    others = {flag for parser in (profile._parser(), trace._parser()) for flag in parser._option_string_actions}
+    others = {flag for flag in others if flag.startswith("--")}
+    assert flags == {*FLAGS, *others, "--config", "--verbose", "--help", "--version", "--json", "--kvm"}
     statuses = {entry.split()[0]: entry for entry in entries if entry[0].isdigit()}
     for reason, (status, _) in REASONS.items():
         if reason not in ("debug-exit", "stopped"):
