@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from vmm.machine import Machine as Machine
     from vmm.memory import GuestMemory as GuestMemory
     from vmm.outcome import Outcome as Outcome
+    from vmm.parts import Disk as Disk
+    from vmm.parts import Net as Net
+    from vmm.parts import Share as Share
+    from vmm.parts import Vsock as Vsock
 
 __version__ = "0.1.0"
 
@@ -37,16 +41,20 @@ _HOME = {
     "Console": "console",
     "ConsoleTimeout": "errors",
     "Device": "devices.device",
+    "Disk": "parts",
     "GuestMemory": "memory",
     "GuestMemoryError": "errors",
     "HostError": "errors",
     "ImageError": "errors",
     "Machine": "machine",
     "MachineConfig": "config",
+    "Net": "parts",
     "Outcome": "outcome",
+    "Share": "parts",
     "StateError": "errors",
     "Vcpu": "cpu.vcpu",
     "VmmError": "errors",
+    "Vsock": "parts",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
