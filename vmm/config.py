@@ -43,6 +43,12 @@ def _seconds(value: Any) -> float | None:
     return float(value)
 
 
+def _stall(value: Any) -> float | None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0.1 <= value < 1e9):
+        raise ConfigError(f"stall is {value!r}: give seconds from 0.1 on")
+    return None if value is None else float(value)
+
+
 def _address(value: Any) -> int | None:
     if value is None:
         return None
@@ -70,6 +76,7 @@ FIELDS: dict[str, Field] = {
     "initrd": Field(read_paths, (), "initrd file, or several separated by commas (multiboot modules)"),
     "append": Field(read_text, "", "kernel command line"),
     "timeout": Field(_seconds, None, "seconds after which the run ends with status 124"),
+    "stall": Field(_stall, None, "seconds without progress (output, device I/O, RIP) that end the run with status 26"),
     "console": Field(_console, "none", f"where the serial console goes: {', '.join(CONSOLES)}"),
     "kind": Field(read_one_of(*KINDS), "auto", f"take the image for this kind: {', '.join(KINDS)}"),
     "mode": Field(read_one_of(*MODES), "real", f"CPU mode a flat binary starts in: {', '.join(MODES)}"),
@@ -110,6 +117,7 @@ class MachineConfig:
     initrd: tuple[str, ...]
     append: str
     timeout: float | None
+    stall: float | None
     console: str
     kind: str
     mode: str

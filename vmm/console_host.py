@@ -344,7 +344,8 @@ class _Pump:
 
 
 def serve(machine: Machine, end: HostEnd, timeout: float | None = None) -> None:
-    """Move console bytes until the machine has ended or ``timeout`` seconds have passed (it is stopped then).
+    """Move console bytes until the machine has ended or ``timeout`` seconds have passed (it is stopped then), or it has
+    stalled as its configuration has it.
 
     Raises :class:`PeerGone` (machine stopped) when the only possible peer went away or did not take everything.
     """
@@ -352,16 +353,15 @@ def serve(machine: Machine, end: HostEnd, timeout: float | None = None) -> None:
     if end.out_fd is not None:
         machine.console.pumped(0)
         pump.write()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    limits = machine.limits(timeout)
     try:
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not pump.wait(left):
+            if not pump.wait(limits.left if limits else None):
                 break
             if pump.quit:
                 machine.interrupt(0)
-            elif deadline is not None and time.monotonic() >= deadline:
-                machine.interrupt(1)
+            elif limits and (code := limits.due()):
+                machine.interrupt(code)
         pump.drain()
     except PeerGone:
         machine.interrupt(0)

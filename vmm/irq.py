@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmm._ffi import lib
+from vmm._ffi import ffi, lib
 from vmm.errors import ConfigError
 
 
@@ -32,3 +32,19 @@ class GsiLine:
         """Assert and deassert: one edge."""
         self._set(self.native, 1)
         self._set(self.native, 0)
+
+
+CHIPS = {"pit": 17, "pic": 18, "pic2": 19, "ioapic": 20}  # enum vmm_state
+
+
+def chips(vm: Any) -> dict[str, bytes]:
+    """The states of the in-kernel interrupt controllers and timer, as KVM's structs, of a machine that has vCPUs.
+
+    "pit" is missing where the machine has another.
+    """
+    found = {}
+    for name, kind in CHIPS.items():
+        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(kind))
+        if lib.vmm_vm_get_state(vm, kind, buffer, len(buffer)) == 0:
+            found[name] = bytes(buffer)
+    return found

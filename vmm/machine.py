@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmm.observe.stack import Frame
     from vmm.observe.symbols import Symbols
     from vmm.observe.trace import Trace
+    from vmm.observe.watch import Sample, Watch
     from vmm.trace_rings import TraceRings
 
 KVM_PATH = "/dev/kvm"
@@ -49,7 +50,7 @@ _REASONS = {
     8: "entry-failure", 9: "halt", 10: "reset", 11: "unknown-exit", 12: "host-failure", 14: "debug",
 }  # fmt: skip
 _STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CALLBACK = 1, 2, 3, 4, 5, 13
-_HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated"}
+_HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated", 4: "stalled"}
 
 _MESSAGES_MAX = 1000  # a guest can cause them: more are counted by nobody
 
@@ -80,6 +81,8 @@ class Machine:
         self._symbols: Symbols | None = None
         self.outcome: Outcome | None = None
         self.notes: list[str] = []
+        self.command_line = ""
+        self.samples: list[list[Sample]] = []
         self._kvm_path = kvm
         self._vm: Any = None
         self._debugger: Debugger | None = None
@@ -314,6 +317,7 @@ class Machine:
             if self.outcome is not None:
                 check(lib.vmm_vm_rearm(self._vm))
                 self.outcome = None
+            self.samples.clear()
             self._started_at = time.monotonic()
             for vcpu in self.vcpus:
                 name = f"vcpu{vcpu.number}"
@@ -341,17 +345,32 @@ class Machine:
         self._refuse_own_thread()
         if not self._threads and self.outcome is None:
             raise StateError("the machine was not started")
-        if self._threads and not select.select([self.stop_fd], [], [], timeout)[0]:
-            lib.vmm_vm_stop(self._vm, _STOP_HOST, 1)
+        limits = self.limits(timeout)
+        while self._threads and not select.select([self.stop_fd], [], [], limits.left if limits else None)[0]:
+            if limits and (code := limits.due()):
+                lib.vmm_vm_stop(self._vm, _STOP_HOST, code)
+                break
         return self._finish()
 
     async def wait_async(self, timeout: float | None = None) -> Outcome:
         """:meth:`wait` for asyncio: the event loop goes on meanwhile. Cancelling it leaves the machine running."""
         from vmm import aio
 
-        if self._threads and not await aio.readable(self.stop_fd, timeout):
-            self.interrupt(1)
+        limits = self.limits(timeout)
+        while self._threads and not await aio.readable(self.stop_fd, limits.left if limits else None):
+            if limits and (code := limits.due()):
+                self.interrupt(code)
+                break
         return self.wait()
+
+    def limits(self, timeout: float | None = None) -> Watch | None:
+        """Who tells when ``timeout`` seconds have passed, or the guest has stalled as the configuration has it;
+        ``None`` where there is neither. For loops that wait for the end."""
+        if timeout is None and self.config.stall is None:
+            return None
+        from vmm.observe.watch import Watch
+
+        return Watch(self, timeout, self.config.stall)
 
     def run(self, timeout: float | None = None) -> Outcome:
         """:meth:`start`, then :meth:`wait` (default: the configuration's timeout)."""
@@ -368,7 +387,7 @@ class Machine:
         return self._finish()
 
     def interrupt(self, code: int) -> None:
-        """Ask for the end without waiting: 0 stopped, 1 timeout, 2 interrupted, 3 terminated."""
+        """Ask for the end without waiting: 0 stopped, 1 timeout, 2 interrupted, 3 terminated, 4 stalled."""
         lib.vmm_vm_stop(self._open_vm(), _STOP_HOST, code)
 
     def pause(self) -> None:
@@ -504,7 +523,7 @@ class Machine:
             seconds=time.monotonic() - self._started_at,
         )
         outcome.instruction = vcpu.failed_instruction() or self._bytes_at_rip(vcpu, outcome)
-        if reason in ("reset", "halt", "timeout") and _PANIC_MARK in outcome.console:
+        if reason in ("reset", "halt", "timeout", "stalled") and _PANIC_MARK in outcome.console:
             # panic=-1 turns a panic into a reset: the guest's own last words say which it was.
             outcome.reason = "panic"
         if outcome.reason == "panic":

@@ -22,6 +22,7 @@ REASONS: dict[str, tuple[int, str]] = {
     "unknown-exit": (20, "KVM reported an exit this monitor has no answer to"),
     "host-failure": (22, "KVM_RUN failed on the host"),
     "debug": (24, "the guest hit a debug exception nobody claimed"),
+    "stalled": (26, "the guest made no progress for as long as it was given (--stall)"),
     "stopped": (0, "the monitor stopped the machine"),
     "timeout": (124, "the time limit passed"),
     "interrupted": (130, "interrupted (SIGINT)"),

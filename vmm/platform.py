@@ -191,6 +191,7 @@ def load_image(machine: Machine) -> Entry:
         raise ConfigError("there is nothing to boot: give a kernel image (kernel=..., --kernel FILE)")
     initrds = [boot.Image.open(path) for path in config.initrd]
     tables = describe(machine)
+    machine.command_line = command_line(machine, tables)
     rsdp = 0
     if config.memory >= layout.ACPI_START + layout.ACPI_SIZE:
         rsdp, blobs = acpi.build(
@@ -203,7 +204,7 @@ def load_image(machine: Machine) -> Entry:
         machine.memory,
         image=machine.image,
         kind=config.kind,
-        cmdline=command_line(machine, tables),
+        cmdline=machine.command_line,
         initrds=initrds,
         acpi_rsdp=rsdp,
         load_address=config.address,

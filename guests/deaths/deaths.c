@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Ways to die, one a run: "die=NAME" on the command line. All but `waiting` run without an IDT, so that the first
- * exception is the last; who wants to be told what it was has only the registers and tables that are left.
+ * Ways to die, one a run: "die=NAME" on the command line. Those that fault have no IDT, so that the first exception
+ * is the last: who wants to be told what it was has only the registers and tables that are left. The others go on
+ * for ever and do nothing.
  */
 #include "interrupts.h"
 
@@ -149,12 +150,49 @@ static void waiting(void)
         __asm__ volatile("sti; hlt" ::: "memory");
 }
 
+/* The PIT ticks, and each tick is taken. */
+static void tick(struct trap_frame *frame)
+{
+    (void)frame;
+    pic_eoi(0);
+}
+
+static void ticking(void)
+{
+    cpu_init();
+    pic_init();
+    trap_handlers[VECTOR_PIC] = tick;
+    pic_unmask(0);
+    pit_start(0xffff);
+    for (;;)
+        __asm__ volatile("sti; hlt" ::: "memory");
+}
+
+/* Only a byte on the serial line could wake it. */
+static void listening(void)
+{
+    enum { IER = 1, MCR = 4, RECEIVED = 1, OUT2 = 8, IRQ = 4 };
+    cpu_init();
+    pic_init();
+    outb(PORT_SERIAL + IER, RECEIVED);
+    outb(PORT_SERIAL + MCR, OUT2);
+    pic_unmask(IRQ);
+    for (;;)
+        __asm__ volatile("sti; hlt" ::: "memory");
+}
+
 /* A loop of many instructions, and nothing in it will ever change. */
 static void loop(void)
 {
     static volatile uint32_t ready;
     while (!ready)
         ;
+}
+
+/* Nobody types. */
+static void poll(void)
+{
+    serial_getc();
 }
 
 static const struct {
@@ -179,7 +217,10 @@ static const struct {
     {"divide", divide},
     {"empty-idt", empty_idt},
     {"waiting", waiting},
+    {"ticking", ticking},
+    {"listening", listening},
     {"loop", loop},
+    {"poll", poll},
 };
 
 void guest_main(void)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +26,7 @@ def diagnosis(kernel: str, append: str = "", *, timeout: float = 20, **fields: A
     from vmm.observe.postmortem import report
 
     with Machine(kernel=kernel, append=append, **{"memory": "16M", "rng": False, **fields}) as machine:
-        outcome = machine.run(timeout=timeout)
+        outcome = machine.run(timeout)
         found = machine.diagnose()
         assert outcome.diagnosis is found
         assert found.cause in CAUSES
@@ -95,3 +97,60 @@ def test_an_end_in_order_has_nothing_to_diagnose(guest: GuestPath) -> None:
     with Machine(kernel=guest("hello"), memory="16M", rng=False) as machine:
         machine.run(timeout=20)
         assert machine.diagnose().cause == "orderly-end"
+
+
+# ---- guests that go on for ever ----
+
+
+@pytest.mark.parametrize(
+    ("name", "append", "cause", "sentence"),
+    [
+        ("hang", "", "halt-interrupts-off", r"halted at .*<halt_forever.* with RFLAGS\.IF = 0"),
+        ("deaths", "die=waiting", "no-wakeup", r"halted at .*<waiting\+.* with interrupts on, but no timer runs"),
+        ("spin", "", "endless-loop", r"<guest_main\+.* jumps to itself, with interrupts off"),
+        ("deaths", "die=loop", "endless-loop", r"all of \d+ samples of RIP in .* are at .*<loop> .*to .*<loop\+"),
+        ("deaths", "die=poll", "endless-loop", r"samples of RIP .*<serial_getc"),
+    ],
+)
+@pytest.mark.parametrize("limit", ["stall", "timeout"])
+def test_a_guest_that_does_not_end_is_told_by_what_it_does(
+    guest: GuestPath, name: str, append: str, cause: str, sentence: str, limit: str
+) -> None:
+    fields = {"stall": 1.0, "timeout": 20} if limit == "stall" else {"timeout": 2.0}
+    found = diagnosis(guest(name), append, **fields)
+    assert found.cause == cause, found
+    assert re.search(sentence, found.sentence), found.sentence
+
+
+def test_evidence_says_what_could_have_woken_it_and_what_is_polled(guest: GuestPath) -> None:
+    waiting = diagnosis(guest("deaths"), "die=waiting", timeout=1)
+    assert {"I/O APIC: all inputs masked", "PICs: all lines masked", "PIT: not programmed"} <= set(waiting.evidence)
+    polling = diagnosis(guest("deaths"), "die=poll", timeout=2)
+    assert any(re.search(r"over and over: io +0x3fd/1  uart LSR -> 0x60", line) for line in polling.evidence)
+
+
+def test_a_halted_guest_with_a_running_timer_is_idle_and_with_a_listening_device_waits_for_it(guest: GuestPath) -> None:
+    ticking = diagnosis(guest("deaths"), "die=ticking", timeout=1)
+    assert (ticking.cause, "the PIT wakes it" in ticking.sentence) == ("idle", True), ticking
+    listening = diagnosis(guest("deaths"), "die=listening", timeout=1)
+    assert listening.cause == "waiting-for-device"
+    assert "uart (GSI 4)" in listening.sentence
+
+
+def test_a_stall_ends_the_run_with_a_status_of_its_own_long_before_the_time_limit(guest: GuestPath) -> None:
+    with Machine(kernel=guest("spin"), memory="16M", rng=False, stall=0.5) as machine:
+        outcome = machine.run(timeout=60)
+    assert (outcome.reason, outcome.status) == ("stalled", 26)
+    assert outcome.seconds < 30
+    assert not outcome.ok
+
+
+def test_the_command_says_what_a_guest_was_doing_at_its_time_limit_and_when_it_stalls(guest: GuestPath) -> None:
+    for flags, status, lines in ((["--timeout", "1"], 124, 4), (["--stall", "0.5"], 26, 100)):
+        done = subprocess.run(
+            [sys.executable, "-m", "vmm", "boot", "--kernel", guest("hang"), "--mem", "16M", "--rng", "off", *flags],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert "HLT with interrupts off: the vCPU is halted at" in done.stderr
+        assert len(done.stderr.splitlines()) <= lines

@@ -41,6 +41,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--initrd": ("initrd", {"metavar": "FILE[,FILE]"}),
     "--append": ("append", {"metavar": '"WORDS"'}),
     "--timeout": ("timeout", {"metavar": "SECONDS", "type": float}),
+    "--stall": ("stall", {"metavar": "SECONDS", "type": float}),
     "--console": ("console", {"metavar": "KIND"}),
     "--kind": ("kind", {"metavar": "KIND"}),
     "--mode": ("mode", {"metavar": "MODE"}),
@@ -184,11 +185,11 @@ def _once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | Non
                 machine.stop()
                 raise ConfigError(str(error)) from error
             outcome = machine.wait()
-        if outcome.ok or (outcome.reason in ("timeout", "interrupted", "terminated") and not verbose):
+        if outcome.ok or (outcome.reason in ("interrupted", "terminated") and not verbose):
             return outcome, "" if outcome.ok else f"pyvmm: {outcome.sentence}\n"
-        from vmm.observe.postmortem import report
+        from vmm.observe.postmortem import brief, report
 
-        return outcome, report(machine, outcome)
+        return outcome, (brief if outcome.reason == "timeout" and not verbose else report)(machine, outcome)
 
 
 def _gdb(machine: Any, option: str) -> GdbServer:

@@ -46,6 +46,9 @@ EXIT_REASONS = {
     8: "shutdown", 9: "fail-entry", 10: "intr", 17: "internal-error", 24: "system-event", 29: "rdmsr", 30: "wrmsr",
 }  # fmt: skip
 
+# struct kvm_mp_state
+MP_STATES = {0: "runnable", 1: "uninitialized", 2: "init-received", 3: "halted", 4: "sipi-received"}
+
 # Model-specific registers a paused vCPU's state record holds (SDM vol. 4; KVM's own at 0x4b564dxx).
 STATE_MSRS = (
     0x10, 0x174, 0x175, 0x176, 0x1A0, 0x277, 0x2FF, 0x3B, 0x6E0,
@@ -197,6 +200,13 @@ class Vcpu:
         if check(lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), value, 1)) != 1:
             raise HostError(f"KVM has no MSR {index:#x} for this vCPU")
         return int(value[0])
+
+    @property
+    def mp_state(self) -> str:
+        """What it waits for: "runnable" (nothing), "halted" (an interrupt), "uninitialized" (INIT and SIPI)..."""
+        state = ffi.new("uint32_t *")
+        check(lib.vmm_vcpu_get_state(self.native, _STATE_KINDS["mp"], ffi.cast("void *", state), 4))
+        return MP_STATES.get(state[0], f"state-{state[0]}")
 
     def has_msr(self, index: int) -> bool:
         """Whether KVM has this model-specific register."""

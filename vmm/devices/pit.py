@@ -141,6 +141,12 @@ class Pit(Device):
         else:
             self._channels[select].latch_count(now)
 
+    @property
+    def armed(self) -> bool:
+        """Whether channel 0's output will rise again."""
+        with self._changed:
+            return self._channels[0].next_rise() is not None
+
     # -- life and state -----------------------------------------------------------------------------------------------
 
     def reset(self) -> None:

@@ -1,7 +1,9 @@
 """Why a guest died or does not go on: one cause, one sentence, and what shows it.
 
 What can be known is worked out, never guessed: registers, page tables and descriptors after a fault
-(:mod:`~vmm.observe.faults`). Where nothing is found the cause is "unknown".
+(:mod:`~vmm.observe.faults`), interrupt controllers and samples of RIP where nothing moves
+(:mod:`~vmm.observe.waiting`), a Linux kernel's own words (:mod:`~vmm.observe.linux`). Where nothing is found the
+cause is "unknown".
 """
 
 from __future__ import annotations
@@ -36,11 +38,27 @@ CAUSES: dict[str, str] = {
     "no-code": "jump out of RAM",
     "wrong-image": "wrong or truncated image",
     "not-emulated": "instruction that KVM does not emulate",
+    # nothing moves
+    "halt-interrupts-off": "HLT with interrupts off",
+    "no-wakeup": "waiting for an interrupt that nothing can raise",
+    "waiting-for-device": "waiting for a device",
+    "idle": "idle",
+    "endless-loop": "endless loop",
+    "running": "running",
+    # Linux, in its own words or for want of them
+    "no-console": "no console",
+    "no-root": "unable to mount root",
+    "missing-init": "missing init",
+    "init-ended": "init ended",
+    "kernel-panic": "kernel panic",
+    "bad-initrd": "wrong or truncated initrd",
+    "no-driver": "no driver",
     # and the rest
     "orderly-end": "orderly end",
     "unknown": "unknown",
 }
 
+ENDED_FROM_OUTSIDE = frozenset({"timeout", "stalled", "halt", "stopped", "interrupted", "terminated"})
 _EVIDENCE_MAX = 12
 
 
@@ -60,9 +78,17 @@ def say(cause: str, text: str, evidence: list[str] | tuple[str, ...] = ()) -> Di
 
 def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
     """The diagnosis of an ended run; the machine must not be closed."""
-    found = _fault(machine, outcome) if outcome.reason in ("triple-fault", "emulation-failure") else None
+    from vmm.observe import linux, waiting
+
+    found = linux.told(machine, outcome)
+    if found is None and outcome.reason in ("triple-fault", "emulation-failure"):
+        found = _fault(machine, outcome)
+    if found is None and outcome.reason in ENDED_FROM_OUTSIDE:
+        found = linux.silent(machine) or waiting.why(machine, outcome)
+        if found.cause in ("idle", "waiting-for-device") and (undriven := linux.undriven(machine)):
+            found = undriven._replace(evidence=(*undriven.evidence, found.sentence))
     if found is None and outcome.ok:
-        found = say("orderly-end", outcome.sentence)
+        found = linux.undriven(machine) or say("orderly-end", outcome.sentence)
     return found or say("unknown", outcome.sentence)
 
 

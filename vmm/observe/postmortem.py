@@ -74,6 +74,11 @@ def report(machine: Machine, outcome: Outcome) -> str:
     return "\n".join(lines) + "\n"
 
 
+def brief(machine: Machine, outcome: Outcome) -> str:
+    """What it was doing when it was ended from outside: the first lines of the screen."""
+    return "\n".join([f"pyvmm: {outcome.sentence}", *_diagnosis(machine.diagnose())]) + "\n"
+
+
 def _diagnosis(found: Diagnosis) -> list[str]:
     import textwrap
 

@@ -1,0 +1,316 @@
+"""What a Linux kernel says of its own death, and what its silence says.
+
+Its words are those on the console; where it printed none, those of its log in guest memory.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmm.config import LINUX_KINDS
+from vmm.observe.diagnose import Diagnosis, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.machine import Machine
+    from vmm.memory import GuestMemory
+    from vmm.outcome import Outcome
+
+_STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
+_TRACE_MAX = 9  # lines of a call trace that are shown
+_DEVICES_SHOWN = 6
+
+# virtio device type (virtio 1.2, 5) -> the option of its driver
+DRIVERS = {
+    1: "CONFIG_VIRTIO_NET", 2: "CONFIG_VIRTIO_BLK", 3: "CONFIG_VIRTIO_CONSOLE", 4: "CONFIG_HW_RANDOM_VIRTIO",
+    5: "CONFIG_VIRTIO_BALLOON", 19: "CONFIG_VIRTIO_VSOCKETS", 26: "CONFIG_VIRTIO_FS",
+}  # fmt: skip
+TRANSPORTS = {
+    "pci": "CONFIG_PCI and CONFIG_VIRTIO_PCI",
+    "mmio": "CONFIG_VIRTIO_MMIO (and with acpi=off CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)",
+}
+_RNG = 4
+
+
+class Virtio(NamedTuple):
+    """A virtio device as its driver left it: ``type`` (virtio 1.2, 5), names of status bits, whether it was used."""
+
+    name: str
+    type: int
+    status: tuple[str, ...]
+    used: bool
+
+
+class Guest(NamedTuple):
+    """What is known of a Linux guest besides its words."""
+
+    command_line: str = ""
+    console: str = "ttyS0"  # the name its kernel has for this machine's console
+    transport: str = "mmio"
+    virtio: Sequence[Virtio] = ()
+    initrd: bool = False
+
+    def option(self, name: str) -> str | None:
+        """The last ``name=value`` of the command line."""
+        values = [word.partition("=")[2] for word in self.command_line.split() if word.startswith(f"{name}=")]
+        return values[-1] if values else None
+
+
+def guest_of(machine: Machine) -> Guest:
+    """The facts of a machine."""
+    devices = [
+        Virtio(
+            device.name,
+            device.device_id,
+            device.info()["status"],
+            device.driven or any(queue["requests"] or queue["doorbells"] for queue in device.queue_statistics()),
+        )
+        for device in machine.virtio
+    ]
+    console = "hvc0" if machine.config.console_device == "virtio" else "ttyS0"
+    return Guest(machine.command_line, console, machine.config.virtio, devices, bool(machine.config.initrd))
+
+
+# ---- asked by diagnose ----
+
+
+def told(machine: Machine, outcome: Outcome) -> Diagnosis | None:
+    """What the kernel said it died of."""
+    if machine.kind not in LINUX_KINDS:
+        return None
+    text = words(machine)
+    found = read(text, guest_of(machine))
+    if found is None and outcome.reason == "panic":
+        return say("kernel-panic", "the kernel reported it through pvpanic, without a word on the console")
+    if found is not None and found.cause == "kernel-panic" and len(found.evidence) < 2:
+        frames = machine.stack(outcome.vcpu or 0)[:_TRACE_MAX]
+        return found._replace(evidence=(*found.evidence, *(f"called from {frame}" for frame in frames[1:])))
+    return found
+
+
+def silent(machine: Machine) -> Diagnosis | None:
+    """Why a Linux that runs, or ran, printed nothing."""
+    if machine.kind not in LINUX_KINDS or machine.console.end:
+        return None
+    return unheard(kernel_log(machine.memory), guest_of(machine))
+
+
+def undriven(machine: Machine) -> Diagnosis | None:
+    """Which of a Linux guest's virtio devices has no driver."""
+    if machine.kind not in LINUX_KINDS:
+        return None
+    guest = guest_of(machine)
+    lines = no_drivers(guest)
+    return say("no-driver", lines[0], lines[1:]) if lines else None
+
+
+def words(machine: Machine) -> str:
+    """What the kernel printed, or logged where it printed nothing."""
+    if machine.console.end:
+        return machine.console.tail(1 << 16).decode(errors="replace")
+    return kernel_log(machine.memory)
+
+
+# ---- its words ----
+
+
+def read(text: str, guest: Guest) -> Diagnosis | None:
+    """The death that ``text``, a console's or a log's, tells of."""
+    lines = [_STAMP.sub("", line).rstrip() for line in text.splitlines()]
+    for reader in (_unpacking, _root, _init, _panic, _initrd):
+        found = reader(lines, guest)
+        if found is not None:
+            return found
+    return None
+
+
+def _find(lines: list[str], pattern: str) -> re.Match[str] | None:
+    """The last line that ``pattern`` occurs in."""
+    compiled = re.compile(pattern)
+    return next((match for line in reversed(lines) if (match := compiled.search(line))), None)
+
+
+def _unpacking(lines: list[str], guest: Guest) -> Diagnosis | None:
+    """arch/x86/boot/compressed/error.c: the message, an empty line, and the end."""
+    if "-- System halted" not in (last := [line.strip() for line in lines if line.strip()][-2:]):
+        return None
+    message = last[0] if len(last) == 2 else "it does not say why"
+    return say("wrong-image", f"the kernel could not unpack itself: {message}")
+
+
+def _root(lines: list[str], guest: Guest) -> Diagnosis | None:
+    panic = _find(lines, r"Unable to mount root fs on (.*?)(?: \]---.*)?$")
+    if not panic:
+        return None
+    opened = _find(lines, r'Cannot open root device "(.*?)" or (\S+?): error (-?\d+)')
+    given = guest.option("root")
+    wanted = opened[1] if opened and opened[1] else given or ""
+    looked = f"the kernel looked for {wanted}" if wanted else "no root= was given"
+    if opened:
+        looked += f" ({_error(opened[3])})"
+    devices = _block_devices(lines)
+    has = "it has the block devices " + ", ".join(devices[:_DEVICES_SHOWN]) if devices else "it has no block device"
+    tried = _find(lines, r"No filesystem could mount root, tried: *(.+)$")
+    text = f"{looked}, and {has}" + (f"; no filesystem of these fits: {tried[1].strip()}" if tried else "")
+    evidence = [panic[0]]
+    disks = [device for device in guest.virtio if device.type == 2]
+    if not disks:
+        evidence.append("the machine has no disk: --disk FILE gives it one")
+    evidence += [line for line in no_drivers(guest) if "virtio-blk" in line]
+    if not guest.initrd and not disks:
+        evidence.append("it has no initrd either: --initrd FILE")
+    elif broken := _find(lines, r"[Ii]nitramfs unpacking failed: .*"):
+        evidence.append(f"its initrd was not unpacked: {broken[0]}")
+    return say("no-root", text, evidence)
+
+
+def _block_devices(lines: list[str]) -> list[str]:
+    """block/genhd.c, printk_all_partitions: number, KiB, name."""
+    found = [re.match(r"^ ?\s*[0-9a-f]{4,8} +(\d+) (\S+)", line) for line in lines]
+    devices = [f"{match[2]} ({int(match[1])} KiB)" for match in found if match]
+    return [device for device in dict.fromkeys(devices) if not device.startswith("ram")]
+
+
+def _error(number: str) -> str:
+    from errno import errorcode
+    from os import strerror
+
+    code = abs(int(number))
+    return f"error -{code}, {errorcode[code]}: {strerror(code)}" if code in errorcode else f"error {number}"
+
+
+def _init(lines: list[str], guest: Guest) -> Diagnosis | None:
+    """init/main.c, kernel_init; kernel/exit.c."""
+    failed = [match for line in lines if (match := re.search(
+        r"(?:Requested init (\S+) failed|Failed to execute (\S+)|Starting init: (\S+) exists but couldn't execute it) "
+        r"\(error (-?\d+)\)", line))]  # fmt: skip
+    tried = [f"{match[1] or match[2] or match[3]}: {_error(match[4])}" for match in failed]
+    if _find(lines, r"Kernel panic - not syncing: (?:No working init found|No init found|Requested init )"):
+        given = guest.option("init") or guest.option("rdinit")
+        asked = f"; {given} was asked for" if given else ""
+        why = f" ({'; '.join(tried)})" if tried else ""
+        return say("missing-init", f"the kernel found no program that it can run as init{asked}{why}",
+                   [match[0] for match in failed])  # fmt: skip
+    ended = _find(lines, r"Attempted to kill init! exitcode=0x([0-9a-f]+)")
+    if not ended:
+        return None
+    code = int(ended[1], 16)
+    how = f"was killed by signal {code & 0x7F}" if code & 0x7F else f"exited with status {code >> 8 & 0xFF}"
+    ran = _find(lines, r"Run (\S+) as init process")
+    return say("init-ended", f"{ran[1] if ran else 'init'} {how}, and a kernel does not go on without",
+               [ended[0], *_trace(lines)])  # fmt: skip
+
+
+def _panic(lines: list[str], guest: Guest) -> Diagnosis | None:
+    panic = _find(lines, r"Kernel panic - not syncing: (.*?)(?: \]---.*)?$")
+    if not panic:
+        return None
+    oops = next((line for line in lines if re.match(
+        r"(BUG: |Oops: |general protection fault|invalid opcode: |divide error: |kernel BUG at |stack segment: |"
+        r"Unable to handle |watchdog: BUG|INFO: rcu)", line)), None)  # fmt: skip
+    text = panic[1] + (f", after: {oops}" if oops else "")
+    return say("kernel-panic", text, _trace(lines))
+
+
+def _trace(lines: list[str]) -> list[str]:
+    """Where it was, and the last call trace."""
+    where = [line.strip() for line in lines if re.match(r"\s*(?:RIP: 0010:|CPU: \d+ (?:UID: \d+ )?PID: )", line)][-2:]
+    starts = [n for n, line in enumerate(lines) if line.strip() in ("Call Trace:", "Call trace:")]
+    calls: list[str] = []
+    for line in lines[starts[-1] + 1 :] if starts else []:
+        call = line.strip()
+        if call in ("<TASK>", "<IRQ>", "</IRQ>", "<NMI>", "</NMI>"):
+            continue
+        if not re.match(r"(?:\? )?(?:\[<[0-9a-f]+>\] )?(?:\? )?[\w.]+\+0x|\[<[0-9a-f]+>\]", call):
+            break
+        calls.append(call)
+    return where + [f"in {call}" if n == 0 else f"called from {call}" for n, call in enumerate(calls[:_TRACE_MAX])]
+
+
+def _initrd(lines: list[str], guest: Guest) -> Diagnosis | None:
+    broken = _find(lines, r"[Ii]nitramfs unpacking failed: (.*)")
+    return say("bad-initrd", f"the kernel could not unpack it: {broken[1]}") if broken else None
+
+
+# ---- its silence ----
+
+
+def unheard(log: str, guest: Guest) -> Diagnosis | None:
+    """Why nothing of ``log`` was printed on this machine's console, or ``None``: it may not have come so far."""
+    consoles = [word.partition("=")[2].split(",")[0] for word in guest.command_line.split()
+                if word.startswith("console=")]  # fmt: skip
+    lines = [_STAMP.sub("", line).rstrip() for line in log.splitlines() if line.strip()]
+    evidence = [f"its log, found in memory, has {len(lines)} lines; the last:", *lines[-6:]] if lines else []
+    if consoles and guest.console not in consoles:
+        told = " ".join(f"console={name}" for name in consoles)
+        return say("no-console", f"the kernel was told {told}, and this machine's console is {guest.console}", evidence)
+    if not lines:
+        return None
+    option = {"ttyS0": "CONFIG_SERIAL_8250_CONSOLE", "hvc0": "CONFIG_VIRTIO_CONSOLE"}[guest.console]
+    text = f"the kernel logs, but nothing reaches {guest.console}: is {option}=y?"
+    return say("no-console", text, evidence)
+
+
+_BANNER = b"Linux version "
+_RECORD_MAX = 1200  # a record of the log: 1024 bytes of text and its prefix
+_RECORDS_MAX = 20000
+_BANNERS_MAX = 16
+
+
+def kernel_log(memory: GuestMemory) -> str:
+    """The log of a Linux kernel (5.10 or newer) in guest memory, or "": it has no log yet, or it has wrapped around.
+
+    The ring of texts holds blocks of a 64-bit number, which counts up, and a text (kernel/printk/printk_ringbuffer.c).
+    """
+    at, found = memory.search(_BANNER), ""
+    for _ in range(_BANNERS_MAX):
+        if at is None or found.count("\n") > 1:
+            break
+        found = _records(memory, at - 8)
+        at = memory.search(_BANNER, at + 1)
+    return found if found.count("\n") > 1 else ""
+
+
+def _records(memory: Any, at: int) -> str:
+    lines = []
+    try:
+        number = int.from_bytes(memory.read(at, 8), "little")
+        for _ in range(_RECORDS_MAX):
+            number = (number + 1) & (1 << 64) - 1
+            block = memory.read(at + 8, _RECORD_MAX)
+            end = block.find(number.to_bytes(8, "little"))
+            while end % 8 and end >= 0:
+                end = block.find(number.to_bytes(8, "little"), end + 1)
+            text = (block if end < 0 else block[:end]).partition(b"\0")[0]
+            lines.append(text.decode(errors="replace"))
+            if end < 0:
+                break
+            at += 8 + end
+    except IndexError:
+        pass
+    return "\n".join(lines)
+
+
+# ---- its drivers ----
+
+
+def no_drivers(guest: Guest) -> list[str]:
+    """A line for each virtio device that no driver uses: how far one came, and the option it needs."""
+    lines = []
+    for device in sorted(guest.virtio, key=lambda device: device.type == _RNG):
+        if device.used:
+            continue
+        option = DRIVERS.get(device.type, "its driver")
+        if "FAILED" in device.status:
+            lines.append(f"{device.name}: its driver gave up (status FAILED)")
+        elif "DRIVER" in device.status:
+            lines.append(f"{device.name}: its driver began and never set DRIVER_OK")
+        elif device.status:
+            lines.append(f"{device.name} was found on {guest.transport}, but no driver took it: is {option}=y, "
+                         "or its module loaded?")  # fmt: skip
+        else:
+            transport = TRANSPORTS.get(guest.transport, guest.transport)
+            lines.append(f"{device.name} was never looked at: it needs {transport}, and {option}")
+    return lines

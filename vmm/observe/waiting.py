@@ -1,0 +1,198 @@
+"""What a guest that does not end is doing: halted (and who could wake it), looping, or at work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from vmm.observe.diagnose import Diagnosis, place, say
+from vmm.observe.processor import RFLAGS_IF, Processor
+from vmm.observe.watch import by_vcpu, narrow
+
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+    from vmm.observe.watch import Sample
+    from vmm.outcome import Outcome
+
+_SAMPLES_ENOUGH = 8  # fewer show no loop
+_PLACES_SHOWN = 4
+_POLLS, _POLLED_MAX = 32, 2  # so many accesses, of which at most so many are different: polling
+
+# local APIC registers (SDM vol. 3, table 11-1)
+_SPURIOUS, _LVT_TIMER, _LVT_LINT0, _TIMER_INITIAL, _TIMER_CURRENT, _IRR = 0xF0, 0x320, 0x350, 0x380, 0x390, 0x200
+_MASKED, _EXTINT = 1 << 16, 7 << 8
+_TSC_DEADLINE_MSR = 0x6E0
+_ALL_LINES = 0xFFFF
+
+# Devices with a line that they never drive by themselves: there is no keyboard, no power button, no alarm.
+_SILENT = frozenset({"i8042", "acpi-pm", "rtc"})
+
+
+def why(machine: Machine, outcome: Outcome) -> Diagnosis:
+    """What every started vCPU is doing, or where the one that ended the run was."""
+    started = [vcpu for vcpu in machine.vcpus if vcpu.mp_state in ("runnable", "halted")]
+    awake = [vcpu for vcpu in started if vcpu.mp_state == "runnable"]
+    if started and not awake:
+        return _halted(machine, started)
+    return _running(machine, (awake or machine.vcpus)[0], outcome)
+
+
+# ---- halted ----
+
+
+def _halted(machine: Machine, vcpus: list[Any]) -> Diagnosis:
+    at = vcpus[0].registers()["rip"] - 1  # HLT is one byte, and RIP is behind it
+    who = "the vCPU is" if len(vcpus) == 1 else f"all {len(vcpus)} started vCPUs are"
+    if not any(vcpu.registers()["rflags"] & RFLAGS_IF for vcpu in vcpus):
+        return say("halt-interrupts-off", f"{who} halted at {place(machine, at)} with RFLAGS.IF = 0: "
+                   "only an NMI or a reset could wake it, and nothing here sends one")  # fmt: skip
+    timers, devices, masked = _sources(machine, vcpus)
+    halted = f"{who} halted at {place(machine, at)}"
+    if timers:
+        return say("idle", f"{halted}, and {' and '.join(timers)} wakes it from time to time", _idle(devices))
+    if devices:
+        return say("waiting-for-device", f"{halted}; of what could wake it ({', '.join(devices)}) nothing has", masked)
+    return say("no-wakeup", f"{halted} with interrupts on, but no timer runs and no line that a device drives is "
+               "unmasked", masked)  # fmt: skip
+
+
+def _idle(devices: list[str]) -> list[str]:
+    return [f"it also listens to {', '.join(devices)}"] if devices else []
+
+
+def _sources(machine: Machine, vcpus: list[Any]) -> tuple[list[str], list[str], list[str]]:
+    """Timers that run, devices whose interrupts would get through, and why the rest would not."""
+    from vmm.irq import chips
+
+    state = chips(machine.native)
+    apics = {vcpu.number: vcpu.save() for vcpu in vcpus}
+    timers = [f"vCPU {n}'s local APIC timer" for n, saved in apics.items() if _apic_timer(saved)]
+    pins, lines = _unmasked_pins(state.get("ioapic", b"")), 0
+    through_pic = [n for n, saved in apics.items() if _takes_pic(saved)]
+    if through_pic:
+        lines = _unmasked_lines(state)
+    wires = _wires(machine)
+    heard = {gsi: name for gsi, name in wires.items() if pins >> gsi & 1 or (gsi < 16 and lines >> gsi & 1)}
+    if _pit_runs(machine, state.get("pit")) and heard.get(0):
+        timers.append("the PIT")
+    devices = [f"{name} (GSI {gsi})" for gsi, name in sorted(heard.items()) if gsi and name not in _SILENT]
+    devices += [device.name for device in machine.virtio if machine.pci is not None and device.driven]
+    masked = [
+        "local APIC timers: " + (" ".join(timers) or "masked or not started"),
+        f"I/O APIC: {f'unmasked inputs {_bits(pins)}' if pins else 'all inputs masked'}",
+        "PICs: " + ("not accepted by any local APIC" if not through_pic else
+                    f"unmasked lines {_bits(lines)}" if lines else "all lines masked"),
+        "devices with a line: " + ", ".join(f"{name} (GSI {gsi})" for gsi, name in sorted(wires.items())),
+        f"PIT: {'runs' if _pit_runs(machine, state.get('pit')) else 'not programmed'}",
+    ]  # fmt: skip
+    if pending := [n for n, saved in apics.items() if any(_apic(saved, _IRR + 16 * i) for i in range(8))]:
+        masked.append(f"an interrupt is pending in the local APIC of vCPU {pending[0]} (IRR), but not taken")
+    return timers, devices, masked
+
+
+def _bits(mask: int) -> str:
+    return ", ".join(str(bit) for bit in range(mask.bit_length()) if mask >> bit & 1)
+
+
+def _apic(saved: Any, offset: int) -> int:
+    return int.from_bytes(saved["lapic"][offset : offset + 4], "little")
+
+
+def _apic_timer(saved: Any) -> bool:
+    """Whether the local APIC's timer will fire (SDM vol. 3, 11.5.4)."""
+    lvt = _apic(saved, _LVT_TIMER)
+    if lvt & _MASKED or not _apic(saved, _SPURIOUS) & 0x100:
+        return False
+    mode = lvt >> 17 & 3
+    if mode == 2:
+        return bool(saved["msrs"].get(_TSC_DEADLINE_MSR))
+    return bool(_apic(saved, _TIMER_INITIAL) if mode == 1 else _apic(saved, _TIMER_CURRENT))
+
+
+def _takes_pic(saved: Any) -> bool:
+    """Whether the PICs' interrupts reach this vCPU: through LINT0 as ExtINT, or past a disabled local APIC."""
+    lint0 = _apic(saved, _LVT_LINT0)
+    enabled = bool(saved["registers"]["apic_base"] & 1 << 11)
+    return not enabled or (not lint0 & _MASKED and lint0 & _EXTINT == _EXTINT)
+
+
+def _unmasked_pins(ioapic: bytes) -> int:
+    """Unmasked inputs of struct kvm_ioapic_state, as a bit mask."""
+    entries = (int.from_bytes(ioapic[at : at + 8], "little") for at in range(32, min(len(ioapic), 32 + 24 * 8), 8))
+    return sum(1 << pin for pin, entry in enumerate(entries) if not entry & _MASKED)
+
+
+def _unmasked_lines(state: dict[str, bytes]) -> int:
+    """Lines 0 to 15 that get through the PICs (struct kvm_pic_state: IMR is the third byte); 2 is the cascade."""
+    if "pic" not in state:
+        return 0
+    first, second = ~state["pic"][10] & 0xFF, ~state["pic2"][10] & 0xFF
+    return first & ~4 | (second << 8 if first & 4 else 0)
+
+
+def _pit_runs(machine: Machine, pit: bytes | None) -> bool:
+    """Whether channel 0 will fire: the in-kernel PIT's (struct kvm_pit_channel_state), or the user-space one's."""
+    if pit is None:
+        return any(getattr(device, "armed", False) for device in machine.devices if device.name == "pit")
+    import time
+
+    count, mode = int.from_bytes(pit[:4], "little"), pit[13]
+    if mode in (2, 3, 6, 7):
+        return True
+    loaded_at = int.from_bytes(pit[16:24], "little", signed=True)
+    return mode != 0xFF and loaded_at + count * 1_000_000_000 // 1_193_182 > time.monotonic_ns()
+
+
+def _wires(machine: Machine) -> dict[int, str]:
+    """Which device is on which global system interrupt."""
+    found = {0: "pit"}
+    for device in machine.devices:
+        gsi = getattr(device.line, "gsi", None)
+        if gsi is not None:
+            found[gsi] = device.name
+    return found
+
+
+# ---- running ----
+
+
+def _running(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
+    from vmm.observe import faults
+
+    samples = [sample for sample in by_vcpu(machine.samples).get(vcpu.number, []) if not sample.halted]
+    r = vcpu.registers()
+    cpu = Processor(r, vcpu.bits, vcpu.paging(), machine.memory.read)
+    code, _ = cpu.fetch(cpu.rip)
+    if len(code) > 1 and not any(code):
+        return say("zeroes", f"it executes zeroes at {place(machine, cpu.rip)}, and goes on through them")
+    insn = faults.decode(cpu, code)
+    if insn is not None and insn.mnemonic == "jmp" and insn.operands[0].imm == cpu.rip:
+        until = "" if r["rflags"] & RFLAGS_IF else ", with interrupts off"
+        return say("endless-loop", f"the instruction at {place(machine, cpu.rip)} jumps to itself{until}")
+    if len(samples) < _SAMPLES_ENOUGH:
+        return say("running", f"it was executing at {place(machine, cpu.rip)}", _polled(machine, outcome))
+    seconds = samples[-1].at - samples[0].at
+    evidence = _polled(machine, outcome) + _top(machine, samples)
+    seen = f"{len(samples)} samples of RIP in {seconds:.2g} s"
+    if narrow(samples):
+        low, high = min(s.rip for s in samples), max(s.rip for s in samples)
+        where = place(machine, low) if low == high else f"{place(machine, low)} to {place(machine, high)}"
+        return say("endless-loop", f"all of {seen} are at {where}", evidence)
+    return say("running", f"{seen} are in {len({s.rip for s in samples})} places: it was at work, not stuck", evidence)
+
+
+def _top(machine: Machine, samples: list[Sample]) -> list[str]:
+    """Where most of the samples are, by function where there are names."""
+    found = Counter((machine.symbols.name(s.rip) or f"{s.rip:#x}").split("+")[0] for s in samples)
+    return [f"{times:3} of {len(samples)} in {name}" for name, times in found.most_common(_PLACES_SHOWN)]
+
+
+def _polled(machine: Machine, outcome: Outcome) -> list[str]:
+    """The accesses it makes over and over, if its newest are few different ones."""
+    from vmm.observe.postmortem import describe_exit
+
+    accesses = [event for event in outcome.last_exits if event.reason in ("io", "mmio")][-_POLLS:]
+    found = Counter(describe_exit(machine, event) for event in accesses)
+    if len(accesses) < _POLLS or len(found) > _POLLED_MAX:
+        return []
+    return ["its last device accesses, over and over: " + "; ".join(found)]

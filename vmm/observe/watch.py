@@ -1,0 +1,128 @@
+"""Looking at a machine while it runs: samples of where its vCPUs are, and whether it has stalled.
+
+A guest is stalled when for so many seconds (``stall``; nobody is asked who did not ask for it) all of these hold:
+
+- nothing was printed on the console;
+- no virtio queue had a request or a doorbell;
+- no access to a device was one that had not been seen in that time already (polling a register that always answers
+  the same is no progress);
+- RIP, sampled :data:`ROUNDS` times, stayed within few places: of each vCPU's samples at most a quarter fell into
+  different 64-byte blocks of code. A halted vCPU stays where it is.
+
+Nothing of this tells a slow guest from a dead one: a loop that computes for longer than ``stall`` seconds without
+printing is stalled, too.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+
+ROUNDS = 32
+PLACE_BITS = 6  # a place is a block of 64 bytes of code
+_BEFORE_TIMEOUT = 4  # the samples of a time limit are of its last quarter
+
+TIMEOUT, STALLED = 1, 4  # codes of Machine.interrupt
+
+
+class Sample(NamedTuple):
+    """One vCPU at one time (seconds, monotonic): its linear ``rip``, and whether it is halted."""
+
+    at: float
+    vcpu: int
+    rip: int
+    halted: bool
+
+
+def take(machine: Machine) -> list[Sample]:
+    """A sample of each vCPU that has been started; they are held for it."""
+    machine.pause()
+    try:
+        found, now = [], time.monotonic()
+        for vcpu in machine.vcpus:
+            state = vcpu.mp_state
+            if state in ("runnable", "halted"):
+                r = vcpu.registers()
+                found.append(
+                    Sample(now, vcpu.number, r["rip"] + (0 if vcpu.bits == 64 else r["cs_base"]), state == "halted")
+                )
+        return found
+    finally:
+        machine.resume()
+
+
+def narrow(samples: list[Sample]) -> bool:
+    """Whether samples of one vCPU stay within few places: a quarter as many as there are samples."""
+    return len({sample.rip >> PLACE_BITS for sample in samples}) <= max(1, len(samples) // 4)
+
+
+def by_vcpu(rounds: list[list[Sample]]) -> dict[int, list[Sample]]:
+    """The samples of each vCPU, oldest first."""
+    found: dict[int, list[Sample]] = {}
+    for samples in rounds:
+        for sample in samples:
+            found.setdefault(sample.vcpu, []).append(sample)
+    return found
+
+
+class Watch:
+    """Watches a machine that has a time limit, or may be stalled, or both; leaves what it saw in ``machine.samples``.
+
+    The caller waits :attr:`left` seconds at a time for the end, then calls :meth:`due`.
+    """
+
+    def __init__(self, machine: Machine, timeout: float | None, stall: float | None) -> None:
+        self._machine = machine
+        self._stall = stall
+        now = time.monotonic()
+        self._deadline = None if timeout is None else now + timeout
+        self._period = min(
+            limit / parts for limit, parts in ((stall, ROUNDS), (timeout, ROUNDS * _BEFORE_TIMEOUT)) if limit
+        )
+        self._next = now if stall else now + (timeout or 0) * (1 - 1 / _BEFORE_TIMEOUT)
+        self._quiet_since = now
+        self._printed = self._requests = -1
+        self._accesses: set[tuple[object, ...]] = set()
+
+    @property
+    def left(self) -> float:
+        """Seconds until there is something to do."""
+        until = self._next if self._deadline is None else min(self._next, self._deadline)
+        return max(0.0, until - time.monotonic())
+
+    def due(self) -> int | None:
+        """Do what is due; answers the code to end the machine with, once it is to end."""
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            return TIMEOUT
+        if now < self._next:
+            return None
+        self._next = now + self._period
+        rounds = self._machine.samples
+        rounds.append(take(self._machine))
+        del rounds[:-ROUNDS]
+        if self._stall is None:
+            return None
+        if self._progressed():
+            self._quiet_since = now
+            del rounds[:-1]
+        quiet = now - self._quiet_since >= self._stall
+        return STALLED if quiet and all(map(narrow, by_vcpu(rounds).values())) else None
+
+    def _progressed(self) -> bool:
+        """Whether the guest did something new since the last time, or did not do the same for longer."""
+        machine = self._machine
+        before = self._printed, self._requests
+        self._printed = machine.console.end
+        self._requests = sum(q["requests"] + q["doorbells"] for d in machine.virtio for q in d.queue_statistics())
+        newest: set[tuple[object, ...]] = {
+            (vcpu.number, exit_.reason, exit_.address, exit_.size, exit_.write, exit_.value)
+            for vcpu in machine.vcpus
+            for exit_ in vcpu.last_exits()
+        }
+        new = not newest <= self._accesses
+        self._accesses = newest if new else self._accesses
+        return new or before != (self._printed, self._requests)
