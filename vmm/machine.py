@@ -82,6 +82,7 @@ class Machine:
         self.outcome: Outcome | None = None
         self.notes: list[str] = []
         self.command_line = ""
+        self._pauses = 0
         self.samples: list[list[Sample]] = []
         self._kvm_path = kvm
         self._vm: Any = None
@@ -393,10 +394,19 @@ class Machine:
     def pause(self) -> None:
         """Hold every vCPU between two instructions; registers and memory are then consistent. Nests."""
         check(lib.vmm_vm_pause(self._open_vm()))
+        with self._lock:
+            self._pauses += 1
 
     def resume(self) -> None:
         """Undo one :meth:`pause`."""
         check(lib.vmm_vm_resume(self._open_vm()))
+        with self._lock:
+            self._pauses -= 1
+
+    @property
+    def paused(self) -> bool:
+        """Whether a :meth:`pause` is in force: somebody's who looks at the guest, or a debugger's."""
+        return self._pauses > 0
 
     # ---- hooks ----
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vmm.errors import ImageError
 from vmm.machine import Machine
 from vmm.observe.diagnose import CAUSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from vmm.observe.diagnose import Diagnosis
 
@@ -91,6 +92,27 @@ def test_an_image_without_code_at_its_entry_is_the_wrong_image(tmp_path: Path) -
         found = diagnosis(str(image), kind="flat", mode="long", memory="2M")
         assert found.cause == "wrong-image"
         assert sentence in found.sentence
+
+
+def test_an_image_for_another_mode_is_suspected_where_it_ran_away_at_once(guest: GuestPath) -> None:
+    found = diagnosis(guest("hello_real.bin"), kind="flat", mode="long", memory="2M")
+    assert found.cause == "page-fault"
+    assert found.evidence[-1] == "it never used a device: is this an image for another mode than long (--mode)?"
+
+
+def test_an_image_that_ends_too_soon_is_refused_before_it_runs(guest: GuestPath, tmp_path: Path) -> None:
+    image = tmp_path / "truncated"
+    image.write_bytes(Path(guest("hello")).read_bytes()[:6000])
+    with pytest.raises(ImageError, match="truncated: an ELF segment"):
+        Machine(kernel=image, memory="16M")
+
+
+def test_an_interrupt_without_an_idt_is_told_from_a_faulty_instruction(tmp_path: Path) -> None:
+    image = tmp_path / "ticks"  # mov al, 0x34; out 0x43, al; mov al, 0xff; out 0x40, al (twice); sti; jmp to itself
+    image.write_bytes(bytes.fromhex("b034 e643 b0ff e640 e640 fb ebfe"))
+    found = diagnosis(str(image), kind="flat", mode="long", memory="2M")
+    assert found.cause == "missing-idt"
+    assert "came at 0x10000b, whose instruction is sound, and no IDT is loaded" in found.sentence
 
 
 def test_an_end_in_order_has_nothing_to_diagnose(guest: GuestPath) -> None:

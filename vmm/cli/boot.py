@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vmm.cli import command_parser
-from vmm.config import FIELDS, MachineConfig, read_file
+from vmm.config import FIELDS, LINUX_KINDS, MachineConfig, read_file
 from vmm.errors import ConfigError
 from vmm.outcome import REASONS
 
@@ -185,11 +185,13 @@ def _once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | Non
                 machine.stop()
                 raise ConfigError(str(error)) from error
             outcome = machine.wait()
-        if outcome.ok or (outcome.reason in ("interrupted", "terminated") and not verbose):
+        # With panic=-1 a kernel that panics unheard only resets: its log tells.
+        unheard = outcome.reason == "reset" and machine.kind in LINUX_KINDS and not machine.console.end
+        if (outcome.ok and not unheard) or (outcome.reason in ("interrupted", "terminated") and not verbose):
             return outcome, "" if outcome.ok else f"pyvmm: {outcome.sentence}\n"
         from vmm.observe.postmortem import brief, report
 
-        return outcome, (brief if outcome.reason == "timeout" and not verbose else report)(machine, outcome)
+        return outcome, (brief if outcome.reason in ("timeout", "reset") and not verbose else report)(machine, outcome)
 
 
 def _gdb(machine: Any, option: str) -> GdbServer:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmm.machine import Machine
-    from vmm.observe.descriptors import Delivery
     from vmm.observe.faults import Fault
     from vmm.observe.processor import Processor
     from vmm.outcome import Outcome
@@ -165,27 +164,31 @@ def _not_emulated(machine: Machine, outcome: Outcome, cpu: Processor, fault: Fau
 
 def _undeliverable(machine: Machine, cpu: Processor) -> Diagnosis | None:
     """Nothing is wrong with the instruction: then it was an interrupt, or a fault while one was delivered."""
-    from vmm.observe.descriptors import VECTORS, delivery
+    from vmm.observe.descriptors import delivery
 
-    tried: dict[str, Delivery] = {}
+    what = f"an exception or interrupt came at {place(machine, cpu.rip)}, whose instruction is sound"
     for vector in (14, 13, 8):
         found = delivery(cpu, vector, lambda address: place(machine, address))
         if found.problem:
-            tried.setdefault(found.problem, found)
             cause = "missing-idt" if found.problem in ("no-idt", "unmapped") else "bad-idt"
-            what = f"at {place(machine, cpu.rip)}, whose instruction is sound, an exception or interrupt came"
-            return say(cause, f"{what}, and {found.text} ({VECTORS[vector]})")
+            return say(cause, f"{what}, and {found.text}")
     return None
 
 
 def _details(machine: Machine, cpu: Processor, fault: Fault) -> list[str]:
     lines = []
-    if fault.vector == 14:
+    if fault.cause in ("page-fault", "reserved-bit", "stack-overflow"):
         lines.append(f"cr2 (the last page fault's address) is {cpu.registers['cr2']:#x}")
     if not any(cpu.fetch(cpu.rip)[0]) and (caller := _caller(machine, cpu)):
         lines.append(caller)
     if fault.cause == "stack-overflow":
         lines += _recursion(machine, cpu)
+    if (
+        machine.entry is not None
+        and machine.entry.kind == "flat"
+        and not {"io", "mmio"} & machine.vcpus[0].exit_counts().keys()
+    ):
+        lines.append(f"it never used a device: is this an image for another mode than {machine.entry.mode} (--mode)?")
     return lines
 
 

@@ -5,6 +5,7 @@ Its words are those on the console; where it printed none, those of its log in g
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,7 +82,10 @@ def told(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     if machine.kind not in LINUX_KINDS:
         return None
     text = words(machine)
-    found = read(text, guest_of(machine))
+    guest = guest_of(machine)
+    found = read(text, guest)
+    if found is not None and not machine.console.end and (why := unheard(text, guest)):
+        found = found._replace(evidence=(*found.evidence, f"and nobody heard: {why.sentence}"))
     if found is None and outcome.reason == "panic":
         return say("kernel-panic", "the kernel reported it through pvpanic, without a word on the console")
     if found is not None and found.cause == "kernel-panic" and len(found.evidence) < 2:
@@ -152,8 +156,8 @@ def _root(lines: list[str], guest: Guest) -> Diagnosis | None:
         looked += f" ({_error(opened[3])})"
     devices = _block_devices(lines)
     has = "it has the block devices " + ", ".join(devices[:_DEVICES_SHOWN]) if devices else "it has no block device"
-    tried = _find(lines, r"No filesystem could mount root, tried: *(.+)$")
-    text = f"{looked}, and {has}" + (f"; no filesystem of these fits: {tried[1].strip()}" if tried else "")
+    tried = _filesystems(lines)
+    text = f"{looked}, and {has}" + (f"; none of the kernel's filesystems fits: {', '.join(tried)}" if tried else "")
     evidence = [panic[0]]
     disks = [device for device in guest.virtio if device.type == 2]
     if not disks:
@@ -171,6 +175,20 @@ def _block_devices(lines: list[str]) -> list[str]:
     found = [re.match(r"^ ?\s*[0-9a-f]{4,8} +(\d+) (\S+)", line) for line in lines]
     devices = [f"{match[2]} ({int(match[1])} KiB)" for match in found if match]
     return [device for device in dict.fromkeys(devices) if not device.startswith("ram")]
+
+
+def _filesystems(lines: list[str]) -> list[str]:
+    """init/do_mounts.c: what it tried, each on a line of its own or all behind the colon."""
+    header = re.compile(r"No filesystem could mount root, tried: *")
+    for n, line in enumerate(lines):
+        if found := header.search(line):
+            rest = [line[found.end() :], *lines[n + 1 :]]
+            return [name for part in itertools.takewhile(_listed, rest) for name in part.split()]
+    return []
+
+
+def _listed(line: str) -> bool:
+    return re.fullmatch(r"[a-z0-9_ ]*", line) is not None
 
 
 def _error(number: str) -> str:
@@ -191,8 +209,10 @@ def _init(lines: list[str], guest: Guest) -> Diagnosis | None:
         given = guest.option("init") or guest.option("rdinit")
         asked = f"; {given} was asked for" if given else ""
         why = f" ({'; '.join(tried)})" if tried else ""
-        return say("missing-init", f"the kernel found no program that it can run as init{asked}{why}",
-                   [match[0] for match in failed])  # fmt: skip
+        evidence = [line for line in lines if re.match(r"Run \S+ as init process", line)]
+        if not guest.initrd and guest.option("root") is None:
+            evidence.append("there is neither an initrd (--initrd FILE) nor root= on its command line")
+        return say("missing-init", f"the kernel found no program that it can run as init{asked}{why}", evidence)
     ended = _find(lines, r"Attempted to kill init! exitcode=0x([0-9a-f]+)")
     if not ended:
         return None
@@ -284,13 +304,20 @@ def _records(memory: Any, at: int) -> str:
             while end % 8 and end >= 0:
                 end = block.find(number.to_bytes(8, "little"), end + 1)
             text = (block if end < 0 else block[:end]).partition(b"\0")[0]
-            lines.append(text.decode(errors="replace"))
+            lines.append(_trimmed(text).decode(errors="replace"))
             if end < 0:
                 break
             at += 8 + end
     except IndexError:
         pass
     return "\n".join(lines)
+
+
+def _trimmed(text: bytes) -> bytes:
+    """A text without what printk left behind it: it takes the level's two bytes away by moving the text down over
+    them, after the newline was given up (kernel/printk/printk.c, printk_sprint)."""
+    text = text.rstrip(b"\n")
+    return text[:-2] if len(text) > 3 and text[-2:] == text[-4:-2] else text
 
 
 # ---- its drivers ----

@@ -61,8 +61,9 @@ def report(machine: Machine, outcome: Outcome) -> str:
     frames = machine.stack(outcome.vcpu or 0)[1:] if outcome.bits == 64 else []
     if frames:
         lines.append("called from:")
-        lines += [f"  {frame}" for frame in frames[:FRAMES_SHOWN]]
-        lines += ["  ..."] if len(frames) > FRAMES_SHOWN else []
+        shown = folded([str(frame) for frame in frames])
+        lines += [f"  {frame}" for frame in shown[:FRAMES_SHOWN]]
+        lines += ["  ..."] if len(shown) > FRAMES_SHOWN else []
     if outcome.last_exits:
         lines.append("last exits:")
         shown = folded([describe_exit(machine, event) for event in outcome.last_exits])

@@ -101,6 +101,9 @@ class Watch:
         if now < self._next:
             return None
         self._next = now + self._period
+        if self._machine.paused:  # a debugger's: it is not the guest that does nothing
+            self._quiet_since = now
+            return None
         rounds = self._machine.samples
         rounds.append(take(self._machine))
         del rounds[:-ROUNDS]
