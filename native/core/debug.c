@@ -470,8 +470,10 @@ static bool report_planted(struct vmm_vcpu *vcpu)
 
 int vmm_debug_int3(struct vmm_vcpu *vcpu)
 {
-    return vcpu->vm->debug.n_planted && vcpu->run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION &&
-           report_planted(vcpu);
+    uint8_t bytes[16];
+    if (!vcpu->vm->debug.n_planted || (vmm_vcpu_failed_instruction(vcpu, bytes) && bytes[0] != INT3))
+        return 0; /* what KVM reports spares three ioctls */
+    return vcpu->run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION && report_planted(vcpu);
 }
 
 void vmm_debug_completed(struct vmm_vcpu *vcpu)
