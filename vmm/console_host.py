@@ -57,19 +57,26 @@ class HostEnd:
         with suppress(OSError):  # nobody listens
             os.write(2, f"{newline if self.raw else ''}pyvmm: {text}{newline}".encode())
 
+    def show(self, data: bytes) -> bytes:
+        """What of the guest's output goes out."""
+        return data
+
     def close(self) -> None:
         """Give everything back."""
 
 
 class Stdio(HostEnd):
-    """Standard input and output; a terminal is put into raw mode and restored by :meth:`close`."""
+    """Standard input and output; a terminal is put into raw mode and restored by :meth:`close`.
 
-    def __init__(self) -> None:
+    Without ``keyboard`` it is the output alone, and the terminal stays as it is: Ctrl-C is SIGINT.
+    """
+
+    def __init__(self, *, keyboard: bool = True) -> None:
         self._saved: Any = None
         self._own: int | None = None
         try:
             os.fstat(0)
-            self.in_fd = 0
+            self.in_fd = 0 if keyboard else None
         except OSError:
             self.in_fd = None
         try:
@@ -226,7 +233,8 @@ class _Pump:
 
     def refill(self) -> None:
         if not self.pending:
-            self.pending, self.position = self.console.output(self.position)
+            data, self.position = self.console.output(self.position)
+            self.pending = self.end.show(data)
 
     def write(self) -> None:
         """Write until there is no more or the peer is full."""

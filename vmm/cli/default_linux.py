@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING
 from vmm import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from vmm.config import MachineConfig
+    from vmm.linux.initramfs import Entry
     from vmm.linux.store import Progress
 
 STOCK_MEMORY = 512 * layout.MIB
 SMALL_MEMORY = 128 * layout.MIB  # every page costs about fifty emulated instructions at boot
 
 
-def find(config: MachineConfig, *, memory_given: bool) -> MachineConfig:
+def find(
+    config: MachineConfig, *, memory_given: bool, make: Callable[[Path, list[Entry]], Path] | None = None
+) -> MachineConfig:
     """``config`` with a kernel, an initramfs when it has none, and memory to suit when none was asked for.
+
+    A kernel it has is kept. ``make`` makes an initramfs of a busybox and drivers that goes on top of those it has.
 
     Where guest kernel code runs natively: Debian's stock cloud kernel, downloaded. Where KVM emulates it: the small
     kernel, built once (minutes). Raises :class:`~vmm.errors.HostError` when neither can be had.
@@ -27,10 +33,12 @@ def find(config: MachineConfig, *, memory_given: bool) -> MachineConfig:
     from vmm import host
     from vmm.linux import debian, initramfs, kernel
 
-    native = host.findings().native
-    drivers: list[initramfs.Entry] = []
+    image: str | Path
+    drivers: list[Entry] = []
     with progress_display() as progress:
-        if native:
+        if config.kernel is not None:
+            image, memory = config.kernel, config.memory
+        elif host.findings().native:
             from vmm.linux import modules
 
             stock = debian.stock_kernel("cloud", progress)
@@ -43,7 +51,9 @@ def find(config: MachineConfig, *, memory_given: bool) -> MachineConfig:
                     file=sys.stderr,
                 )
             image, memory = kernel.small_kernel(progress=progress).bzimage, SMALL_MEMORY
-        initrd = config.initrd or (str(initramfs.default(debian.busybox(progress), drivers)),)
+        initrd = config.initrd
+        if make or not initrd:
+            initrd = (*initrd, str((make or initramfs.default)(debian.busybox(progress), drivers)))
     quiet = "" if "loglevel" in config.append or "quiet" in config.append else "quiet "
     if not memory_given:
         config = config.with_(memory=memory)

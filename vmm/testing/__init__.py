@@ -1,1 +1,1 @@
-"""Stand-ins for testing devices without a machine."""
+"""For tests: the pytest plugin, a Linux guest to run commands in, and stand-ins for testing devices without one."""

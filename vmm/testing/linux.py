@@ -1,0 +1,86 @@
+"""A Linux guest for tests: booted once, asked for one command after another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmm.errors import ConsoleTimeout, StateError
+
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+
+BOOT_TIMEOUT = 300.0  # seconds; a quarter of a minute where guest kernel code is emulated, under a second elsewhere
+
+
+class Result(NamedTuple):
+    """What a command in the guest did: ``status, output = linux.run("uname -r")``."""
+
+    status: int
+    output: str
+
+
+class LinuxGuest:
+    """A Linux guest that runs commands; ``fields`` are those of a :class:`~vmm.machine.Machine`.
+
+    Without ``kernel`` it is the Linux that ``pyvmm boot`` would get for itself; an ``initrd`` of your own is unpacked
+    below the session's. The guest boots at the first :meth:`run`, and again at the next after it died or did not
+    answer in time: one bad command does not fail the tests behind it. ``boots`` counts.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        self.machine: Machine | None = None
+        self.boots = 0
+
+    def run(self, command: str, timeout: float = 60.0) -> Result:
+        """Run ``command`` in the guest's shell, from ``/`` with no input; standard error is part of the output.
+
+        Raises :class:`~vmm.errors.ConsoleTimeout` after ``timeout`` seconds, with what the command printed until
+        then, and :class:`~vmm.errors.StateError` when the guest ended meanwhile; it says how.
+        """
+        import os
+
+        from vmm.linux import session
+
+        machine = self.machine
+        if machine is None or machine.outcome is not None or machine.console.closed:
+            machine = self.boot()
+        token = os.urandom(4).hex()
+        start = machine.console.position
+        machine.console.send(session.request(command, token))
+        try:
+            match = machine.console.expect(session.answer(token), timeout)
+        except ConsoleTimeout as error:
+            raise self._death(machine, f"running {command!r}", error, start) from None
+        return Result(int(match[1]), match.string[: match.start()].decode(errors="replace"))
+
+    def boot(self) -> Machine:
+        """Boot a new guest in place of the one there may be. Raises as :meth:`run` does."""
+        from vmm.cli.default_linux import find
+        from vmm.config import MachineConfig
+        from vmm.linux import session
+        from vmm.machine import Machine
+
+        self.close()
+        config = find(MachineConfig(**self.fields), memory_given="memory" in self.fields, make=session.archive)
+        machine = self.machine = Machine(config)
+        self.boots += 1
+        machine.start()
+        try:
+            machine.console.expect(session.READY, config.timeout or BOOT_TIMEOUT)
+        except ConsoleTimeout as error:
+            raise self._death(machine, "booting", error, 0) from None
+        return machine
+
+    def _death(self, machine: Machine, doing: str, error: ConsoleTimeout, start: int) -> Exception:
+        if not machine.console.closed:
+            machine.stop()  # for who looks at it; the next command boots another
+            printed = error.transcript[start:]
+            return ConsoleTimeout(f"the guest did not answer in time, {doing}; it printed {printed[-200:]!r}", printed)
+        return StateError(f"the guest ended, {doing}: {machine.wait().sentence}")
+
+    def close(self) -> None:
+        """Stop the guest. The next :meth:`run` boots another."""
+        if self.machine is not None:
+            self.machine.close()
+            self.machine = None
