@@ -34,7 +34,8 @@ def linux_fields(small_kernel: SmallKernel) -> dict[str, object]:
         ("echo \"it's\" '\"two\"' \\\\ '$HOME' \tä\n# comment\necho next", 0, "it's \"two\" \\ $HOME ä\nnext\n"),
         ("cat", 0, ""),  # there is no input to wait for
         ("if", 2, None),  # a syntax error is the command's own
-        ("echo " + "x" * 5000, 0, "x" * 5000 + "\n"),  # longer than a terminal's line
+        # longer than a terminal's line, and 8 ms a byte where kernel code is emulated
+        pytest.param("echo " + "x" * 5000, 0, "x" * 5000 + "\n", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_command_answers_with_its_status_and_output(

@@ -12,7 +12,7 @@ import pytest
 
 import vmm
 from vmm.cli import COMMANDS
-from vmm.cli.boot import DEFAULTS, FLAGS, _arguments, _plain_arguments, configure
+from vmm.cli.boot import DEFAULTS, FLAGS, _plain_arguments, arguments, configure
 from vmm.config import FIELDS
 from vmm.errors import ConfigError, HostError
 from vmm.machine import Machine
@@ -276,10 +276,10 @@ def test_the_quick_reading_of_a_command_line_agrees_with_argparse(words: str) ->
 
 def test_an_abbreviated_flag_is_left_to_argparse() -> None:
     assert _plain_arguments(["--kern", "k"]) is None
-    assert _arguments(["--kern", "k"])["kernel"] == "k"
+    assert arguments(["--kern", "k"])["kernel"] == "k"
 
 
 def test_a_value_that_looks_like_a_flag_needs_an_equals_sign() -> None:
-    assert _arguments(["--append=-x"])["append"] == "-x"
+    assert arguments(["--append=-x"])["append"] == "-x"
     with pytest.raises(ConfigError, match="--append"):
-        _arguments(["--append", "-x"])
+        arguments(["--append", "-x"])

@@ -93,7 +93,7 @@ def _show(name: str, default: Any) -> str:
     return "none" if default in (None, "", ()) else str(default)
 
 
-def _arguments(argv: list[str]) -> dict[str, Any]:
+def arguments(argv: list[str]) -> dict[str, Any]:
     """What a command line gives, by name of the field (and ``config``, ``verbose``); exits as argparse does."""
     plain = _plain_arguments(argv)
     return vars(_parser().parse_args(argv)) if plain is None else plain
@@ -127,12 +127,16 @@ def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
     return given
 
 
-def configure(given: dict[str, Any]) -> MachineConfig:
-    """Defaults, then the machine file, then flags."""
-    fields = dict(DEFAULTS)
-    if given.get("config"):
-        fields.update(read_file(given["config"]))
+def given_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the machine file, then those of flags."""
+    fields = dict(read_file(given["config"])) if given.get("config") else {}
     fields.update((name, given[name]) for name, _ in FLAGS.values() if given.get(name) is not None)
+    return fields
+
+
+def configure(given: dict[str, Any]) -> MachineConfig:
+    """Defaults, then what is given; and a Linux when no kernel is."""
+    fields = {**DEFAULTS, **given_fields(given)}
     config = MachineConfig(**fields)
     if config.kernel is None:
         from vmm.cli.default_linux import find
@@ -146,14 +150,14 @@ def run(argv: list[str], watch: Watch | None = None) -> int:
 
     ``watch(machine, end)`` is a context that is entered before the vCPUs run and left once they have ended.
     """
-    given = _arguments(argv)
+    given = arguments(argv)
     config = configure(given)
     from vmm.console_host import open_end
 
     end = open_end(config.console)
     try:
         while True:
-            outcome, report = _once(config, end, bool(given.get("verbose")), watch)
+            outcome, report = once(config, end, bool(given.get("verbose")), watch)
             if not (outcome.reason == "reset" and config.reboot):
                 break
     finally:
@@ -163,7 +167,8 @@ def run(argv: list[str], watch: Watch | None = None) -> int:
     return outcome.status
 
 
-def _once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None) -> tuple[Outcome, str]:
+def once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None = None) -> tuple[Outcome, str]:
+    """One run with ``end`` at the console; answers how it ended and what a person should read about that."""
     from vmm.console_host import PeerGone, serve
     from vmm.machine import Machine
 

@@ -1,12 +1,13 @@
 #!/bin/busybox sh
 # First process of a command's initramfs: run it, report its exit status, power off. See vmm/linux/initramfs.py.
 
-/bin/busybox mount -a
 for module in /lib/load/*.ko; do
 	[ -e "$module" ] && /bin/busybox insmod "$module"
 done
+/bin/busybox mount -a
 . /etc/argv
-"$@"
+echo "pyvmm: command"
+"$@" </dev/null
 status=$?
 echo "pyvmm: exit status $status"
 

@@ -21,6 +21,7 @@ from vmm.errors import ConfigError, HostError
 from vmm.linux import store
 
 STATUS_LINE = "pyvmm: exit status "
+BEGIN_LINE = "pyvmm: command"  # the command's output begins behind it
 
 _TRAILER = "TRAILER!!!"
 # The kernel's unpacker refuses longer names (init/initramfs.c, do_header: PATH_MAX with the NUL).
@@ -138,10 +139,16 @@ def default(busybox: Path | None = None, entries: Iterable[Entry] = ()) -> Path:
     return save(build([*_base(busybox, "init-shell.sh"), *entries]))
 
 
-def command(argv: list[str], busybox: Path | None = None, entries: Iterable[Entry] = ()) -> Path:
+def command(
+    argv: list[str],
+    busybox: Path | None = None,
+    entries: Iterable[Entry] = (),
+    shares: Iterable[tuple[str, str]] = (),
+) -> Path:
     """An initramfs that runs ``argv``, reports its exit status (this module's first lines) and powers off.
 
-    ``argv[0]`` is a path in the archive or a busybox applet. ConfigError: ``argv`` is empty or holds a NUL.
+    ``argv[0]`` is a path in the archive or a busybox applet. ``shares`` are virtio-fs tags with mount options; each is
+    mounted at /mnt/TAG. ConfigError: ``argv`` is empty or holds a NUL.
     HostError: no busybox to be had.
     """
     import shlex
@@ -150,7 +157,17 @@ def command(argv: list[str], busybox: Path | None = None, entries: Iterable[Entr
         raise ConfigError("the command to run in the guest needs at least one word, and none with a NUL")
     words = "set -- " + " ".join(shlex.quote(word) for word in argv) + "\n"
     argument_file = file("etc/argv", os.fsencode(words), 0o644)
-    return save(build([*_base(busybox, "init-command.sh"), argument_file, *entries]))
+    shares = list(shares)
+    mounts = [directory(f"mnt/{tag}") for tag, _ in shares]
+    table = _FSTAB + b"".join(_mount_line(tag, options) for tag, options in shares)
+    fstab = file("etc/fstab", table, 0o644)
+    return save(build([*_base(busybox, "init-command.sh"), argument_file, fstab, *mounts, *entries]))
+
+
+def _mount_line(tag: str, options: str) -> bytes:
+    # fstab(5): what would end a field is written in octal.
+    field = "".join(f"\\{ord(c):03o}" if c in " \t\n\\#" else c for c in tag)
+    return os.fsencode(f"{field} /mnt/{field} virtiofs {options}\n")
 
 
 def _base(busybox: Path | None, init: str) -> list[Entry]:
