@@ -115,6 +115,22 @@ def test_a_breakpoint_on_another_vcpu_is_reported_for_it(guest: GuestPath) -> No
     assert "* 2    Thread 2 (vCPU 1)" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "cr0"),
+    [("hello_real.bin", "flat", 0), ("multiboot", "multiboot", 1), ("hello_protected", "pvh", 1)],
+)
+def test_code_of_16_and_32_bits_is_stepped_and_seen(guest: GuestPath, name: str, kind: str, cr0: int) -> None:
+    with debugged(guest(name), kind=kind) as (machine, server):
+        elf = guest(name.removesuffix(".bin"))
+        said = gdb(
+            server, elf, "p/x $cr0 & 1", "p/x $esp", "stepi", "stepi", "x/2i $eip", "info registers eip cs", "detach"
+        )
+        assert machine.wait(timeout=20).status == 33
+    assert f"$1 = 0x{cr0:x}" in said
+    assert "eip " in said and "truncated" not in said
+    assert "error" not in said.lower()
+
+
 def test_a_guest_that_exits_ends_gdb_s_program_with_its_status(guest: GuestPath) -> None:
     with debugged(guest("hello")) as (machine, server):
         said = run_to_the_end(machine, server, guest("hello"))

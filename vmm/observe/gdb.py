@@ -69,6 +69,14 @@ def _answer_at_once(client: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def _is_wide(machine: Machine) -> bool:
+    """Whether GDB is told of x86-64: the guest starts in long mode, or its image is for it (ELF class 2)."""
+    if machine.load().mode == "long" or machine.config.kernel is None:
+        return True
+    with open(machine.config.kernel, "rb") as image:
+        return image.read(5) == b"\x7fELF\x02"
+
+
 class GdbServer:
     """Serves one client at a time on ``address`` until :meth:`close`.
 
@@ -80,8 +88,7 @@ class GdbServer:
         self._machine = machine
         self._debug = machine.debug
         self._debug.on_stop = self._stopped
-        entry = machine.load()
-        self._registers = Registers(entry.mode == "long" or machine.kind not in ("multiboot", "flat"))
+        self._registers = Registers(_is_wide(machine))
         self._stops: deque[Stop] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
