@@ -80,11 +80,12 @@ bool completion_load(struct compat_vcpu *compat, struct completion *c)
 {
     struct kvm_run *run = compat->vcpu->run;
     uint32_t exit_reason = run->exit_reason;
+    uint64_t valid = run->kvm_valid_regs; /* a trace has registers copied out as well */
     run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
     __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     bool stayed_out = ioctl(compat->vcpu->fd, KVM_RUN, 0) != 0 && errno == EINTR;
     __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
-    run->kvm_valid_regs = 0;
+    run->kvm_valid_regs = valid;
     run->exit_reason = exit_reason;
     *c = (struct completion){.source = &compat->source, .regs = run->s.regs.regs, .sregs = run->s.regs.sregs};
     return stayed_out;

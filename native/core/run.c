@@ -341,13 +341,13 @@ static enum verdict answer_exit(struct vmm_vcpu *vcpu)
 static enum verdict answer_and_tell(struct vmm_vcpu *vcpu, struct vmm_trace *trace, uint64_t hooked)
 {
     const uint32_t reason = vcpu->run->exit_reason;
-    uint64_t tsc = __rdtsc(), recorded = vcpu->recorded;
+    uint64_t tsc = __rdtsc(), rip = trace ? vmm_trace_rip(vcpu) : 0, recorded = vcpu->recorded;
     enum verdict verdict = answer_exit(vcpu);
     const vmm_exit_record bare = {.reason = reason, .count = 1}, *entry = NULL;
     if (vcpu->recorded != recorded)
         entry = &vcpu->last[recorded & (VMM_LAST_EXITS - 1)];
     if (trace)
-        vmm_trace_exit(trace, vcpu, tsc, entry);
+        vmm_trace_exit(trace, vcpu, tsc, rip, entry);
     if (hooked >> (reason < VMM_EXIT_REASONS ? reason : VMM_EXIT_REASONS - 1) & 1)
         vcpu->vm->hook_exit(vcpu->vm->hook_opaque, vcpu->id, entry ? entry : &bare);
     return verdict;

@@ -111,12 +111,22 @@ void vmm_trace_destroy(struct vmm_vm *vm)
 
 /* ---- writing ---- */
 
-void vmm_trace_exit(struct vmm_trace *trace, struct vmm_vcpu *vcpu, uint64_t tsc,
+uint64_t vmm_trace_rip(struct vmm_vcpu *vcpu)
+{
+    if (!vcpu->vm->sync_regs)
+        return 0;
+    if (vcpu->run->kvm_valid_regs & KVM_SYNC_X86_REGS)
+        return vcpu->run->s.regs.regs.rip;
+    sync_registers(vcpu, true); /* compat had them off at the moment of the start */
+    return 0;
+}
+
+void vmm_trace_exit(struct vmm_trace *trace, struct vmm_vcpu *vcpu, uint64_t tsc, uint64_t rip,
                     const vmm_exit_record *record)
 {
     vmm_trace_event event = {
         .tsc = tsc,
-        .rip = vcpu->vm->sync_regs ? vcpu->run->s.regs.regs.rip : 0,
+        .rip = rip,
         .duration = vmm_trace_ticks(tsc),
         .kind = (uint16_t)vcpu->run->exit_reason,
         .vcpu = (uint16_t)vcpu->id,

@@ -46,8 +46,11 @@ static inline uint32_t vmm_trace_ticks(uint64_t since)
 struct vmm_vm;
 struct vmm_vcpu;
 
+/* RIP as KVM copied it out with the exit; 0: it did not. To be read before the exit is handled, which may move it. */
+uint64_t vmm_trace_rip(struct vmm_vcpu *vcpu);
+
 /* One exit of a vCPU that began at `tsc`; `record` is what was recorded of it, NULL: nothing. */
-void vmm_trace_exit(struct vmm_trace *trace, struct vmm_vcpu *vcpu, uint64_t tsc,
+void vmm_trace_exit(struct vmm_trace *trace, struct vmm_vcpu *vcpu, uint64_t tsc, uint64_t rip,
                     const vmm_exit_record *record);
 
 /* Something a device did (enum vmm_trace_kind), from any thread. */

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from vmm import layout
+from vmm import host, layout
 from vmm.devices.device import Device
 from vmm.errors import ConfigError, StateError
 from vmm.machine import Machine
-from vmm.observe.recording import DOORBELL, INTERRUPT, IO, MMIO, REQUESTS, Recording
+from vmm.observe.recording import DOORBELL, INTERNAL_ERROR, INTERRUPT, IO, MMIO, REQUESTS, Recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,6 +121,18 @@ def test_an_elf_guest_s_own_symbols_name_where_it_was(guest: GuestPath) -> None:
     assert bytes(written_value(written)).startswith(b"Hello from long mode\n")
     assert trace.symbol(written[0]).startswith("print+0x")  # the machine is closed: the file is still there
     assert "uart THR <- 0x48 'H'" in trace.line(written[0])
+
+
+def test_rip_is_right_after_instructions_that_pyvmm_completes(guest: GuestPath) -> None:
+    native = host.findings().native
+    words = "" if native else "counts=0 movbe=0"
+    with Machine(kernel=guest("instructions"), memory="16M", append=words) as machine, machine.trace() as trace:
+        assert machine.run(timeout=20).code == 0x10
+    completed = [event for event in trace.events if event["reason"] == INTERNAL_ERROR]
+    names = {trace.instruction(event).split()[0] for event in completed}
+    assert native or {"popcnt", "ldmxcsr"} <= names
+    ports = [event for event in trace.events if event["reason"] == IO]
+    assert {trace.instruction(event).split()[0] for event in ports} == {"in", "out"}
 
 
 def written_value(events: list[Any]) -> list[int]:

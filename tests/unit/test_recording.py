@@ -187,6 +187,7 @@ def test_a_saved_recording_comes_back_with_every_name(
     loaded = Recording.load(path)
     assert (loaded.events == made.events).all() and len(loaded) == len(events)
     assert [loaded.line(event) for event in loaded.events] == [made.line(event) for event in made.events]
+    assert [made.line(event) for event in made.plain(made.events)] == [made.line(event) for event in made.events]
     for name in ("lost", "dropped", "vcpus", "note", "began", "missing"):
         assert getattr(loaded, name) == getattr(made, name)
     loaded.save(path)  # what was loaded can be saved again

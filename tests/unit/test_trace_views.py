@@ -17,7 +17,7 @@ import pytest
 from vmm.errors import ConfigError
 from vmm.observe import timeline
 from vmm.observe.recording import DOORBELL, IO, MMIO, Code, Recording, TracedDevice, event_type
-from vmm.observe.summary import GROUPS, ROWS, table, totals
+from vmm.observe.summary import GROUPS, NAMED, ROWS, table, totals
 from vmm.observe.symbols import Symbols
 
 if TYPE_CHECKING:
@@ -86,6 +86,15 @@ def test_the_table_sums_up_what_is_too_much() -> None:
     rows = table(made).split("\nsymbol ")[1].splitlines()
     assert len(rows) == 1 + ROWS + 1
     assert rows[-1].startswith(f"({400 - ROWS} more)") and f" {400 - ROWS} " in rows[-1]
+
+
+def test_groups_without_number_are_named_up_to_a_bound() -> None:
+    made = sample(1000)
+    made._kept["register"], made._kept["reason"], made._kept["device"] = -1, MMIO, 0
+    made._kept["address"] = np.arange(4000) * 4
+    rows = totals(made, "register")
+    assert rows[0].name == "(others)" and rows[0].events == 4000 - NAMED
+    assert len(rows) == NAMED + 1 and sum(row.events for row in rows) == 4000
 
 
 # ---- the page ----

@@ -67,9 +67,9 @@ def _show_file(given: argparse.Namespace) -> int:
         recording.use_symbols(Symbols.open(given.symbols))
     if given.lines is not None:
         with _open(given.lines) as file:
-            _write_lines(recording, recording.events, file.write)
+            _write_lines(recording, recording.plain(recording.events), file.write)
     elif not _asks_for_more(given):
-        _write_lines(recording, recording.events, sys.stdout.write)
+        _write_lines(recording, recording.plain(recording.events), sys.stdout.write)
         _note(recording.missing)
     for text in _results(recording, given):
         sys.stdout.write(text)

@@ -31,6 +31,8 @@ from vmm.cpu.vcpu import EXIT_REASONS
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vmm.observe.symbols import Symbols
 
 FIELDS = [
@@ -48,6 +50,7 @@ NO_QUEUE = (1 << 64) - 1  # an interrupt of the configuration
 MAGIC, VERSION = b"pyvmmtrc", 1
 _HEADER_MAX = 64 << 20
 _PRINTABLE = range(32, 127)
+_PLAIN = 4096  # events made plain at once
 
 
 def event_type() -> Any:
@@ -128,6 +131,15 @@ class Recording:
         if self.dropped:
             parts.append(f"{self.dropped} older events were dropped (only so many are kept)")
         return "; ".join(parts)
+
+    @staticmethod
+    def plain(events: Any) -> Iterator[dict[str, Any]]:
+        """Each event as a dict of plain values, which every method here takes as well: where all are gone through
+        one by one, that is several times faster than numpy's records."""
+        names = events.dtype.names
+        for at in range(0, len(events), _PLAIN):
+            for values in events[at : at + _PLAIN].tolist():
+                yield dict(zip(names, values, strict=True))
 
     # ---- names ----
 

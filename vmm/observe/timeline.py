@@ -46,7 +46,7 @@ def page_data(recording: Recording) -> dict[str, Any]:
     device = np.zeros(len(events), np.uint16)
     text = np.zeros(len(events), np.uint32)
     place = np.zeros(len(events), np.uint32)
-    for n, event in enumerate(events):
+    for n, event in enumerate(recording.plain(events)):
         device[n] = numbers[recording.device(event) or "(no device)"]
         text[n] = texts.number(f"{recording.reason(event)}\n{recording.describe(event)}")
         place[n] = places.number(_place(recording, event))
@@ -135,7 +135,7 @@ def write_perfetto(recording: Recording, path: str) -> str:
                 for tid, name in enumerate(names)
             ]
             file.write(",\n".join(map(json.dumps, lines)))
-            for event in events:
+            for event in recording.plain(events):
                 file.write(",\n" + json.dumps(_chrome_event(recording, event, io), separators=(",", ":")))
             file.write("\n]}\n")
     except OSError as error:
