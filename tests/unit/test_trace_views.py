@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,18 +189,65 @@ def test_a_page_of_no_events_can_be_written(tmp_path: Path) -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page in")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page in")
+
+
+def in_browser(path: Path) -> str:
+    """The document as it is once its scripts have run."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
+               f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=2000", "--dump-dom",
+               path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert 'data-drawn="yes"' in done.stdout, done.stderr  # the script's last statement
+    return done.stdout
+
+
+@needs_browser
 @pytest.mark.parametrize("times", [0, 1, 1000])
 def test_a_browser_draws_the_page(tmp_path: Path, times: int) -> None:
     path = tmp_path / "page.html"
     timeline.write_page(sample(times) if times else Recording(), str(path))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert 'data-drawn="yes"' in done.stdout, done.stderr  # the script's last statement
+    document = in_browser(path)
     if times:
-        assert done.stdout.count('class="chip"') == 3
-        assert re.search(rf"<td[^>]*>uart THR</td><td>{2 * times:,}</td>", done.stdout)
+        assert document.count('class="chip"') == 3
+        assert re.search(rf"<td[^>]*>uart THR</td><td>{2 * times:,}</td>", document)
+
+
+# Zoom into the first event by the wheel, point at it, switch a device off, look for a word.
+ACTIONS = """
+<script>
+const on = (kind, Event, more) => {
+  const box = $("rows").getBoundingClientRect(), at = { clientX: box.left + LEFT, clientY: box.top + 20 };
+  $("rows").dispatchEvent(new Event(kind, { ...at, bubbles: true, cancelable: true, ...more }));
+};
+const said = {};
+for (let n = 0; n < 40; n++) on("wheel", WheelEvent, { deltaY: -100 });
+said.view = [from, to];
+on("pointermove", PointerEvent, {});
+said.tip = $("tip").innerText;
+document.querySelector(".chip").click();
+said.hidden = perRow.flat().filter(shown).length;
+document.querySelector(".chip").click();
+$("find").value = "queuenotify"; $("find").dispatchEvent(new Event("input"));
+said.found = perRow.flat().filter(shown).length;
+document.body.dataset.said = JSON.stringify(said);
+</script>
+"""
+
+
+@needs_browser
+def test_the_page_zooms_points_hides_and_finds(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    timeline.write_page(sample(100), str(path))
+    path.write_text(path.read_text().replace("</body>", ACTIONS + "</body>"))
+    answer = re.search('data-said="([^"]*)"', in_browser(path))
+    assert answer
+    said = json.loads(unescape(answer[1]))
+    start, end = said["view"]
+    assert 0 <= start < 100 and end - start == 200  # nanoseconds: the closest there is
+    assert said["tip"].splitlines()[:2] == ["0.000000 ms · vCPU 0 · io · 100 ns", "uart THR <- 0x48 'H'"]
+    assert "0x1010 <print+0x10>" in said["tip"] and "out dx, al" in said["tip"]
+    assert (said["hidden"], said["found"]) == (200, 100)
 
 
 # ---- Perfetto ----
