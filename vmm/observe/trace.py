@@ -198,7 +198,9 @@ class Trace(Recording):
 
         if not self._look:
             return
-        new = [(rip, vcpu) for rip, vcpu in np.unique(events[["rip", "vcpu"]]).tolist()
+        rips, first = np.unique(events["rip"], return_index=True)
+        vcpus = events["vcpu"][first]
+        new = [(rip, vcpu) for rip, vcpu in zip(rips.tolist(), vcpus.tolist(), strict=True)
                if rip and vcpu >= 0 and rip not in self.code]  # fmt: skip
         if not new or len(self.code) + len(new) > CODE_MAX:
             return
