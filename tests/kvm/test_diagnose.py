@@ -12,6 +12,7 @@ import pytest
 
 from vmm.errors import ImageError
 from vmm.machine import Machine
+from vmm.observe import linux
 from vmm.observe.diagnose import CAUSES
 
 if TYPE_CHECKING:
@@ -121,6 +122,23 @@ def test_an_end_in_order_has_nothing_to_diagnose(guest: GuestPath) -> None:
         assert machine.diagnose().cause == "orderly-end"
 
 
+def test_a_panic_through_pvpanic_is_one(guest: GuestPath) -> None:
+    assert diagnosis(guest("pvpanic")).cause == "kernel-panic"
+
+
+def test_what_a_driver_made_of_each_virtio_device_is_seen(guest: GuestPath, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    with Machine(kernel=guest("hello"), memory="16M", disks=[str(disk)]) as machine:
+        machine.run(timeout=20)
+        seen = linux.guest_of(machine)
+    assert [(device.name, device.status, device.used) for device in seen.virtio] == [
+        ("virtio-blk0", (), False),
+        ("virtio-rng0", (), False),
+    ]
+    assert "virtio-blk0 was never looked at" in linux.no_drivers(seen)[0]
+
+
 # ---- guests that go on for ever ----
 
 
@@ -176,3 +194,36 @@ def test_the_command_says_what_a_guest_was_doing_at_its_time_limit_and_when_it_s
         assert done.returncode == status, done.stderr
         assert "HLT with interrupts off: the vCPU is halted at" in done.stderr
         assert len(done.stderr.splitlines()) <= lines
+
+
+# ---- the guide ----
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "debug-a-boot.md"
+SCREENS = re.findall(
+    r"^    \$ pyvmm (boot --kernel (?:deaths|triple_fault) .*)\n((?:    .*\n)+)", GUIDE.read_text(), re.MULTILINE
+)
+
+
+def _shape(screen: str) -> str:
+    """A screen without what another compiler or another run would have otherwise."""
+    screen = re.sub(r"0x[0-9a-f]+", "0x", screen)
+    screen = re.sub(r"\.c:\d+", ".c", screen)
+    screen = re.sub(r"\d+ of \d+|\d+ samples|\b[\d.e-]+ s\b", "", screen)
+    return " ".join(screen.split())
+
+
+@pytest.mark.parametrize(("command", "screen"), SCREENS, ids=[command for command, _ in SCREENS])
+def test_screens_in_the_guide_are_what_the_command_prints(guest: GuestPath, command: str, screen: str) -> None:
+    words = [guest(word) if word in ("deaths", "triple_fault") else word for word in command.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    printed, at = _shape(done.stderr), 0
+    for part in re.split(r"^ +\.\.\.$", screen, flags=re.MULTILINE):  # where it leaves something out
+        found = printed.find(_shape(part), at)
+        assert found >= 0, f"{_shape(part)!r} is not in {printed!r}"
+        at = found + len(_shape(part))
+
+
+def test_the_guide_has_screens() -> None:
+    assert len(SCREENS) >= 4

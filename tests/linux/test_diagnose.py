@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(300)
 
 
+def test_a_kernel_without_its_root_says_what_it_looked_for_and_the_machine_what_it_lacks(
+    small_kernel: SmallKernel,
+) -> None:
+    with Machine(kernel=small_kernel.bzimage, append="root=/dev/vda rw", memory="64M") as machine:
+        outcome = machine.run(timeout=240)
+        found = machine.diagnose()
+    assert (outcome.reason, found.cause) == ("panic", "no-root"), outcome.console.decode(errors="replace")
+    assert "the kernel looked for " in found.sentence
+    assert "vda" in found.sentence
+    assert "it has no block device" in found.sentence
+    assert "the machine has no disk: --disk FILE gives it one" in found.evidence
+
+
 def test_a_kernel_that_nobody_hears_is_found_out_through_its_log(small_kernel: SmallKernel) -> None:
     initrd = initramfs.command(["sleep", "10000"])
     with Machine(

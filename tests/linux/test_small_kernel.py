@@ -42,7 +42,9 @@ def test_a_program_s_exit_status_comes_out(small_kernel: SmallKernel) -> None:
 def test_a_panic_is_an_outcome_with_the_kernels_own_words(small_kernel: SmallKernel) -> None:
     with Machine(kernel=small_kernel.bzimage, memory="64M") as machine:  # no initrd: there is no /init to run
         outcome = machine.run(timeout=240)
-    assert outcome.reason == "panic"
+        diagnosis = machine.diagnose()
+    assert (outcome.reason, diagnosis.cause) == ("panic", "missing-init")
+    assert "there is neither an initrd (--initrd FILE) nor root= on its command line" in diagnosis.evidence
     assert outcome.status == 10
     assert "No working init found" in outcome.sentence
 

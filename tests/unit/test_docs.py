@@ -10,6 +10,7 @@ import pytest
 
 from vmm.cli import profile, trace
 from vmm.cli.boot import FLAGS
+from vmm.observe.diagnose import CAUSES
 from vmm.outcome import REASONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,12 @@ def test_code_of_trace_exits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names: dict[str, object] = {"__name__": "trace_exits"}
     exec(compile(_program(page), page, "exec"), names)
     assert {"trace", "slowest", "again", "profile"} <= names.keys()
+
+
+def test_every_cause_of_a_guests_death_is_in_the_guide() -> None:
+    table = (DOCS / "debug-a-boot.md").read_text().split("## The causes")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(CAUSES)
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/write-a-device.md", "docs/write-a-virtio-device.md"])

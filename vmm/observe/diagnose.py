@@ -8,6 +8,7 @@ cause is "unknown".
 
 from __future__ import annotations
 
+from os.path import getsize, isfile
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ CAUSES: dict[str, str] = {
 
 ENDED_FROM_OUTSIDE = frozenset({"timeout", "stalled", "halt", "stopped", "interrupted", "terminated"})
 _EVIDENCE_MAX = 12
+_TEXT_MAX = 1000  # of a sentence, and of a line of evidence
+_LINES_MAX = 64 << 20  # bytes of an ELF file whose line tables are read: a kernel's full ones would take minutes
 
 
 class Diagnosis(NamedTuple):
@@ -71,8 +74,13 @@ class Diagnosis(NamedTuple):
 
 
 def say(cause: str, text: str, evidence: list[str] | tuple[str, ...] = ()) -> Diagnosis:
-    """A diagnosis whose sentence begins as :data:`CAUSES` has it."""
-    return Diagnosis(cause, f"{CAUSES[cause]}: {text}", tuple(evidence[:_EVIDENCE_MAX]))
+    """A diagnosis whose sentence begins as :data:`CAUSES` has it; what a guest wrote is made printable."""
+    return Diagnosis(cause, f"{CAUSES[cause]}: {_printable(text)}", tuple(map(_printable, evidence[:_EVIDENCE_MAX])))
+
+
+def _printable(text: str) -> str:
+    """Without control characters (a terminal would obey them), and of bounded length."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_TEXT_MAX])
 
 
 def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
@@ -86,6 +94,8 @@ def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
         found = linux.silent(machine) or waiting.why(machine, outcome)
         if found.cause in ("idle", "waiting-for-device") and (undriven := linux.undriven(machine)):
             found = undriven._replace(evidence=(*undriven.evidence, found.sentence))
+    if found is None and outcome.reason == "panic":
+        found = say("kernel-panic", "the guest reported it through pvpanic")
     if found is None and outcome.ok:
         found = linux.undriven(machine) or say("orderly-end", outcome.sentence)
     return found or say("unknown", outcome.sentence)
@@ -96,7 +106,8 @@ def place(machine: Machine, address: int) -> str:
     name = machine.symbols.name(address)
     if not name:
         return f"{address:#x}"
-    where = machine.symbols.line(address)
+    path = machine.symbols.path
+    where = machine.symbols.line(address) if path and isfile(path) and getsize(path) <= _LINES_MAX else None
     return f"{address:#x} <{name}>" + (f" ({where[0]}:{where[1]})" if where else "")
 
 

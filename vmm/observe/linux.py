@@ -86,12 +86,21 @@ def told(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     found = read(text, guest)
     if found is not None and not machine.console.end and (why := unheard(text, guest)):
         found = found._replace(evidence=(*found.evidence, f"and nobody heard: {why.sentence}"))
-    if found is None and outcome.reason == "panic":
-        return say("kernel-panic", "the kernel reported it through pvpanic, without a word on the console")
+    if found is not None:
+        found = found._replace(evidence=tuple(_named(machine, line) for line in found.evidence))
     if found is not None and found.cause == "kernel-panic" and len(found.evidence) < 2:
         frames = machine.stack(outcome.vcpu or 0)[:_TRACE_MAX]
         return found._replace(evidence=(*found.evidence, *(f"called from {frame}" for frame in frames[1:])))
     return found
+
+
+def _named(machine: Machine, line: str) -> str:
+    """A line of a kernel without kallsyms, whose trace has addresses for names."""
+
+    def name(match: re.Match[str]) -> str:
+        return machine.symbols.name(int(match[0], 16)) or match[0]
+
+    return re.sub(r"0xffff[0-9a-f]{12}\b", name, line)
 
 
 def silent(machine: Machine) -> Diagnosis | None:
@@ -243,7 +252,7 @@ def _trace(lines: list[str]) -> list[str]:
         call = line.strip()
         if call in ("<TASK>", "<IRQ>", "</IRQ>", "<NMI>", "</NMI>"):
             continue
-        if not re.match(r"(?:\? )?(?:\[<[0-9a-f]+>\] )?(?:\? )?[\w.]+\+0x|\[<[0-9a-f]+>\]", call):
+        if not re.match(r"(?:\? )?(?:\[<[0-9a-f]+>\] )?(?:\? )?(?:[\w.]+\+0x|0xffff)|\[<[0-9a-f]+>\]", call):
             break
         calls.append(call)
     return where + [f"in {call}" if n == 0 else f"called from {call}" for n, call in enumerate(calls[:_TRACE_MAX])]
@@ -262,7 +271,7 @@ def unheard(log: str, guest: Guest) -> Diagnosis | None:
     consoles = [word.partition("=")[2].split(",")[0] for word in guest.command_line.split()
                 if word.startswith("console=")]  # fmt: skip
     lines = [_STAMP.sub("", line).rstrip() for line in log.splitlines() if line.strip()]
-    evidence = [f"its log, found in memory, has {len(lines)} lines; the last:", *lines[-6:]] if lines else []
+    evidence = [f"its log, found in memory, has {len(lines)} lines; the last:", *lines[-9:]] if lines else []
     if consoles and guest.console not in consoles:
         told = " ".join(f"console={name}" for name in consoles)
         return say("no-console", f"the kernel was told {told}, and this machine's console is {guest.console}", evidence)

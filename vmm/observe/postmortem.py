@@ -43,6 +43,7 @@ def folded(events: list[str]) -> list[str]:
 
 def report(machine: Machine, outcome: Outcome) -> str:
     """The screen, as text ending in a newline."""
+    from vmm.observe.diagnose import place
     from vmm.observe.disassembly import disassemble
 
     r = outcome.registers
@@ -52,7 +53,7 @@ def report(machine: Machine, outcome: Outcome) -> str:
     if outcome.reason == "emulation-failure":
         lines.append(f"  instruction bytes {outcome.instruction.hex(' ') or '(unknown)'}; suberror {outcome.code}")
     linear = r["rip"] + (r["cs_base"] if outcome.bits == 16 else 0)
-    lines.append(f"  rip {r['rip']:#x}{_symbol(machine, r['rip'])}  {outcome.bits}-bit  rflags {r['rflags']:#x}")
+    lines.append(f"  rip {place(machine, r['rip'])}  {outcome.bits}-bit  rflags {r['rflags']:#x}")
     for row in (("rax", "rbx", "rcx", "rdx"), ("rsi", "rdi", "rsp", "rbp"), ("cr0", "cr2", "cr3", "cr4")):
         lines.append("  " + "  ".join(f"{name} {r[name]:#018x}" for name in row))
     lines.append(f"  cs {r['cs']:#x}  ss {r['ss']:#x}  idt {r['idt_base']:#x}/{r['idt_limit']:#x}  efer {r['efer']:#x}")
@@ -87,11 +88,3 @@ def _diagnosis(found: Diagnosis) -> list[str]:
         return []
     lines = textwrap.wrap(found.sentence, 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return [*lines, *(f"  - {line[:116]}" for line in found.evidence)]
-
-
-def _symbol(machine: Machine, rip: int) -> str:
-    name = machine.symbols.name(rip)
-    if not name:
-        return ""
-    where = machine.symbols.line(rip)
-    return f" <{name}>" + (f" {where[0]}:{where[1]}" if where else "")

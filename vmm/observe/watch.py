@@ -4,10 +4,10 @@ A guest is stalled when for so many seconds (``stall``; nobody is asked who did 
 
 - nothing was printed on the console;
 - no virtio queue had a request or a doorbell;
-- no access to a device was one that had not been seen in that time already (polling a register that always answers
-  the same is no progress);
-- RIP, sampled :data:`ROUNDS` times, stayed within few places: of each vCPU's samples at most a quarter fell into
-  different 64-byte blocks of code. A halted vCPU stays where it is.
+- no access to a device was one that had not been seen in that time already: polling a register that always answers
+  the same is no progress, nor is reading a clock or programming a timer;
+- each vCPU's RIP, sampled :data:`ROUNDS` times, stayed within few places (the samples lie in at most a quarter as many
+  64-byte blocks of code), or it was halted in at least a quarter of the samples: idle, with ticks in between.
 
 Nothing of this tells a slow guest from a dead one: a loop that computes for longer than ``stall`` seconds without
 printing is stalled, too.
@@ -18,12 +18,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm.bus import MMIO, PIO
+
 if TYPE_CHECKING:
+    from vmm.cpu.vcpu import Exit
     from vmm.machine import Machine
 
 ROUNDS = 32
 PLACE_BITS = 6  # a place is a block of 64 bytes of code
 _BEFORE_TIMEOUT = 4  # the samples of a time limit are of its last quarter
+
+_CLOCKS = frozenset({"pit", "pm-timer", "rtc"})
 
 TIMEOUT, STALLED = 1, 4  # codes of Machine.interrupt
 
@@ -57,6 +62,10 @@ def take(machine: Machine) -> list[Sample]:
 def narrow(samples: list[Sample]) -> bool:
     """Whether samples of one vCPU stay within few places: a quarter as many as there are samples."""
     return len({sample.rip >> PLACE_BITS for sample in samples}) <= max(1, len(samples) // 4)
+
+
+def _idle(samples: list[Sample]) -> bool:
+    return sum(sample.halted for sample in samples) >= len(samples) / 4
 
 
 def by_vcpu(rounds: list[list[Sample]]) -> dict[int, list[Sample]]:
@@ -113,7 +122,7 @@ class Watch:
             self._quiet_since = now
             del rounds[:-1]
         quiet = now - self._quiet_since >= self._stall
-        return STALLED if quiet and all(map(narrow, by_vcpu(rounds).values())) else None
+        return STALLED if quiet and all(narrow(seen) or _idle(seen) for seen in by_vcpu(rounds).values()) else None
 
     def _progressed(self) -> bool:
         """Whether the guest did something new since the last time, or did not do the same for longer."""
@@ -125,7 +134,15 @@ class Watch:
             (vcpu.number, exit_.reason, exit_.address, exit_.size, exit_.write, exit_.value)
             for vcpu in machine.vcpus
             for exit_ in vcpu.last_exits()
+            if not self._of_a_clock(exit_)
         }
         new = not newest <= self._accesses
         self._accesses = newest if new else self._accesses
         return new or before != (self._printed, self._requests)
+
+    def _of_a_clock(self, exit_: Exit) -> bool:
+        spaces = {"io": PIO, "mmio": MMIO}
+        if exit_.reason not in spaces:
+            return False
+        attachment = self._machine.bus.find(spaces[exit_.reason], exit_.address)
+        return attachment is not None and attachment.name in _CLOCKS

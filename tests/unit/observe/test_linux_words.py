@@ -161,6 +161,12 @@ def test_a_panic_is_told_with_the_oops_before_it_and_its_trace() -> None:
     assert len(trace) == 4
 
 
+def test_what_a_guest_wrote_is_made_printable() -> None:
+    found = read("Kernel panic - not syncing: \x1b[2Jgone\x07" + "x" * 5000)
+    assert found.sentence.startswith("kernel panic: ?[2Jgone?x")
+    assert len(found.sentence) < 1100
+
+
 # ---- images ----
 
 

@@ -1,0 +1,166 @@
+"""What counts as progress: a guest is never ended while it does something new."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vmm.observe import watch
+from vmm.observe.watch import STALLED, TIMEOUT, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STALL = 3.2  # of 32 rounds, 0.1 s each
+
+
+class Vcpu:
+    """One that is where it is told to be."""
+
+    number = 0
+    bits = 64
+
+    def __init__(self) -> None:
+        self.rip = 0x1000
+        self.mp_state = "runnable"
+        self.exits: list[Any] = []
+
+    def registers(self) -> dict[str, int]:
+        return {"rip": self.rip, "cs_base": 0}
+
+    def last_exits(self) -> list[Any]:
+        return self.exits
+
+
+class Exit:
+    """An access to a port."""
+
+    reason, size, write = "io", 1, False
+
+    def __init__(self, address: int, value: int) -> None:
+        self.address, self.value = address, value
+
+
+class Machine:
+    """What a watch asks of a machine."""
+
+    class Console:
+        end = 0
+
+    class Queues:
+        requests = 0
+
+        def queue_statistics(self) -> list[dict[str, int]]:
+            return [{"requests": self.requests, "doorbells": 0}]
+
+    class Bus:
+        def find(self, space: int, address: int) -> Any:
+            return type("Attachment", (), {"name": "pit" if address == 0x40 else "uart"})
+
+    def __init__(self) -> None:
+        self.vcpus = [Vcpu()]
+        self.console, self.bus = self.Console(), self.Bus()
+        self.disk = self.Queues()
+        self.virtio = [self.disk]
+        self.samples: list[list[watch.Sample]] = []
+        self.paused = False
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    now = type("Clock", (), {"at": 100.0})()
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now.at)
+    return now
+
+
+def run(
+    clock: Any, machine: Any, step: Callable[[Machine, int], object], *, seconds: float = 10.0, **limits: Any
+) -> Any:
+    """(code, after how many seconds) of a machine that does ``step(machine, n)`` before each round."""
+    limits = {"timeout": None, "stall": STALL, **limits}
+    watched, begun, n = Watch(machine, limits["timeout"], limits["stall"]), clock.at, 0
+    while clock.at - begun < seconds:
+        step(machine, n)
+        if code := watched.due():
+            return code, clock.at - begun
+        clock.at += max(watched.left, 0.001)
+        n += 1
+    return None
+
+
+def test_a_guest_that_does_nothing_stalls_when_its_time_is_over(clock: Any) -> None:
+    code, after = run(clock, Machine(), lambda machine, n: None)
+    assert code == STALLED
+    assert STALL <= after < STALL + 0.3
+
+
+def _move(machine: Machine, n: int) -> None:
+    machine.vcpus[0].rip = 0x1000 + 64 * n
+
+
+def _print(machine: Machine, n: int) -> None:
+    machine.console.end = n // 20
+
+
+def _request(machine: Machine, n: int) -> None:
+    machine.disk.requests = n // 20
+
+
+def _new_accesses(machine: Machine, n: int) -> None:
+    machine.vcpus[0].exits = [Exit(0x3F8, n // 20)]
+
+
+@pytest.mark.parametrize("step", [_move, _print, _request, _new_accesses])
+def test_progress_of_any_kind_is_no_stall(clock: Any, step: Callable[[Machine, int], None]) -> None:
+    assert run(clock, Machine(), step) is None
+
+
+def _poll(machine: Machine, n: int) -> None:
+    machine.vcpus[0].exits = [Exit(0x3FD, 0x60), Exit(0x3FD, 0x60)]
+
+
+def _program_a_timer(machine: Machine, n: int) -> None:
+    machine.vcpus[0].exits = [Exit(0x40, n % 256)]
+
+
+def _loop(machine: Machine, n: int) -> None:
+    machine.vcpus[0].rip = 0x1000 + n % 3
+
+
+def _tick_now_and_then(machine: Machine, n: int) -> None:
+    machine.vcpus[0].mp_state = "runnable" if n % 2 else "halted"
+    machine.vcpus[0].rip = 0x1000 + 64 * n if n % 2 else 0x500
+
+
+@pytest.mark.parametrize("step", [_poll, _program_a_timer, _loop, _tick_now_and_then])
+def test_the_same_over_and_over_is_a_stall(clock: Any, step: Callable[[Machine, int], None]) -> None:
+    assert run(clock, Machine(), step)[0] == STALLED
+
+
+def test_time_that_somebody_holds_the_machine_does_not_count(clock: Any) -> None:
+    def hold(machine: Machine, n: int) -> None:
+        machine.paused = n < 50
+
+    code, after = run(clock, Machine(), hold)
+    assert code == STALLED
+    assert after >= 5.0 + STALL - 0.3
+
+
+def test_a_vcpu_that_was_never_started_is_not_looked_at(clock: Any) -> None:
+    machine = Machine()
+    machine.vcpus.append(Vcpu())
+    machine.vcpus[1].mp_state = "uninitialized"
+    assert run(clock, machine, lambda machine, n: None)[0] == STALLED
+    assert {sample.vcpu for taken in machine.samples for sample in taken} == {0}
+
+
+def test_a_time_limit_ends_on_time_with_samples_of_its_last_quarter(clock: Any) -> None:
+    machine = Machine()
+    code, after = run(clock, machine, _move, timeout=8.0, stall=None)
+    assert (code, after) == (TIMEOUT, pytest.approx(8.0, abs=0.01))
+    assert 25 <= len(machine.samples) <= watch.ROUNDS
+    assert machine.samples[0][0].at >= 100 + 6.0
