@@ -38,6 +38,8 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/virtio.py
+	$(BIN)/python bench/trace.py
 
 # Random images, registers and requests, much longer than in the ordinary suite.
 fuzz: setup
