@@ -141,6 +141,13 @@ static void empty_idt(void)
     __asm__ volatile("lidt %0; ud2" ::"m"(pointer));
 }
 
+/* Good handlers, and no stack for their frames. */
+static void no_stack(void)
+{
+    cpu_init();
+    __asm__ volatile("mov %0, %%rsp; ud2" ::"r"(UNMAPPED_TERABYTE));
+}
+
 /* Every source of interrupts is off, and interrupts are on. */
 static void waiting(void)
 {
@@ -216,6 +223,7 @@ static const struct {
     {"zeroes", zeroes},
     {"divide", divide},
     {"empty-idt", empty_idt},
+    {"no-stack", no_stack},
     {"waiting", waiting},
     {"ticking", ticking},
     {"listening", listening},

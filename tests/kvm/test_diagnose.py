@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vmm.errors import ImageError
 from vmm.machine import Machine
 from vmm.observe import linux
-from vmm.observe.diagnose import CAUSES
+from vmm.observe.diagnose import CAUSES, diagnose
+from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +61,7 @@ DEATHS = [
     ("opcode", "invalid-opcode", r"the bytes 06 .* at .*<opcode.* are no instruction"),
     ("zeroes", "zeroes", r"it executes zeroes at 0xc00000"),
     ("divide", "divide-error", r"div .* at .*<divide.* divides by zero"),
+    ("no-stack", "bad-idt", r"no_stack.* raises #UD, and its frame cannot be stored on the stack at 0x10000000000"),
     ("empty-idt", "bad-idt", r"ud2 at .*empty_idt.* raises #UD, and the gate of vector 6 .* is not present"),
 ]
 
@@ -227,3 +232,34 @@ def test_screens_in_the_guide_are_what_the_command_prints(guest: GuestPath, comm
 
 def test_the_guide_has_screens() -> None:
     assert len(SCREENS) >= 4
+
+
+# ---- whatever a guest leaves behind ----
+
+_REASONS = ["triple-fault", "emulation-failure", "timeout", "stalled", "stopped", "panic", "reset", "unknown-exit"]
+_VALUES = st.one_of(st.integers(0, (1 << 64) - 1), st.integers(0, 1 << 24), st.sampled_from([0x7FFFFFFFFFFF, 1 << 47]))
+
+
+def test_whatever_a_guest_leaves_behind_there_is_a_diagnosis(guest: GuestPath) -> None:
+    with Machine(kernel=guest("deaths"), append="die=loop", memory="16M") as machine:
+        machine.run(timeout=0.5)
+        vcpu = machine.vcpus[0]
+        known = vcpu.registers()
+
+        @settings(max_examples=examples(100), deadline=None)
+        @given(
+            st.dictionaries(st.sampled_from(sorted(known)), _VALUES),
+            st.sampled_from(_REASONS),
+            st.sampled_from([16, 32, 64]),
+            st.binary(max_size=16),
+            st.integers(0, (16 << 20) - 0x1000),
+            st.binary(min_size=8, max_size=64),
+        )
+        def check(changed: dict[str, int], reason: str, bits: int, code: bytes, at: int, garbage: bytes) -> None:
+            machine.memory.write(at & ~0xFFF, garbage * (0x1000 // len(garbage)))
+            outcome = Outcome(reason, registers={**known, **changed}, bits=bits, instruction=code)
+            found = diagnose(machine, outcome)
+            assert found.sentence.startswith(CAUSES[found.cause])
+            assert all(line.isprintable() for line in (found.sentence, *found.evidence))
+
+        check()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 def test_a_kernel_without_its_root_says_what_it_looked_for_and_the_machine_what_it_lacks(
     small_kernel: SmallKernel,
 ) -> None:
-    with Machine(kernel=small_kernel.bzimage, append="root=/dev/vda rw", memory="64M") as machine:
+    with Machine(kernel=small_kernel.bzimage, append="root=/dev/vda rootfstype=ext4", memory="64M") as machine:
         outcome = machine.run(timeout=240)
         found = machine.diagnose()
     assert (outcome.reason, found.cause) == ("panic", "no-root"), outcome.console.decode(errors="replace")

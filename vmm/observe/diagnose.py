@@ -87,7 +87,8 @@ def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
     """The diagnosis of an ended run; the machine must not be closed."""
     from vmm.observe import linux, waiting
 
-    found = linux.told(machine, outcome)
+    # A guest that powers itself off did not die of what it printed; a reset may be a panic's (panic=-1).
+    found = None if outcome.ok and outcome.reason != "reset" else linux.told(machine, outcome)
     if found is None and outcome.reason in ("triple-fault", "emulation-failure"):
         found = _fault(machine, outcome)
     if found is None and outcome.reason in ENDED_FROM_OUTSIDE:

@@ -20,6 +20,7 @@ BR, UD, NM, DE, SS, GP, PF = 5, 6, 7, 0, 12, 13, 14
 
 _CR0_EM, _CR0_TS, _CR4_OSFXSR, _CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 9, 1 << 18
 
+_FRAME_MAX = 1 << 20  # how far from the stack pointer an access is still one to the stack
 _SLIDE = 64  # so many bytes of zeroes right below RIP were run through
 
 # instructions that raise an exception when all is well
@@ -259,7 +260,7 @@ def _stack(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | None:
 
 def _overflow(cpu: Processor, refused: PageFault, where: str) -> Fault | None:
     """Whether the stack grew below what is mapped for it: nothing at the address, but memory right above."""
-    if refused.kind not in ("not-present", "write"):
+    if refused.kind not in ("not-present", "write") or abs(refused.linear - _stack_top(cpu)) > _FRAME_MAX:
         return None
     above = (refused.linear | PAGE - 1) + 1
     if above >> 64 or cpu.refused(above, 8, "write") is not None:

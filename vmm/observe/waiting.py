@@ -41,7 +41,8 @@ def why(machine: Machine, outcome: Outcome) -> Diagnosis:
 
 
 def _halted(machine: Machine, vcpus: list[Any]) -> Diagnosis:
-    at = vcpus[0].registers()["rip"] - 1  # HLT is one byte, and RIP is behind it
+    r = vcpus[0].registers()
+    at = r["rip"] - 1 + (0 if vcpus[0].bits == 64 else r["cs_base"])  # HLT is one byte, and RIP is behind it
     who = "the vCPU is" if len(vcpus) == 1 else f"all {len(vcpus)} started vCPUs are"
     if not any(vcpu.registers()["rflags"] & RFLAGS_IF for vcpu in vcpus):
         return say("halt-interrupts-off", f"{who} halted at {place(machine, at)} with RFLAGS.IF = 0: "

@@ -92,6 +92,43 @@ def test_a_16_bit_stack_is_addressed_through_its_segment() -> None:
     assert found is None
 
 
+IDT = 0x2000
+
+
+def gate(offset: int = CODE, selector: int = 8, kind: int = 0x8E, ist: int = 0) -> bytes:
+    """A gate of a 64-bit IDT (SDM vol. 3, figure 6-8)."""
+    low = offset & 0xFFFF | selector << 16 | ist << 32 | kind << 40 | (offset >> 16 & 0xFFFF) << 48
+    return low.to_bytes(8, "little") + (offset >> 32).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("entry", "registers", "problem", "text"),
+    [
+        (gate(), {}, "", "leads to 0x1000"),
+        (gate(kind=0x0E), {}, "absent", "not present"),
+        (gate(kind=0x8C), {}, "type", "of type 0xc"),
+        (gate(selector=16), {}, "selector", "selector 0x10, which is no present code segment"),
+        (gate(selector=0x50), {}, "selector", "beyond the GDT's limit 0x17"),
+        (gate(offset=0x400000), {}, "handler", "leads to 0x400000, and linear address 0x400000: the PDE at"),
+        (gate(), {"rsp": 0x400000}, "stack", "cannot be stored on the stack at 0x400000"),
+        (gate(ist=1), {"tr_base": 0x8000}, "stack", "cannot be stored on the stack at 0x0"),
+        (gate(ist=1), {"tr_base": 0x400000}, "stack", "the TSS at 0x400000"),
+        (gate(), {"idt_limit": 0}, "no-idt", "no IDT is loaded (base 0x2000, limit 0x0)"),
+        (gate(), {"idt_limit": 0x5F}, "limit", "ends before vector 6: its limit is 0x5f"),
+        (gate(), {"idt_base": 0x400000}, "unmapped", "the IDT at 0x400000 is not mapped at vector 6"),
+    ],
+)
+def test_what_the_idt_makes_of_an_exception(entry: bytes, registers: dict[str, int], problem: str, text: str) -> None:
+    code = bytes(IDT - CODE) + bytes(16 * 6) + entry
+    found = delivery(processor(code, **{"idt_base": IDT, "idt_limit": 0x1FF, **registers}), 6, hex)
+    assert (found.problem, text in found.text) == (problem, True), found
+
+
+def test_the_idt_of_real_mode_is_a_table_of_far_pointers() -> None:
+    cpu = processor(b"", bits=16, cr0=0, idt_base=0, idt_limit=0x3FF)
+    assert delivery(cpu, 6, hex).text == "vector 6 leads to 0x0"
+
+
 NUMBERS = st.one_of(st.integers(0, RAM), st.integers(0, (1 << 64) - 1), st.sampled_from([0, (1 << 64) - 1, 1 << 47]))
 
 
