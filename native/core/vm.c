@@ -110,6 +110,25 @@ static void close_fd(int fd)
         close(fd);
 }
 
+static void *close_on_thread(void *fd)
+{
+    close((int)(intptr_t)fd);
+    return NULL;
+}
+
+/* The last close of a machine sits out the kernel's grace periods, 1 to 30 ms. Nothing is left that could depend on
+ * it, so the caller need not. */
+static void close_machine(int fd)
+{
+    pthread_t thread;
+    if (fd < 0)
+        return;
+    if (pthread_create(&thread, NULL, close_on_thread, (void *)(intptr_t)fd) == 0)
+        pthread_detach(thread);
+    else
+        close(fd);
+}
+
 void vmm_vm_destroy(vmm_vm *vm)
 {
     if (!vm)
@@ -125,7 +144,7 @@ void vmm_vm_destroy(vmm_vm *vm)
     }
     if (vm->compat)
         vm->compat->vm_fini(vm);
-    close_fd(vm->fd);
+    close_machine(vm->fd);
     for (uint32_t i = 0; i < vm->n_regions; i++) {
         munmap(vm->regions[i].host, vm->regions[i].size);
         close_fd(vm->regions[i].fd);

@@ -325,6 +325,33 @@ static void *sender(void *opaque)
     return NULL;
 }
 
+static void more_fd_is_readable_from_the_awaited_byte_on_until_it_is_awaited_again(void)
+{
+    vmm_console *console = create(16, 64, 64);
+    CHECK(vmm_console_put(console, 'a'));
+    int fd = vmm_console_await(console, 0); /* it is there already */
+    CHECK_EQUAL(readable(fd, 0), 1);
+    CHECK_EQUAL(vmm_console_await(console, 1), fd);
+    CHECK_EQUAL(readable(fd, 0), 0);
+    CHECK(vmm_console_put(console, 'b'));
+    CHECK_EQUAL(readable(fd, 0), 1);
+    vmm_console_await(console, 4); /* not the next byte: those behind position 4 */
+    CHECK(vmm_console_put(console, 'c'));
+    CHECK(vmm_console_put(console, 'd'));
+    CHECK_EQUAL(readable(fd, 0), 0);
+    CHECK(vmm_console_put(console, 'e'));
+    CHECK_EQUAL(readable(fd, 0), 1);
+
+    vmm_console_await(console, 5);
+    CHECK_EQUAL(vmm_console_closed(console), 0);
+    vmm_console_close(console);
+    CHECK_EQUAL(vmm_console_closed(console), 1);
+    CHECK_EQUAL(readable(fd, 0), 1);
+    vmm_console_await(console, 5); /* nothing will come, which is news too */
+    CHECK_EQUAL(readable(fd, 0), 1);
+    vmm_console_destroy(console);
+}
+
 static void no_wake_up_is_lost_and_no_byte_either(void)
 {
     vmm_console *console = create(600, 5000, 900);
@@ -419,6 +446,7 @@ int main(void)
     closing_releases_everybody_who_waits();
     closing_lets_a_refused_device_go_on();
     a_waiter_is_woken_by_the_byte_and_not_by_its_deadline();
+    more_fd_is_readable_from_the_awaited_byte_on_until_it_is_awaited_again();
     no_wake_up_is_lost_and_no_byte_either();
     many_bytes_at_once_keep_to_the_same_limits_as_one_at_a_time();
     a_listener_is_left_before_listen_returns();
