@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vmm.cpu.paging import PageFault
 
-BR, UD, NM, DE, SS, GP, PF = 5, 6, 7, 0, 12, 13, 14
+DE, UD, NM, NP, GP, PF = 0, 6, 7, 11, 13, 14
 
 _CR0_EM, _CR0_TS, _CR4_OSFXSR, _CR4_OSXSAVE = 1 << 2, 1 << 3, 1 << 9, 1 << 18
 
@@ -121,7 +121,7 @@ def _raised(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | None
 
 def _privilege(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | None:
     name = insn.mnemonic
-    moves_control = name == "mov" and any(insn.reg_name(op.reg)[:2] in ("cr", "dr") for op in _of_kind(insn, "reg"))
+    moves_control = name == "mov" and any(_register(insn, op)[:2] in ("cr", "dr") for op in insn.operands)
     if cpu.cpl and (name in _PRIVILEGED or moves_control):
         return Fault("privileged", GP, f"{where} is for CPL 0, and it runs at CPL {cpu.cpl}")
     iopl = cpu.registers["rflags"] >> 12 & 3
@@ -132,7 +132,7 @@ def _privilege(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | N
 
 def _disabled(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | None:
     """Instructions that exist, but not with these control registers (SDM vol. 3, 2.5, 13.1)."""
-    registers = [insn.reg_name(op.reg) for op in _of_kind(insn, "reg")]
+    registers = [_register(insn, operand) for operand in insn.operands]
     cr0, cr4 = cpu.registers["cr0"], cpu.registers["cr4"]
     if any(name.startswith(("ymm", "zmm")) for name in registers) and not cr4 & _CR4_OSXSAVE:
         return Fault("invalid-opcode", UD, f"{where} is AVX, which CR4.OSXSAVE = 0 disables")
@@ -156,7 +156,7 @@ def _registers(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | N
     for register, selector in _selectors(cpu, insn):
         why = bad_selector(cpu, register, selector)
         if why:
-            return Fault("bad-segment", 11 if why.endswith("not present") else GP, f"{where}: {why}")
+            return Fault("bad-segment", NP if why.endswith("not present") else GP, f"{where}: {why}")
     return None
 
 
@@ -179,7 +179,6 @@ def _selectors(cpu: Processor, insn: Any) -> Iterator[tuple[str, int]]:
     if not cpu.protected:
         return
     name, operands = insn.mnemonic, list(insn.operands)
-    word = {16: 2, 32: 4, 64: 8}[cpu.bits]
     if name in ("mov", "pop") and operands and _register(insn, operands[0]) in _SEGMENTS:
         source = _value(cpu, insn, operands[1], 2) if name == "mov" else _stack_word(cpu, 0, 2)
         if source is not None:
@@ -189,7 +188,8 @@ def _selectors(cpu: Processor, insn: Any) -> Iterator[tuple[str, int]]:
         if source is not None:
             yield {"ltr": "tr", "lldt": "ldt"}[name], source & 0xFFFF
     elif name in ("retf", "retfq", "iretq", "iretd", "iret"):
-        size = 8 if name.endswith("q") else 4 if name == "iretd" or cpu.bits == 32 else word if cpu.bits < 64 else 4
+        # CS lies above RIP, whose size is the operand's: the mode's, in 64-bit code 4 without a prefix.
+        size = 8 if name.endswith("q") else 2 if cpu.bits == 16 and name != "iretd" else 4
         selector = _stack_word(cpu, size, 2)
         if selector is not None:
             yield "cs", selector
@@ -235,7 +235,8 @@ def _memory(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | None
         refused = cpu.refused(at, operand.size, access)
         if refused:
             base = insn.reg_name(operand.mem.base) if operand.mem.base else ""
-            if base in ("rsp", "esp", "rbp", "ebp") and (overflow := _overflow(cpu, refused, where)):
+            on_stack = access == "write" and base in ("rsp", "esp", "rbp", "ebp")
+            if on_stack and (overflow := _overflow(cpu, refused, where)):
                 return overflow
             return _page_fault(cpu, refused, f"{where}, {'writing' if access == 'write' else 'reading'}")
     return None
@@ -255,7 +256,8 @@ def _stack(cpu: Processor, insn: Any, where: str, names: Names) -> Fault | None:
     refused = cpu.refused(at & (1 << 64) - 1, bytes_, access)
     if refused is None:
         return None
-    return _overflow(cpu, refused, where) or _page_fault(cpu, refused, f"{where}, on the stack at {_stack_top(cpu):#x}")
+    overflow = _overflow(cpu, refused, where) if access == "write" else None
+    return overflow or _page_fault(cpu, refused, f"{where}, on the stack at {_stack_top(cpu):#x}")
 
 
 def _overflow(cpu: Processor, refused: PageFault, where: str) -> Fault | None:
@@ -294,13 +296,6 @@ def _mem() -> int:
     from capstone.x86 import X86_OP_MEM
 
     return int(X86_OP_MEM)
-
-
-def _of_kind(insn: Any, kind: str) -> Iterator[Any]:
-    from capstone.x86 import X86_OP_MEM, X86_OP_REG
-
-    wanted = {"mem": X86_OP_MEM, "reg": X86_OP_REG}[kind]
-    return (operand for operand in insn.operands if operand.type == wanted)
 
 
 def _register(insn: Any, operand: Any) -> str:

@@ -88,13 +88,12 @@ class Watch:
         self._stall = stall
         now = time.monotonic()
         self._deadline = None if timeout is None else now + timeout
-        self._period = min(
-            limit / parts for limit, parts in ((stall, ROUNDS), (timeout, ROUNDS * _BEFORE_TIMEOUT)) if limit
-        )
+        periods = [limit / parts for limit, parts in ((stall, ROUNDS), (timeout, ROUNDS * _BEFORE_TIMEOUT)) if limit]
+        self._period = min(periods, default=0.0)
         self._next = now if stall else now + (timeout or 0) * (1 - 1 / _BEFORE_TIMEOUT)
         self._quiet_since = now
         self._printed = self._requests = -1
-        self._accesses: set[tuple[object, ...]] = set()
+        self._accesses: list[set[tuple[object, ...]]] = []  # of the last rounds
 
     @property
     def left(self) -> float:
@@ -125,7 +124,7 @@ class Watch:
         return STALLED if quiet and all(narrow(seen) or _idle(seen) for seen in by_vcpu(rounds).values()) else None
 
     def _progressed(self) -> bool:
-        """Whether the guest did something new since the last time, or did not do the same for longer."""
+        """Whether the guest did something since the last round that it had not done in the last :data:`ROUNDS`."""
         machine = self._machine
         before = self._printed, self._requests
         self._printed = machine.console.end
@@ -136,8 +135,8 @@ class Watch:
             for exit_ in vcpu.last_exits()
             if not self._of_a_clock(exit_)
         }
-        new = not newest <= self._accesses
-        self._accesses = newest if new else self._accesses
+        new = not newest <= set().union(*self._accesses)
+        self._accesses = [*self._accesses[1 - ROUNDS :], newest]
         return new or before != (self._printed, self._requests)
 
     def _of_a_clock(self, exit_: Exit) -> bool:

@@ -57,6 +57,9 @@ def processor(code: bytes, bits: int = 64, **registers: int) -> Processor:
     [
         (b"\xff\xe0", {"rax": 1 << 47}, "non-canonical-jump", "jmp rax"),
         (b"\xc3", {"rsp": 0x400000}, "page-fault", "ret at 0x1000, on the stack at 0x400000"),
+        (b"\x50", {"rsp": 0x200000, "rip": CODE}, None, ""),
+        (b"\x48\xcf", {"rsp": STACK}, "bad-segment", "cs cannot hold the null selector"),
+        (b"\xec", {}, None, ""),
         (b"\x50", {"rsp": 0xFFFFFFFFFFFFFFF8}, "page-fault", "the PML4E at 0x4ff8"),
         (b"\x48\xa5", {"rsi": 0, "rdi": 0x200000}, "page-fault", "the PDE at 0x6008"),
         (b"\x65\x48\x8b\x00", {"gs_base": 0x300000}, "page-fault", "linear address 0x300000"),

@@ -123,6 +123,11 @@ def _poll(machine: Machine, n: int) -> None:
     machine.vcpus[0].exits = [Exit(0x3FD, 0x60), Exit(0x3FD, 0x60)]
 
 
+def _scan(machine: Machine, n: int) -> None:
+    """More ports than the ring of exits holds, over and over."""
+    machine.vcpus[0].exits = [Exit(0x100 + (64 * n + i) % 200, 0xFF) for i in range(64)]
+
+
 def _program_a_timer(machine: Machine, n: int) -> None:
     machine.vcpus[0].exits = [Exit(0x40, n % 256)]
 
@@ -136,7 +141,7 @@ def _tick_now_and_then(machine: Machine, n: int) -> None:
     machine.vcpus[0].rip = 0x1000 + 64 * n if n % 2 else 0x500
 
 
-@pytest.mark.parametrize("step", [_poll, _program_a_timer, _loop, _tick_now_and_then])
+@pytest.mark.parametrize("step", [_poll, _scan, _program_a_timer, _loop, _tick_now_and_then])
 def test_the_same_over_and_over_is_a_stall(clock: Any, step: Callable[[Machine, int], None]) -> None:
     assert run(clock, Machine(), step)[0] == STALLED
 
@@ -164,3 +169,7 @@ def test_a_time_limit_ends_on_time_with_samples_of_its_last_quarter(clock: Any) 
     assert (code, after) == (TIMEOUT, pytest.approx(8.0, abs=0.01))
     assert 25 <= len(machine.samples) <= watch.ROUNDS
     assert machine.samples[0][0].at >= 100 + 6.0
+
+
+def test_a_time_limit_of_nothing_is_over_at_once(clock: Any) -> None:
+    assert Watch(Machine(), 0, None).due() == TIMEOUT  # type: ignore[arg-type]
