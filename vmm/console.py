@@ -164,6 +164,10 @@ class Console:
         """No more output will come: waiters return."""
         lib.vmm_console_close(self.native)
 
+    def reopen(self) -> None:
+        """The machine goes on after an end."""
+        lib.vmm_console_reopen(self.native)
+
     def destroy(self) -> None:
         """Free it, after every device that uses it."""
         if self.native is not None:

@@ -317,6 +317,7 @@ class Machine:
             self.load()
             if self.outcome is not None:
                 check(lib.vmm_vm_rearm(self._vm))
+                self.console.reopen()
                 self.outcome = None
             self.samples.clear()
             self._started_at = time.monotonic()

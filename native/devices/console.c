@@ -339,6 +339,16 @@ void vmm_console_close(vmm_console *console)
     unlock_and_call(console, owed);
 }
 
+void vmm_console_reopen(vmm_console *console)
+{
+    pthread_mutex_lock(&console->lock);
+    console->closed = false;
+    if (console->end <= console->pump) /* close raised it; NO_PUMP is beyond any end */
+        level_lower(console->output_fd);
+    level_lower(console->more_fd);
+    pthread_mutex_unlock(&console->lock);
+}
+
 int vmm_console_closed(vmm_console *console)
 {
     pthread_mutex_lock(&console->lock);

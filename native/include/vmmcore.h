@@ -323,8 +323,9 @@ void vmm_console_set_pump(vmm_console *console, uint64_t position);
 /* eventfds: readable when output arrived past the pump's position; when input room opened after send took less. */
 int vmm_console_output_fd(vmm_console *console);
 int vmm_console_room_fd(vmm_console *console);
-/* No more output will come: waiters return. */
+/* No more output will come: waiters return. Until it is opened again, for a machine that goes on. */
 void vmm_console_close(vmm_console *console);
+void vmm_console_reopen(vmm_console *console);
 int vmm_console_closed(vmm_console *console);
 
 /* Device side. put: 0 when the pump is too far behind (try again after on_room). get: -1 when there is none. */

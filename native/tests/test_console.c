@@ -349,6 +349,13 @@ static void more_fd_is_readable_from_the_awaited_byte_on_until_it_is_awaited_aga
     CHECK_EQUAL(readable(fd, 0), 1);
     vmm_console_await(console, 5); /* nothing will come, which is news too */
     CHECK_EQUAL(readable(fd, 0), 1);
+    vmm_console_reopen(console);
+    CHECK_EQUAL(readable(fd, 0), 0);
+    CHECK_EQUAL(readable(vmm_console_output_fd(console), 0), 0);
+    vmm_console_await(console, 5);
+    CHECK(vmm_console_put(console, 'f'));
+    CHECK_EQUAL(readable(fd, 0), 1);
+    CHECK_EQUAL(vmm_console_end(console), 6);
     vmm_console_destroy(console);
 }
 

@@ -15,6 +15,7 @@ from vmm.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     GuestPath = Callable[[str], str]
 
@@ -117,6 +118,19 @@ def test_expecting_more_of_a_machine_that_ends_does_not_wait_for_the_time_limit(
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="not a regular expression"):
         Console().expect("(")
+
+
+def test_a_machine_that_is_started_again_prints_again(tmp_path: Path) -> None:
+    # mov dx, 0x3f8; mov al, 'A'; 1: out dx, al; jmp 1b
+    (tmp_path / "print.bin").write_bytes(bytes.fromhex("66baf803 b041 ee ebfd"))
+    with Machine(kernel=str(tmp_path / "print.bin"), kind="flat", mode="long", memory="16M") as machine:
+        for _ in range(2):
+            machine.start()
+            machine.console.expect("A", timeout=10)
+            machine.stop()
+            machine.console.read()
+            with pytest.raises(ConsoleTimeout, match="before the machine ended"):
+                machine.console.expect("A", timeout=10)
 
 
 # ---- asyncio ----
