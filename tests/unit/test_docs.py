@@ -88,3 +88,17 @@ def test_manual_page_has_every_flag_and_exit_status() -> None:
     for reason, (status, _) in REASONS.items():
         if reason not in ("debug-exit", "stopped"):
             assert reason in statuses[str(status)]
+
+
+def test_each_threat_names_a_test_that_exists() -> None:
+    tests = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("native/tests/*.[ch]"), *ROOT.glob("native/fuzz/*.[ch]")]
+    text = "\n".join(f"{path.stem}\n{path.read_text()}" for path in tests)
+    known = set(re.findall(r"\w+", text)) | {name.removeprefix("test_") for name in re.findall(r"test_\w+", text)}
+    pages = sorted((DOCS / "threats").glob("*.md"))
+    assert len(pages) >= 10
+    for page in pages:
+        rows = [line for line in page.read_text().splitlines() if line.startswith("|") and not line.startswith("|-")]
+        named = [set(re.findall(r"`(?:[\w/.]+::)?([a-z]\w+)`", row.rstrip("|").rsplit("|", 1)[-1])) for row in rows[1:]]
+        assert len(named) > 3, page
+        missing = {name for names in named for name in names if name.count("_") >= 2} - known
+        assert missing == set(), page
