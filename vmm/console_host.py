@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ESCAPE = 0x01  # Ctrl-A
 HELP = b"\nCtrl-A x  quit\nCtrl-A h  this help (also Ctrl-A c)\nCtrl-A Ctrl-A  send Ctrl-A\n"
 DRAIN_SECONDS = 2.0  # how long an ended machine waits for a peer that does not read
+UNREAD_SECONDS = 1.0  # how long an ended machine's pty waits for its reader
 CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 
 
@@ -136,9 +137,21 @@ class Pty(HostEnd):
         self.path = os.ttyname(self._slave)
         os.write(2, f"pyvmm: console is {self.path}\n".encode())
 
+    def _let_it_be_read(self) -> None:
+        # Closing hangs the terminal up, and what its reader has not read by then is gone.
+        import fcntl
+        import termios
+
+        deadline = time.monotonic() + UNREAD_SECONDS
+        while int.from_bytes(fcntl.ioctl(self._slave, termios.FIONREAD, bytes(4)), "little"):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+
     def close(self) -> None:
         """Close both ends."""
         if self.in_fd is not None:
+            self._let_it_be_read()
             os.close(self.in_fd)
             os.close(self._slave)
             self.in_fd = self.out_fd = None
