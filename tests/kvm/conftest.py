@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from vmm.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,3 +54,21 @@ def guest() -> Callable[[str], str]:
         return str(found)
 
     return path
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Any:
+    """Makes a machine that runs the given long-mode code; all of them are closed in the end."""
+    made: list[Machine] = []
+    numbers = itertools.count()
+
+    def make(code: bytes, **fields: Any) -> Machine:
+        path = tmp_path / f"flat{next(numbers)}.bin"
+        path.write_bytes(code)
+        machine = Machine(**{"kernel": str(path), "kind": "flat", "mode": "long", "memory": "16M", **fields})
+        made.append(machine)
+        return machine
+
+    yield make
+    for machine in made:
+        machine.close()

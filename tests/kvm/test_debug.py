@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from vmm.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from vmm.cpu.debug import Stop
 
@@ -37,24 +35,6 @@ def symbols_of(path: str) -> dict[str, int]:
         return {
             symbol.name: symbol["st_value"] for symbol in ELFFile(file).get_section_by_name(".symtab").iter_symbols()
         }
-
-
-@pytest.fixture
-def flat(tmp_path: Path) -> Any:
-    """Makes a machine that runs the given long-mode code; all of them are closed in the end."""
-    made: list[Machine] = []
-    numbers = itertools.count()
-
-    def make(code: bytes, **fields: Any) -> Machine:
-        path = tmp_path / f"flat{next(numbers)}.bin"
-        path.write_bytes(code)
-        machine = Machine(**{"kernel": str(path), "kind": "flat", "mode": "long", "memory": "16M", **fields})
-        made.append(machine)
-        return machine
-
-    yield make
-    for machine in made:
-        machine.close()
 
 
 @pytest.mark.parametrize("hardware", [False, True], ids=["software", "hardware"])

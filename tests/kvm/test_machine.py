@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from vmm.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     GuestPath = Callable[[str], str]
 
@@ -28,24 +26,6 @@ GPA = layout.MIB  # where a flat binary in long mode starts
 COUNT = bytes.fromhex("31c0 bf00002000 48ffc0 488907 ebf8")
 EXIT_WITH_5 = bytes.fromhex("b005 e6f4")  # mov al, 5; out 0xf4, al
 POINT_AT_DEVICE = bytes.fromhex("bf000000d0")  # mov edi, DEVICE
-
-
-@pytest.fixture
-def flat(tmp_path: Path) -> Any:
-    """Makes a machine that runs the given long-mode code; all of them are closed in the end."""
-    made: list[Machine] = []
-    numbers = itertools.count()
-
-    def make(code: bytes, **fields: Any) -> Machine:
-        path = tmp_path / f"flat{next(numbers)}.bin"
-        path.write_bytes(code)
-        machine = Machine(**{"kernel": str(path), "kind": "flat", "mode": "long", "memory": "16M", **fields})
-        made.append(machine)
-        return machine
-
-    yield make
-    for machine in made:
-        machine.close()
 
 
 def counted(machine: Machine) -> int:

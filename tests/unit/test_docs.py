@@ -29,39 +29,22 @@ def _program(page: Path) -> str:
 
 @pytest.mark.kvm
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
-def test_code_of_write_a_device_runs() -> None:
-    page = DOCS / "write-a-device.md"
-    names: dict[str, object] = {"__name__": "write_a_device"}
-    exec(compile(_program(page), page, "exec"), names)
-    assert {"Multiplier", "device", "machine", "outcome", "product"} <= names.keys()
-
-
-@pytest.mark.kvm
-@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
-def test_code_of_write_a_virtio_device_runs() -> None:
-    page = DOCS / "write-a-virtio-device.md"
-    names: dict[str, object] = {"__name__": "write_a_virtio_device"}
-    exec(compile(_program(page), page, "exec"), names)
-    assert {"Entropy", "Scratchpad", "answer"} <= names.keys()
-
-
-@pytest.mark.kvm
-@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
-def test_code_of_debug_with_gdb_runs() -> None:
-    page = DOCS / "debug-with-gdb.md"
-    names: dict[str, object] = {"__name__": "debug_with_gdb"}
-    exec(compile(_program(page), page, "exec"), names)
-    assert {"passes", "outcome", "lost"} <= names.keys()
-
-
-@pytest.mark.kvm
-@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing or may not be opened")
-def test_code_of_trace_exits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "leaves"),
+    [
+        ("write-a-device", {"Multiplier", "device", "machine", "outcome", "product"}),
+        ("write-a-virtio-device", {"Entropy", "Scratchpad", "answer"}),
+        ("debug-with-gdb", {"passes", "outcome", "lost"}),
+        ("trace-exits", {"trace", "slowest", "again", "profile"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_code_of_a_page_runs(page: str, leaves: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    page = DOCS / "trace-exits.md"
-    names: dict[str, object] = {"__name__": "trace_exits"}
-    exec(compile(_program(page), page, "exec"), names)
-    assert {"trace", "slowest", "again", "profile"} <= names.keys()
+    path = DOCS / f"{page}.md"
+    names: dict[str, object] = {"__name__": page.replace("-", "_")}
+    exec(compile(_program(path), path, "exec"), names)
+    assert leaves <= names.keys()
 
 
 def test_every_cause_of_a_guests_death_is_in_the_guide() -> None:
