@@ -116,6 +116,14 @@ static void *close_on_thread(void *fd)
     return NULL;
 }
 
+/* Sanitized builds close in line: LeakSanitizer stops every thread at exit, and can wait for ever for one that ends
+ * while it does. */
+#ifdef __SANITIZE_ADDRESS__
+enum { CLOSE_ON_THREAD = 0 };
+#else
+enum { CLOSE_ON_THREAD = 1 };
+#endif
+
 /* The last close of a machine sits out the kernel's grace periods, 1 to 30 ms. Nothing is left that could depend on
  * it, so the caller need not. */
 static void close_machine(int fd)
@@ -123,7 +131,7 @@ static void close_machine(int fd)
     pthread_t thread;
     if (fd < 0)
         return;
-    if (pthread_create(&thread, NULL, close_on_thread, (void *)(intptr_t)fd) == 0)
+    if (CLOSE_ON_THREAD && pthread_create(&thread, NULL, close_on_thread, (void *)(intptr_t)fd) == 0)
         pthread_detach(thread);
     else
         close(fd);
