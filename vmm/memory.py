@@ -9,11 +9,12 @@ from vmm._ffi import check, ffi, lib
 from vmm.errors import GuestMemoryError, HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 HUGE_2M = 1
 DIRTY_LOG = 2
 INT3 = 0xCC
+PAGE = 4096
 
 
 class GuestMemory:
@@ -24,6 +25,7 @@ class GuestMemory:
     """
 
     def __init__(self, vm: Any, regions: Sequence[tuple[int, int]], *, huge_pages: bool = False) -> None:
+        self._vm = vm
         self.regions = list(regions)
         self.memfds: list[int] = []
         self._maps: list[tuple[int, int, memoryview]] = []
@@ -48,16 +50,30 @@ class GuestMemory:
     def view(self, gpa: int, size: int) -> memoryview:
         """A writable view of ``size`` bytes at ``gpa``: the guest's memory itself, no copy.
 
-        Valid until the machine is closed.
+        Valid until the machine is closed. It counts as written now (:meth:`wrote`); say so again of what is written
+        through it later.
         """
+        found = self._view(gpa, size)
+        self.wrote(gpa, size)
+        return found
+
+    def _view(self, gpa: int, size: int) -> memoryview:
         for start, end, mapped in self._maps:
             if start <= gpa < end and 0 <= size <= end - gpa:
                 return mapped[gpa - start : gpa - start + size]
         raise GuestMemoryError(gpa, size)
 
+    def wrote(self, gpa: int, size: int) -> None:
+        """Have these bytes in the logs of what changed: checkpoints, snapshots and migration go by them."""
+        lib.vmm_vm_dirty(self._vm, gpa, size)
+
+    def dirty_log(self) -> DirtyLog:
+        """A log of the pages that change from now on. While the machine is paused or not started."""
+        return DirtyLog(self._vm, self.regions)
+
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of ``size`` bytes at ``gpa``, without the breakpoints a debugger has planted there."""
-        found = self.view(gpa, size)
+        found = self._view(gpa, size)
         if not self.planted:
             return bytes(found)
         data = bytearray(found)
@@ -68,7 +84,8 @@ class GuestMemory:
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``gpa``. Breakpoints planted there stay."""
-        self.view(gpa, len(data))[:] = data
+        self._view(gpa, len(data))[:] = data
+        self.wrote(gpa, len(data))
         for at in self.planted:
             if gpa <= at < gpa + len(data):
                 self.planted[at] = data[at - gpa]
@@ -76,7 +93,8 @@ class GuestMemory:
 
     def fill(self, gpa: int, size: int, byte: int = 0) -> None:
         """Set ``size`` bytes at ``gpa`` to ``byte``."""
-        self.view(gpa, size)[:] = bytes([byte]) * size
+        self._view(gpa, size)[:] = bytes([byte]) * size
+        self.wrote(gpa, size)
 
     def array(self, gpa: int, size: int, dtype: str = "u1") -> Any:
         """A numpy array over ``size`` bytes at ``gpa``, sharing the guest's memory."""
@@ -102,3 +120,50 @@ class GuestMemory:
     def close(self) -> None:
         """Drop the views; called by the machine before the mapping goes."""
         self._maps.clear()
+        self._vm = None
+
+
+class DirtyLog:
+    """The pages of guest memory that were written since the log was opened, or since :meth:`take`.
+
+    By the guest, by devices, by :class:`GuestMemory`'s methods. Raises :class:`~vmm.errors.HostError` where KVM
+    refuses to log.
+    """
+
+    def __init__(self, vm: Any, regions: Sequence[tuple[int, int]]) -> None:
+        self._regions = regions
+        out = ffi.new("vmm_dirty **")
+        check(lib.vmm_dirty_open(vm, out))
+        self._log: Any = out[0]
+
+    def collect(self) -> int:
+        """Fetch what was written meanwhile; answers how many pages are in the log now."""
+        return check(lib.vmm_dirty_collect(self._log))
+
+    def take(self) -> list[tuple[int, int]]:
+        """The ranges ``(gpa, size)`` of pages in the log, ascending; it has them clean from now on. Fetches nothing."""
+        ranges: list[tuple[int, int]] = []
+        for number, (gpa, size) in enumerate(self._regions):
+            words = (size // PAGE + 63) // 64
+            bitmap = ffi.new("uint64_t[]", words)
+            if check(lib.vmm_dirty_take(self._log, number, bitmap, words)):
+                bits = int.from_bytes(ffi.buffer(bitmap), "little")
+                ranges += [(gpa + first * PAGE, n * PAGE) for first, n in _runs(bits)]
+        return ranges
+
+    def close(self) -> None:
+        """Give it up, before the machine is closed. Twice is fine."""
+        if self._log is not None:
+            lib.vmm_dirty_close(self._log)
+            self._log = None
+
+
+def _runs(bits: int) -> Iterator[tuple[int, int]]:
+    """``(first, length)`` of the runs of ones, from the lowest bit up."""
+    text = f"{bits:b}"[::-1]
+    at = text.find("1")
+    while at >= 0:
+        end = text.find("0", at)
+        end = len(text) if end < 0 else end
+        yield at, end - at
+        at = text.find("1", end)

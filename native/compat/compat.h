@@ -75,6 +75,7 @@ struct xsave_layout {
 struct completion_source {
     void *opaque;
     void *(*memory)(void *opaque, uint64_t gpa, uint64_t size); /* NULL unless all of it is RAM */
+    void (*wrote)(void *opaque, const void *at, size_t n);      /* of that memory; may be NULL */
     bool (*get_xsave)(void *opaque, void *area);                /* 4 KiB, standard format */
     bool (*set_xsave)(void *opaque, const void *area);
     bool (*get_xcr0)(void *opaque, uint64_t *xcr0);
@@ -82,6 +83,12 @@ struct completion_source {
     bool (*flush_tlb)(void *opaque);
     struct xsave_layout layout;
 };
+
+static inline void completion_wrote(const struct completion_source *source, const void *at, size_t n)
+{
+    if (source->wrote)
+        source->wrote(source->opaque, at, n);
+}
 
 struct completion {
     const struct completion_source *source;
@@ -178,6 +185,7 @@ enum access { ACCESS_READ = 0, ACCESS_WRITE = 2, ACCESS_USER = 4, ACCESS_FETCH =
 struct span {
     uint8_t *part[2];
     size_t size[2];
+    const struct completion_source *source;
 };
 
 enum { SPAN_MAX = 4096 };

@@ -62,8 +62,15 @@ static void *guest_memory(void *opaque, uint64_t gpa, uint64_t size)
     return vmm_vm_gpa(compat->vcpu->vm, gpa, size);
 }
 
+static void wrote_memory(void *opaque, const void *at, size_t n)
+{
+    const struct compat_vcpu *compat = opaque;
+    vmm_vm_wrote(compat->vcpu->vm, at, n);
+}
+
 const struct completion_source kvm_completion_source = {
     .memory = guest_memory,
+    .wrote = wrote_memory,
     .get_xsave = load_xsave,
     .set_xsave = store_xsave,
     .get_xcr0 = load_xcr0,

@@ -306,6 +306,7 @@ enum outcome complete_cmpxchg8b16b(struct completion *c)
             r->rdx = expected >> 32;
         }
     }
+    completion_wrote(c->source, span.part[0], size);
     set_flags(c, FLAG_ZF, equal ? FLAG_ZF : 0);
     return COMPLETE_DONE;
 }

@@ -50,12 +50,12 @@ static uint64_t entry_load(const void *entry, unsigned size)
 
 /* Accessed and dirty flags share the entry's first byte with nothing the guest's other vCPUs may lose by an
  * OR. */
-static void entry_mark(void *entry, unsigned size, uint32_t flags)
+static void entry_mark(const struct completion_source *source, void *entry, unsigned size, uint32_t flags)
 {
-    if (size == 8)
-        __atomic_fetch_or((uint64_t *)entry, flags, __ATOMIC_RELAXED);
-    else
-        __atomic_fetch_or((uint32_t *)entry, flags, __ATOMIC_RELAXED);
+    uint64_t before = size == 8 ? __atomic_fetch_or((uint64_t *)entry, flags, __ATOMIC_RELAXED)
+                                : __atomic_fetch_or((uint32_t *)entry, flags, __ATOMIC_RELAXED);
+    if (flags & ~before)
+        completion_wrote(source, entry, size);
 }
 
 enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned access, uint64_t *gpa)
@@ -110,7 +110,8 @@ enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned ac
     if (!permitted(c, access, user, writable, nx))
         return page_fault(c, linear, access, PF_PRESENT);
     for (unsigned i = 0; i < n; i++)
-        entry_mark(entries[i], mode.entry_size, i + 1 == n && access & ACCESS_WRITE ? PTE_A | PTE_D : PTE_A);
+        entry_mark(c->source, entries[i], mode.entry_size,
+                   i + 1 == n && access & ACCESS_WRITE ? PTE_A | PTE_D : PTE_A);
 
     uint64_t offset = (1ull << shift) - 1;
     if (mode.entry_size == 4 && shift == 22) /* PSE-36: bits 13..20 are address bits 32..39 */
@@ -168,7 +169,8 @@ enum outcome linear_span(struct completion *c, uint64_t linear, size_t size, enu
 {
     unsigned how = access | (completion_cpl(c) == 3 ? ACCESS_USER : 0);
     size_t first = 4096 - (linear & 4095);
-    *span = (struct span){.size = {size < first ? size : first, size < first ? 0 : size - first}};
+    *span = (struct span){.source = c->source,
+                          .size = {size < first ? size : first, size < first ? 0 : size - first}};
     for (unsigned i = 0; i < 2 && span->size[i]; i++) {
         uint64_t gpa = 0;
         enum outcome o = linear_translate(c, i ? linear + first : linear, how, &gpa);
@@ -204,11 +206,17 @@ void span_read(const struct span *span, size_t offset, void *to, size_t n)
         memcpy((uint8_t *)to + first, span->part[1] + offset + first - span->size[0], n - first);
 }
 
+static void store(const struct span *span, void *at, const void *from, size_t n)
+{
+    memcpy(at, from, n);
+    completion_wrote(span->source, at, n);
+}
+
 void span_write(const struct span *span, size_t offset, const void *from, size_t n)
 {
     size_t first = in_first(span, offset, n);
     if (first)
-        memcpy(span->part[0] + offset, from, first);
+        store(span, span->part[0] + offset, from, first);
     if (n > first)
-        memcpy(span->part[1] + offset + first - span->size[0], (const uint8_t *)from + first, n - first);
+        store(span, span->part[1] + offset + first - span->size[0], (const uint8_t *)from + first, n - first);
 }

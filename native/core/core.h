@@ -84,6 +84,11 @@ struct vmm_vm {
 
     struct vmm_region regions[VMM_MAX_REGIONS];
     uint32_t n_regions;
+    _Atomic bool tracked;    /* somebody wants to know which pages change (dirty.c) */
+    struct vmm_dirty *dirty; /* their logs, under dirty_lock */
+    _Atomic uint64_t *
+        touched; /* a bit for each page of every region, in their order: written by us, not yet in the logs */
+    pthread_mutex_t dirty_lock;
     struct vmm_line *lines; /* VMM_MAX_LINES, filled on demand */
     struct vmm_bus bus;
     struct vmm_loop *loop; /* the I/O thread; NULL until a device needs it; written once, under lock */
@@ -157,6 +162,16 @@ bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t
                     bool write, uint32_t *tag);
 
 int vmm_vm_create_chips(struct vmm_vm *vm);
+int vmm_region_set_flags(struct vmm_vm *vm, uint32_t region, uint32_t flags);
+
+/* n bytes of guest memory at `host` were written by us; after the write. */
+void vmm_vm_touch(struct vmm_vm *vm, const void *host, size_t n);
+static inline void vmm_vm_wrote(struct vmm_vm *vm, const void *host, size_t n)
+{
+    if (unlikely(atomic_load_explicit(&vm->tracked, memory_order_relaxed)))
+        vmm_vm_touch(vm, host, n);
+}
+
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
 
 /* Have every vCPU look at its requests; under vm->lock. */

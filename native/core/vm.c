@@ -94,6 +94,7 @@ int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
     pthread_mutex_init(&vm->lock, NULL);
     pthread_cond_init(&vm->changed, NULL);
     pthread_mutex_init(&vm->io_trace_lock, NULL);
+    pthread_mutex_init(&vm->dirty_lock, NULL);
     vmm_bus_init(&vm->bus);
     int rc = prepare(vm, kvm_path);
     if (rc < 0) {
@@ -145,6 +146,7 @@ void vmm_vm_destroy(vmm_vm *vm)
     vmm_trace_destroy(vm);
     vmm_debug_deinit(vm);
     pthread_mutex_destroy(&vm->io_trace_lock);
+    pthread_mutex_destroy(&vm->dirty_lock);
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         if (vm->compat)
             vm->compat->vcpu_fini(vm->vcpus[i]);
@@ -162,6 +164,7 @@ void vmm_vm_destroy(vmm_vm *vm)
     vmm_bus_deinit(&vm->bus);
     pthread_cond_destroy(&vm->changed);
     pthread_mutex_destroy(&vm->lock);
+    free(vm->touched);
     free(vm->lines);
     free(vm);
 }
@@ -237,10 +240,10 @@ static int map_region(struct vmm_region *r)
     return 0;
 }
 
-static int give_region(struct vmm_vm *vm, const struct vmm_region *r)
+static int give_region(struct vmm_vm *vm, uint32_t slot, const struct vmm_region *r)
 {
     struct kvm_userspace_memory_region region = {
-        .slot = vm->n_regions,
+        .slot = slot,
         .flags = (r->flags & VMM_MEMORY_DIRTY_LOG ? KVM_MEM_LOG_DIRTY_PAGES : 0) |
                  (r->flags & VMM_MEMORY_READONLY ? KVM_MEM_READONLY : 0),
         .guest_phys_addr = r->gpa,
@@ -252,6 +255,16 @@ static int give_region(struct vmm_vm *vm, const struct vmm_region *r)
                : 0;
 }
 
+int vmm_region_set_flags(struct vmm_vm *vm, uint32_t region, uint32_t flags)
+{
+    struct vmm_region changed = vm->regions[region];
+    changed.flags = flags;
+    int rc = give_region(vm, region, &changed);
+    if (rc == 0)
+        vm->regions[region].flags = flags;
+    return rc;
+}
+
 int vmm_vm_add_memory(vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags, void **host, int *memfd)
 {
     int rc = check_region(vm, gpa, size, flags);
@@ -260,7 +273,7 @@ int vmm_vm_add_memory(vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags, v
     struct vmm_region r = {.gpa = gpa, .size = size, .host = MAP_FAILED, .fd = -1, .flags = flags};
     rc = map_region(&r);
     if (rc == 0)
-        rc = give_region(vm, &r);
+        rc = give_region(vm, vm->n_regions, &r);
     if (rc < 0) {
         if (r.host != MAP_FAILED)
             munmap(r.host, size);

@@ -37,6 +37,7 @@ static inline vmm_vm *machine_create(void)
     vm->stop_vcpu = UINT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
     pthread_cond_init(&vm->changed, NULL);
+    pthread_mutex_init(&vm->dirty_lock, NULL);
     vmm_bus_init(&vm->bus);
     machine_add(vm, 0, MACHINE_RAM, 0);
     machine_add(vm, MACHINE_HIGH, MACHINE_RAM, 0);

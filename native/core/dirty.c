@@ -1,0 +1,208 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Which pages of guest memory change: KVM's dirty log for what the guest writes, a bitmap of our own for what we do.
+ *
+ * Fetching empties both into every open log, so each log misses nothing whoever fetches. Who writes marks after the
+ * write: a reader that copies a page after it fetched either has the write or will find the mark the next time.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#define PAGE_SHIFT 12
+
+struct vmm_dirty {
+    struct vmm_vm *vm;
+    struct vmm_dirty *next;
+    uint64_t *bits; /* of every region, one after another; each begins with a word of its own */
+};
+
+static size_t region_words(const struct vmm_region *r)
+{
+    return ((r->size >> PAGE_SHIFT) + 63) / 64;
+}
+
+/* Where a region's words begin; of one past the last: how many there are. */
+static size_t words_before(const struct vmm_vm *vm, uint32_t region)
+{
+    size_t words = 0;
+    for (uint32_t i = 0; i < region; i++)
+        words += region_words(&vm->regions[i]);
+    return words;
+}
+
+/* ---- what we write ---- */
+
+static void touch_pages(struct vmm_vm *vm, uint32_t region, uint64_t first, uint64_t last)
+{
+    _Atomic uint64_t *words = vm->touched + words_before(vm, region);
+    for (uint64_t page = first; page <= last; page++) {
+        const uint64_t bit = 1ull << page % 64;
+        if (!(atomic_load_explicit(&words[page / 64], memory_order_relaxed) & bit))
+            atomic_fetch_or_explicit(&words[page / 64], bit, memory_order_release);
+    }
+}
+
+void vmm_vm_touch(struct vmm_vm *vm, const void *host, size_t n)
+{
+    for (uint32_t i = 0; i < vm->n_regions && n; i++) {
+        const struct vmm_region *r = &vm->regions[i];
+        const uint64_t at = (uint64_t)((const uint8_t *)host - r->host);
+        if ((uintptr_t)host < (uintptr_t)r->host || at >= r->size)
+            continue;
+        const uint64_t end = n < r->size - at ? at + n : r->size;
+        touch_pages(vm, i, at >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT);
+        return;
+    }
+}
+
+void vmm_vm_dirty(vmm_vm *vm, uint64_t gpa, uint64_t size)
+{
+    const void *host = vmm_vm_gpa(vm, gpa, size);
+    if (host)
+        vmm_vm_wrote(vm, host, size);
+}
+
+/* ---- KVM's log ---- */
+
+static int log_regions(struct vmm_vm *vm, bool on)
+{
+    int rc = 0;
+    for (uint32_t i = 0; i < vm->n_regions && rc == 0; i++) {
+        const uint32_t flags = vm->regions[i].flags;
+        if (!(flags & VMM_MEMORY_READONLY) && !(flags & VMM_MEMORY_DIRTY_LOG) == on)
+            rc = vmm_region_set_flags(vm, i, flags ^ VMM_MEMORY_DIRTY_LOG);
+    }
+    return rc;
+}
+
+/* One region's news into every log, with dirty_lock held; `scratch` has room for its words. */
+static int fetch_region(struct vmm_vm *vm, uint32_t region, uint64_t *scratch)
+{
+    const size_t words = region_words(&vm->regions[region]), before = words_before(vm, region);
+    struct kvm_dirty_log log = {.slot = region, .dirty_bitmap = scratch};
+    memset(scratch, 0, words * sizeof(*scratch));
+    if (vm->regions[region].flags & VMM_MEMORY_DIRTY_LOG && ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
+        return vmm_error_errno("KVM_GET_DIRTY_LOG");
+    for (size_t i = 0; i < words; i++) {
+        if (atomic_load_explicit(&vm->touched[before + i], memory_order_relaxed))
+            scratch[i] |= atomic_exchange_explicit(&vm->touched[before + i], 0, memory_order_acquire);
+        for (struct vmm_dirty *d = vm->dirty; scratch[i] && d; d = d->next)
+            d->bits[before + i] |= scratch[i];
+    }
+    return 0;
+}
+
+static int fetch(struct vmm_vm *vm)
+{
+    size_t most = 0;
+    for (uint32_t i = 0; i < vm->n_regions; i++)
+        most = region_words(&vm->regions[i]) > most ? region_words(&vm->regions[i]) : most;
+    uint64_t *scratch = malloc(most * sizeof(*scratch));
+    int rc = scratch ? 0 : vmm_error_set(-ENOMEM, "dirty log");
+    for (uint32_t i = 0; i < vm->n_regions && rc == 0; i++)
+        rc = fetch_region(vm, i, scratch);
+    free(scratch);
+    return rc;
+}
+
+/* ---- logs ---- */
+
+static int begin(struct vmm_vm *vm)
+{
+    const size_t words = words_before(vm, vm->n_regions);
+    if (!vm->touched)
+        vm->touched = calloc(words, sizeof(*vm->touched));
+    if (!vm->touched)
+        return vmm_error_set(-ENOMEM, "dirty log");
+    for (size_t i = 0; i < words; i++)
+        atomic_store_explicit(&vm->touched[i], 0, memory_order_relaxed);
+    atomic_store(&vm->tracked, true);
+    return log_regions(vm, true);
+}
+
+static void end(struct vmm_vm *vm)
+{
+    log_regions(vm, false); /* refused: it costs the guest a fault a page, and is wrong in nothing */
+    atomic_store(&vm->tracked, false); /* the bitmap stays: a device may be about to set a bit */
+}
+
+int vmm_dirty_open(vmm_vm *vm, vmm_dirty **out)
+{
+    *out = NULL;
+    struct vmm_dirty *log = calloc(1, sizeof(*log));
+    uint64_t *bits = calloc(words_before(vm, vm->n_regions), sizeof(*bits));
+    if (!log || !bits) {
+        free(log);
+        free(bits);
+        return vmm_error_set(-ENOMEM, "dirty log");
+    }
+    *log = (struct vmm_dirty){.vm = vm, .bits = bits};
+    pthread_mutex_lock(&vm->dirty_lock);
+    int rc = vm->dirty ? fetch(vm) : begin(vm);
+    if (rc == 0) {
+        log->next = vm->dirty;
+        vm->dirty = log;
+    } else if (!vm->dirty) {
+        end(vm);
+    }
+    pthread_mutex_unlock(&vm->dirty_lock);
+    if (rc < 0) {
+        free(bits);
+        free(log);
+        return rc;
+    }
+    *out = log;
+    return 0;
+}
+
+void vmm_dirty_close(vmm_dirty *log)
+{
+    if (!log)
+        return;
+    struct vmm_vm *vm = log->vm;
+    pthread_mutex_lock(&vm->dirty_lock);
+    for (struct vmm_dirty **at = &vm->dirty; *at; at = &(*at)->next)
+        if (*at == log) {
+            *at = log->next;
+            break;
+        }
+    if (!vm->dirty)
+        end(vm);
+    pthread_mutex_unlock(&vm->dirty_lock);
+    free(log->bits);
+    free(log);
+}
+
+int64_t vmm_dirty_collect(vmm_dirty *log)
+{
+    struct vmm_vm *vm = log->vm;
+    int64_t pages = 0;
+    pthread_mutex_lock(&vm->dirty_lock);
+    int rc = fetch(vm);
+    for (size_t i = 0; i < words_before(vm, vm->n_regions) && rc == 0; i++)
+        pages += __builtin_popcountll(log->bits[i]);
+    pthread_mutex_unlock(&vm->dirty_lock);
+    return rc < 0 ? rc : pages;
+}
+
+int64_t vmm_dirty_take(vmm_dirty *log, uint32_t region, uint64_t *bitmap, size_t words)
+{
+    struct vmm_vm *vm = log->vm;
+    if (region >= vm->n_regions)
+        return vmm_error_set(-EINVAL, "memory region %u", region);
+    if (words != region_words(&vm->regions[region]))
+        return vmm_error_set(-EMSGSIZE, "a bitmap of %zu words for memory region %u", words, region);
+    int64_t pages = 0;
+    pthread_mutex_lock(&vm->dirty_lock);
+    uint64_t *bits = log->bits + words_before(vm, region);
+    for (size_t i = 0; i < words; i++)
+        pages += __builtin_popcountll(bits[i]);
+    memcpy(bitmap, bits, words * sizeof(*bits));
+    memset(bits, 0, words * sizeof(*bits));
+    pthread_mutex_unlock(&vm->dirty_lock);
+    return pages;
+}
