@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Operations step by step: a step is one run of the disk that lies together, and one call of the engine. */
 #include "disk/disk.h"
+#include "disk/undo.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -14,6 +15,12 @@
 #define ZEROS_SIZE (64u << 10)
 
 #define WAITING (VMM_ENGINE_PENDING + 1) /* a step that did not begin: another operation is in its way */
+
+/*
+ * A step keeps so much for an undo log at most, read and copied on the spot. More than the engine writes on the spot,
+ * so that others have their turn between two steps of a long write.
+ */
+#define KEEP_SIZE (2ull << 20)
 
 static const _Alignas(4096) uint8_t zeros[ZEROS_SIZE];
 
@@ -142,7 +149,7 @@ static int64_t zero(struct vmm_disk *disk, struct vmm_disk_io *io, uint64_t at, 
 static int64_t discard(struct vmm_disk *disk, struct vmm_disk_io *io, struct vmm_extent extent)
 {
     io->piece = extent.size;
-    if (extent.fd != disk->fd || disk->no_punch)
+    if (extent.fd != disk->fd || disk->no_punch || disk->undo)
         return (int64_t)extent.size; /* advice that nobody can take */
     io->allocate_mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
     return vmm_engine_allocate(&disk->engine, &io->op_under_way, disk->fd, io->allocate_mode, extent.at,
@@ -151,12 +158,21 @@ static int64_t discard(struct vmm_disk *disk, struct vmm_disk_io *io, struct vmm
 
 static int64_t begin_step(struct vmm_disk *disk, struct vmm_disk_io *io)
 {
-    const uint64_t at = io->at + io->finished, size = io->size - io->finished;
+    const uint64_t at = io->at + io->finished;
+    uint64_t size = io->size - io->finished;
     io->allocate_mode = 0;
     if (io->op == VMM_DISK_READ)
         return transfer(disk, io, disk->kind->map(disk, at, size));
     if (io->op == VMM_DISK_DISCARD)
         return discard(disk, io, disk->kind->map(disk, at, size));
+    if (disk->undo) {
+        if (size > KEEP_SIZE - at % KEEP_SIZE)
+            size = KEEP_SIZE - at % KEEP_SIZE;
+        const int rc = vmm_disk_undo_keep(disk, at, size);
+        io->unkept = rc < 0;
+        if (rc)
+            return rc;
+    }
     const int rc = disk->kind->prepare ? disk->kind->prepare(disk, io, at, size) : 0;
     if (rc)
         return rc == VMM_DISK_WAIT ? WAITING : rc;
@@ -322,7 +338,7 @@ bool vmm_disk_start(struct vmm_disk *disk, struct vmm_disk_io *io)
     io->disk = disk;
     io->error = 0;
     io->finished = 0;
-    io->later = io->over = false;
+    io->later = io->over = io->unkept = false;
     io->bounce = NULL;
     io->bounce_iov.iov_base = NULL;
     io->cut = 0;
@@ -369,10 +385,41 @@ uint64_t vmm_disk_size(const vmm_disk *disk)
 
 int vmm_disk_resize(struct vmm_disk *disk, uint64_t size, bool follow)
 {
+    if (disk->undo)
+        return vmm_error_set(-EBUSY, "a checkpoint holds the disk at its size: close it first");
     const int rc = disk->kind->resize(disk, size, follow);
     if (!rc)
         disk->size = size;
     return rc;
+}
+
+/* ---- whole transfers, on the spot ---- */
+
+int64_t vmm_disk_read_whole(int fd, uint8_t *to, uint64_t n, uint64_t at)
+{
+    uint64_t done = 0;
+    while (done < n) {
+        const ssize_t got = pread(fd, to + done, n - done, (off_t)(at + done));
+        if (got < 0 && errno != EINTR)
+            return -errno;
+        if (got == 0)
+            break;
+        done += got > 0 ? (uint64_t)got : 0;
+    }
+    return (int64_t)done;
+}
+
+int vmm_disk_write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at)
+{
+    for (uint64_t done = 0; done < n;) {
+        const ssize_t put = pwrite(fd, from + done, n - done, (off_t)(at + done));
+        if (put < 0 && errno != EINTR)
+            return -errno;
+        if (put == 0)
+            return -EIO;
+        done += put > 0 ? (uint64_t)put : 0;
+    }
+    return 0;
 }
 
 /* ---- life ---- */
@@ -408,6 +455,8 @@ void vmm_disk_destroy(vmm_disk *disk)
 {
     if (!disk)
         return;
+    while (disk->undo)
+        vmm_disk_undo_close(disk->undo);
     if (disk->kind->close)
         disk->kind->close(disk);
     vmm_engine_deinit(&disk->engine);

@@ -32,6 +32,7 @@ struct vmm_disk_io {
     /* When it is over. */
     int error;         /* 0 or -errno; -ENODATA: the file ends before */
     uint64_t finished; /* bytes from `at` on that were read or written */
+    bool unkept;       /* the error is an undo log's: it could not keep what the disk holds */
     /* The disk's own. */
     struct vmm_engine_op op_under_way;
     struct vmm_disk *disk;
@@ -56,7 +57,7 @@ int vmm_disk_fd(const struct vmm_disk *disk); /* -1: everything is over at once 
 /* Wait until nothing is under way; io.done is called on the way. cancel: no operation takes another step. */
 void vmm_disk_drain(struct vmm_disk *disk, bool cancel);
 
-/* Another size. follow: the file has it already. */
+/* Another size. follow: the file has it already. -EBUSY: not while an undo log is open. */
 int vmm_disk_resize(struct vmm_disk *disk, uint64_t size, bool follow);
 
 /* ---- kinds of disks: raw.c, overlay.c ---- */
@@ -108,7 +109,12 @@ struct vmm_disk {
     int flush_failed; /* the first error; every flush answers it from then on */
 
     struct vmm_overlay *overlay;
+    struct vmm_undo *undo; /* the logs that are open: undo.h */
 };
+
+/* All of a file's [at, at + n), or as much as there is; -errno. */
+int64_t vmm_disk_read_whole(int fd, uint8_t *to, uint64_t n, uint64_t at);
+int vmm_disk_write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at);
 
 /* With its own descriptor of fd's open file. */
 int vmm_disk_create(const struct vmm_disk_kind *kind, int fd, uint64_t size, uint64_t data_at,

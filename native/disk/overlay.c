@@ -94,34 +94,6 @@ static struct vmm_extent overlay_map(struct vmm_disk *disk, uint64_t at, uint64_
 
 /* ---- writing ---- */
 
-/* All of a file's [at, at + n), or as much as there is; -errno. */
-static int64_t read_whole(int fd, uint8_t *to, uint64_t n, uint64_t at)
-{
-    uint64_t done = 0;
-    while (done < n) {
-        const ssize_t got = pread(fd, to + done, n - done, (off_t)(at + done));
-        if (got < 0 && errno != EINTR)
-            return -errno;
-        if (got == 0)
-            break;
-        done += got > 0 ? (uint64_t)got : 0;
-    }
-    return (int64_t)done;
-}
-
-static int write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at)
-{
-    for (uint64_t done = 0; done < n;) {
-        const ssize_t put = pwrite(fd, from + done, n - done, (off_t)(at + done));
-        if (put < 0 && errno != EINTR)
-            return -errno;
-        if (put == 0)
-            return -EIO;
-        done += put > 0 ? (uint64_t)put : 0;
-    }
-    return 0;
-}
-
 /* Bring a cluster over from the base. It blocks, for one page, once for a cluster that is not written whole. */
 static int copy_up(struct vmm_disk *disk, uint64_t cluster)
 {
@@ -130,13 +102,13 @@ static int copy_up(struct vmm_disk *disk, uint64_t cluster)
     const uint64_t in_base = at >= o->base_size            ? 0
                              : o->base_size - at < CLUSTER ? o->base_size - at
                                                            : CLUSTER;
-    const int64_t got = read_whole(o->base, o->cluster, in_base, at);
+    const int64_t got = vmm_disk_read_whole(o->base, o->cluster, in_base, at);
     if (got < 0)
         return (int)got;
     if ((uint64_t)got < in_base)
         return -EIO; /* the base has shrunk */
     memset(o->cluster + in_base, 0, CLUSTER - in_base);
-    const int rc = write_whole(disk->fd, o->cluster, CLUSTER, disk->data_at + at);
+    const int rc = vmm_disk_write_whole(disk->fd, o->cluster, CLUSTER, disk->data_at + at);
     if (!rc)
         set(o, cluster, cluster + 1);
     return rc;
@@ -219,7 +191,7 @@ static int overlay_record(struct vmm_disk *disk)
     struct vmm_overlay *o = disk->overlay;
     for (uint64_t i = 0; i < o->n_notes; i++) {
         const int rc =
-            write_whole(disk->fd, o->notes[i].bits, BLOCK, o->bitmap_at + o->notes[i].block * BLOCK);
+            vmm_disk_write_whole(disk->fd, o->notes[i].bits, BLOCK, o->bitmap_at + o->notes[i].block * BLOCK);
         if (rc)
             return rc;
     }
@@ -294,7 +266,7 @@ static int load_bits(struct vmm_overlay *o, int fd)
         at = (uint64_t)data / BLOCK * BLOCK;
         if (at >= end)
             return 0;
-        const int64_t got = read_whole(fd, (uint8_t *)o->bits + (at - o->bitmap_at), BLOCK, at);
+        const int64_t got = vmm_disk_read_whole(fd, (uint8_t *)o->bits + (at - o->bitmap_at), BLOCK, at);
         if (got != (int64_t)BLOCK)
             return vmm_error_set(got < 0 ? (int)got : -EIO, "reading an overlay's bitmap");
         at += BLOCK;

@@ -64,6 +64,24 @@ void vmm_blk_destroy(vmm_blk *blk); /* after vmm_vm_destroy */
 int vmm_blk_resize(vmm_blk *blk, uint64_t size, int follow);
 uint64_t vmm_blk_size(vmm_blk *blk);
 
+/*
+ * Going back to what the disk holds when the log is opened: any number of logs at a time, gone back to in any order,
+ * any number of times. From open to close the disk keeps its size (-EBUSY), discards are not taken, and a write whose
+ * old bytes cannot be kept is an I/O error. All three wait for the requests that are under way; requests that are
+ * taken while the disk goes back are of its future, so the machine had better be paused.
+ *   open   fd: an empty file for the old bytes, of which a copy is kept; -1: in memory.
+ *   back   Answers how many clusters of 4096 bytes were written, and leaves the log empty and open; -errno: some were
+ *          not, and the log has everything still. What was written is on stable storage after the next flush.
+ * A device that is destroyed closes its logs.
+ */
+typedef struct vmm_undo vmm_undo;
+int vmm_blk_undo_open(vmm_blk *blk, int fd, vmm_undo **out);
+int64_t vmm_blk_undo_back(vmm_blk *blk, vmm_undo *undo);
+void vmm_blk_undo_close(vmm_blk *blk, vmm_undo *undo);
+
+/* Wait for the requests under way, and put the disk on stable storage, an overlay's bitmap included. -errno. */
+int vmm_blk_sync(vmm_blk *blk);
+
 typedef struct vmm_blk_stats {
     uint64_t reads, writes, flushes, discards, zeroings; /* requests answered without an error */
     uint64_t bytes_read, bytes_written;

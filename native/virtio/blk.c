@@ -4,6 +4,7 @@
 
 #include "core/bucket.h"
 #include "disk/disk.h"
+#include "disk/undo.h"
 #include "virtio/virtio.h"
 
 #include <errno.h>
@@ -246,7 +247,8 @@ static void tell_failure(struct request *r)
                                        [VMM_DISK_DISCARD] = "discarding",
                                        [VMM_DISK_ZERO] = "zeroing"};
     vmm_vm_say(blk->virtio.vm, "%s: %s %s failed at byte %llu: %s; the guest gets an I/O error",
-               blk->virtio.name, acts[r->io.op], blk->label, (unsigned long long)(r->io.at + r->io.finished),
+               blk->virtio.name, r->io.unkept ? "keeping for a checkpoint what is in" : acts[r->io.op],
+               blk->label, (unsigned long long)(r->io.at + r->io.finished),
                r->io.error == -ENODATA ? "the file ends before it" : strerror(-r->io.error));
 }
 
@@ -616,6 +618,43 @@ int vmm_blk_resize(vmm_blk *blk, uint64_t size, int follow)
     const uint64_t capacity = size / VMM_BLK_UNIT;
     vmm_virtio_set_config(&blk->virtio, offsetof(struct config, capacity), &capacity, sizeof(capacity));
     return 0;
+}
+
+int vmm_blk_undo_open(vmm_blk *blk, int fd, vmm_undo **out)
+{
+    VMM_VIRTIO_LOCKED(&blk->virtio);
+    quiesce(blk);
+    return vmm_disk_undo_open(blk->disk, fd, out);
+}
+
+int64_t vmm_blk_undo_back(vmm_blk *blk, vmm_undo *undo)
+{
+    VMM_VIRTIO_LOCKED(&blk->virtio);
+    quiesce(blk);
+    return vmm_disk_undo_back(undo);
+}
+
+void vmm_blk_undo_close(vmm_blk *blk, vmm_undo *undo)
+{
+    VMM_VIRTIO_LOCKED(&blk->virtio);
+    vmm_disk_undo_close(undo);
+}
+
+static void synced(struct vmm_disk_io *io)
+{
+    (void)io;
+}
+
+int vmm_blk_sync(vmm_blk *blk)
+{
+    VMM_VIRTIO_LOCKED(&blk->virtio);
+    quiesce(blk);
+    struct vmm_disk_io io = {.op = VMM_DISK_FLUSH, .done = synced};
+    if (!vmm_disk_start(blk->disk, &io))
+        vmm_disk_drain(blk->disk, false);
+    return io.error ? vmm_error_set(io.error, "%s: flushing %s: %s", blk->virtio.name, blk->label,
+                                    strerror(-io.error))
+                    : 0;
 }
 
 uint64_t vmm_blk_size(vmm_blk *blk)
