@@ -11,7 +11,7 @@
 /* As an overlay's, and for its reason: guests write such blocks. A roll-back costs what was written, not its surroundings. */
 #define CLUSTER 4096ull
 #define BUFFER_CLUSTERS 32u
-/* More than this is given back to the host when it is no longer needed; up to it, the next round finds its pages there. */
+/* So much is given back to the host when it is no longer needed; less stays for the next round to write over. */
 #define ROOM_MAX (16ull << 20)
 
 struct run {
@@ -138,7 +138,7 @@ static void empty(struct vmm_undo *undo)
     for (size_t i = 0; i < undo->n_runs; i++)
         for (uint64_t c = undo->runs[i].first; c < undo->runs[i].first + undo->runs[i].n; c++)
             undo->kept[c / 64] &= ~(1ull << (c % 64));
-    if (undo->n_kept * CLUSTER > ROOM_MAX && ftruncate(undo->fd, 0) < 0)
+    if (undo->n_kept * CLUSTER >= ROOM_MAX && ftruncate(undo->fd, 0) < 0)
         errno = 0; /* then its room is used again */
     undo->n_runs = 0;
     undo->n_kept = 0;

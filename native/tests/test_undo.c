@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #define LOGS 3
 
@@ -94,6 +95,12 @@ static void test_what_is_under_way_is_of_the_past_of_a_log_that_opens(bool overl
             after[i].over = vmm_disk_start(b.disk, &after[i].io);
         }
         CHECK(log_back(&b, &log) >= 8 * 6);
+        struct job reading;
+        job_prepare(&reading, VMM_DISK_READ, 4096, 8 * 4096);
+        reading.over = vmm_disk_start(b.disk, &reading.io);
+        CHECK_EQUAL(vmm_disk_undo_back(log.undo), 0); /* waits also where it has nothing to do */
+        CHECK(reading.over);
+        job_free(&reading);
         log_close(&log);
         for (unsigned i = 0; i < 8; i++) {
             CHECK(before[i].over && after[i].over && !before[i].io.error && !after[i].io.error);
@@ -249,6 +256,37 @@ static void test_a_disk_keeps_its_size_while_a_log_is_open(void)
     close(b.fd);
 }
 
+static void test_a_long_write_lets_others_have_their_turn(void)
+{
+    const uint64_t size = 16u << 20, step = 2u << 20;
+    const int fd = temporary(size, URING), kept = temporary(0, URING);
+    vmm_disk *disk;
+    vmm_undo *undo;
+    struct stat st;
+    struct job j;
+    CHECK_EQUAL(vmm_disk_open_raw(fd, size, 1, 0, &disk), 0);
+    if (vmm_disk_fd(disk) >= 0) {
+        CHECK_EQUAL(vmm_disk_undo_open(disk, kept, &undo), 0);
+        job_prepare(&j, VMM_DISK_WRITE, 512, size - 512);
+        CHECK(!vmm_disk_start(disk, &j.io));
+        CHECK(fstat(kept, &st) == 0);
+        CHECK_EQUAL(st.st_size, step);
+        finish(disk, &j);
+        CHECK_EQUAL(j.io.error, 0);
+        CHECK_EQUAL(vmm_disk_undo_back(undo), size / 4096);
+        job_free(&j);
+        uint8_t *bytes = malloc(size);
+        CHECK_EQUAL(simple(disk, VMM_DISK_READ, 0, bytes, size), 0);
+        CHECK(!bytes[0] && !memcmp(bytes, bytes + 1, size - 1));
+        free(bytes);
+        CHECK(fstat(kept, &st) == 0);
+        CHECK_EQUAL(st.st_size, 0); /* so much room is given back */
+    }
+    vmm_disk_destroy(disk);
+    close(fd);
+    close(kept);
+}
+
 /* ---- through the device ---- */
 
 static void device(struct guest *g, struct bench *b, bool overlay)
@@ -339,6 +377,7 @@ int main(void)
     test_a_file_size_limit_on_the_log_is_an_error_of_the_write();
     test_a_host_that_fails_loses_nothing_that_was_kept();
     test_a_disk_keeps_its_size_while_a_log_is_open();
+    test_a_long_write_lets_others_have_their_turn();
     test_a_log_that_is_full_is_the_guests_io_error_with_the_reason();
     puts("undo: ok");
     return 0;

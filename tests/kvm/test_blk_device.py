@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from overlay_reader import flattened
 
 from vmm import Machine
-from vmm.devices.virtio.blk import Blk
-from vmm.errors import ConfigError
+from vmm.devices.virtio.blk import Blk, DiskUndo
+from vmm.errors import ConfigError, HostError, StateError
 from vmm.parts import Disk
 from vmm.testing.ring import VirtioDriver
 
@@ -218,3 +218,109 @@ def test_the_state_is_what_the_driver_set(image: Path) -> None:
         for wrong in ({**state, "size": SIZE * 2}, {**state, "writeback": 2}, {"version": 2}):
             with pytest.raises(ValueError, match="virtio-blk0"):
                 guest.blk.load(wrong)
+
+
+# ---- going back ----
+
+CHANGE = st.tuples(
+    st.sampled_from([OUT, OUT, WRITE_ZEROES, DISCARD, FLUSH]),
+    st.integers(0, CAPACITY - 24),
+    st.integers(1, 24),
+    st.integers(0, 255),
+)
+
+
+@pytest.mark.parametrize("fields", [{}, {"overlay": "top.ovl"}, {"overlay": "top.ovl", "cache": "none"}], ids=str)
+def test_checkpoints_go_back_to_their_past_in_any_order(image: Path, tmp_path: Path, fields: dict[str, str]) -> None:
+    if "overlay" in fields:
+        fields = {**fields, "overlay": str(tmp_path / fields["overlay"])}
+    model = bytearray(image.read_bytes())
+    with Guest(image, **fields) as guest:
+
+        @settings(max_examples=examples(15), deadline=None, suppress_health_check=list(HealthCheck))
+        @given(st.lists(st.tuples(st.lists(CHANGE, max_size=4), st.integers(0, 2)), max_size=6))
+        def history(steps: list[tuple[list[tuple[int, int, int, int]], int]]) -> None:
+            undos: list[tuple[DiskUndo, bytes]] = []
+            for changes, which in steps:
+                for kind, sector, sectors, byte in changes:
+                    change(guest, model, kind, sector, sectors, byte)
+                if which < len(undos):
+                    undo, past = undos[which]
+                    model[:] = past
+                    assert undo.rollback() >= 0
+                    assert undo.rollback() == 0
+                else:
+                    made = guest.blk.checkpoint()
+                    assert made is not None
+                    undos.append((made, bytes(model)))
+                assert guest.ask(IN, 0, room=SIZE) == (OK, bytes(model))
+            for undo, _ in undos:
+                undo.close()
+                undo.close()
+
+        history()
+
+
+def change(guest: Guest, model: bytearray, kind: int, sector: int, sectors: int, byte: int) -> None:
+    """One request that succeeds, and what it makes of the disk. With a checkpoint open, a discard changes nothing."""
+    at, size = sector * 512, sectors * 512
+    if kind == OUT:
+        model[at : at + size] = bytes([byte]) * size
+        status, _ = guest.ask(OUT, sector, bytes([byte]) * size)
+    elif kind == FLUSH:
+        status, _ = guest.ask(FLUSH)
+    else:
+        status, _ = guest.ask(kind, 0, struct.pack("<QII", sector, sectors, 0))
+        if kind == WRITE_ZEROES:
+            model[at : at + size] = bytes(size)
+        elif not guest.blk.checkpoints:
+            model[at : at + size] = guest.ask(IN, sector, room=size)[1]
+    assert status == OK
+
+
+def test_a_disk_that_is_read_only_has_nothing_to_go_back_to(image: Path) -> None:
+    with Guest(image, readonly=True) as guest:
+        assert guest.blk.checkpoint() is None
+
+
+def test_the_transport_answers_for_its_disk_and_other_devices_have_no_past(image: Path) -> None:
+    for transport in ("mmio", "pci"):
+        with Machine(memory="64M", virtio=transport, disks=[Disk(str(image))]) as machine:
+            devices = {attachment.device for attachment in machine.bus.attachments.values()}
+            undos = [undo for device in devices if (undo := device.checkpoint()) is not None]
+            assert [type(undo) for undo in undos] == [DiskUndo]
+
+
+def test_a_disk_keeps_its_size_while_a_checkpoint_is_open(image: Path, tmp_path: Path) -> None:
+    with Guest(image, overlay=str(tmp_path / "top.ovl")) as guest:
+        undo = guest.blk.checkpoint()
+        assert undo is not None
+        with pytest.raises(StateError, match="close it first"):
+            guest.blk.resize(SIZE * 2)
+        undo.close()
+        assert guest.blk.resize(SIZE * 2) == SIZE * 2
+
+
+def test_a_checkpoint_that_is_closed_or_whose_disk_is_gone_does_not_go_back(image: Path) -> None:
+    with Guest(image) as guest:
+        first, second = guest.blk.checkpoint(), guest.blk.checkpoint()
+        assert first is not None and second is not None
+        first.close()
+        with pytest.raises(StateError, match="is closed"):
+            first.rollback()
+        assert guest.ask(OUT, 0, b"x" * 512)[0] == OK
+        assert second.rollback() == 1
+    with pytest.raises(StateError, match="is closed"):
+        second.rollback()
+    second.close()
+    assert image.read_bytes()[:2] == bytes([0, 7])
+
+
+def test_without_a_directory_for_temporary_files_there_is_no_checkpoint(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Guest(image) as guest:
+        monkeypatch.setattr("tempfile.tempdir", str(image.parent / "missing"))
+        with pytest.raises(HostError, match="TMPDIR"):
+            guest.blk.checkpoint()
+        assert guest.ask(OUT, 0, b"x" * 512)[0] == OK

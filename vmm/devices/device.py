@@ -16,6 +16,19 @@ State = dict[str, Any]
 """A versioned plain value: ints, bytes, strings, lists and dicts of them."""
 
 
+class Undo(Protocol):
+    """The way back for what a device holds outside its :meth:`Device.save`: the content of a disk."""
+
+    def rollback(self) -> int:
+        """Go back to when it was made, as often as wanted. Answers how much was changed, in the device's own unit;
+        0: nothing. The machine is paused."""
+        ...
+
+    def close(self) -> None:
+        """Give it up. A second close does nothing."""
+        ...
+
+
 class Line(Protocol):
     """An interrupt line: level-triggered by :meth:`raise_`/:meth:`lower`, edge by :meth:`pulse`."""
 
@@ -68,6 +81,10 @@ class Device:
 
     def load(self, state: State) -> None:
         """Become what :meth:`save` recorded. Raises ``ValueError`` for a state no such device can be in."""
+
+    def checkpoint(self) -> Undo | None:
+        """A way back for what :meth:`save` does not hold; ``None``: there is nothing. The machine is paused."""
+        return None
 
     def describe(self, tables: Tables) -> None:
         """Tell the guest that this device exists: ACPI objects, kernel command line."""

@@ -6,10 +6,10 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import IO, NoReturn
 
 FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
 """First bytes of images that are not raw, and what ``qemu-img`` calls them."""
@@ -158,3 +158,16 @@ def read_page(fd: int, at: int) -> bytes:
     with mmap.mmap(-1, 4096) as page:
         buffers: list[Any] = [page]
         return page[: os.preadv(fd, buffers, at)]
+
+
+def temporary_file() -> IO[bytes]:
+    """An empty file without a name, in the directory for temporary files: it goes with its last descriptor.
+    Raises :class:`~vmm.errors.HostError`."""
+    import tempfile
+
+    try:
+        return tempfile.TemporaryFile(prefix="pyvmm-", buffering=0)
+    except OSError as error:
+        raise HostError(
+            f"no temporary file ({error.strerror}): name a directory with room in TMPDIR", error.errno or 0
+        ) from error

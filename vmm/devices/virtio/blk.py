@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
-from vmm.errors import ConfigError
+from vmm.disk.image import temporary_file
+from vmm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
     from vmm.devices.device import State
@@ -49,6 +50,8 @@ class Blk(VirtioDevice):
     ) -> None:
         self.name = f"virtio-blk{index}"
         self.path = os.fspath(path)
+        self.readonly = readonly
+        self.checkpoints = 0  # open: each holds the disk at its size
         self._blk: Any = None
         self._raw: Image | None = None
         self._overlay: Overlay | None = None
@@ -117,8 +120,11 @@ class Blk(VirtioDevice):
         """Another size in bytes while the machine runs; the guest is told. Answers the size.
 
         ``None``: the file's own, which somebody else has changed. A file is made longer or shorter (the guest had
-        better know before its disk shrinks); an overlay only grows. Raises :class:`~vmm.errors.ConfigError`.
+        better know before its disk shrinks); an overlay only grows. Raises :class:`~vmm.errors.ConfigError`, and
+        :class:`~vmm.errors.StateError` while a checkpoint is open.
         """
+        if self.checkpoints:
+            raise StateError(f"{self.name}: an open checkpoint holds the disk at its size: close it first")
         follow = new_size is None
         if new_size is None:
             if self._raw is None:
@@ -133,6 +139,15 @@ class Blk(VirtioDevice):
             self._overlay.grow(new_size)
         check(lib.vmm_blk_resize(self._blk, new_size, follow))
         return new_size
+
+    def sync(self) -> None:
+        """Wait for the requests under way, and put everything on stable storage: the files then hold the disk.
+        Raises :class:`~vmm.errors.HostError`."""
+        check(lib.vmm_blk_sync(self._blk))
+
+    def checkpoint(self) -> DiskUndo | None:
+        """A way back to what the disk holds now; ``None`` for a disk that is read-only."""
+        return None if self.readonly else DiskUndo(self)
 
     def statistics(self) -> dict[str, Any]:
         """Since the start: reads, writes, flushes, discards, zeroings (requests answered without an error),
@@ -158,3 +173,37 @@ class Blk(VirtioDevice):
         if s["size"] != self.size:
             raise ValueError(f"{self.name}: the saved disk has {s['size']} bytes, this one {self.size}")
         self.set_config(_WRITEBACK, bytes([s["writeback"]]))
+
+
+class DiskUndo:
+    """What a disk held when this was made, for as much of it as has changed since; any number of them at a time.
+
+    The old bytes lie in a file without a name, in the directory for temporary files. While there is one, the disk keeps
+    its size, the guest's discards are not taken, and a write whose old bytes cannot be kept is the guest's I/O
+    error. Raises :class:`~vmm.errors.HostError`.
+    """
+
+    def __init__(self, blk: Blk) -> None:
+        self._blk = blk
+        out = ffi.new("vmm_undo **")
+        with temporary_file() as kept:
+            check(lib.vmm_blk_undo_open(blk._blk, kept.fileno(), out))
+        self._undo: Any = out[0]
+        blk.checkpoints += 1
+
+    def rollback(self) -> int:
+        """Make the disk what it was, as often as wanted. Answers how many clusters of 4096 bytes were written.
+
+        The machine is paused, or its guest does not use the disk. What was written is on stable storage after the next
+        flush. Raises :class:`~vmm.errors.HostError` when the host fails; nothing that was kept is lost by that.
+        """
+        if self._undo is None or self._blk._blk is None:
+            raise StateError(f"{self._blk.name}: this checkpoint of the disk is closed: make another one")
+        return check(lib.vmm_blk_undo_back(self._blk._blk, self._undo))
+
+    def close(self) -> None:
+        """Forget the past. A device that is gone has done so already."""
+        if self._undo is not None and self._blk._blk is not None:
+            lib.vmm_blk_undo_close(self._blk._blk, self._undo)
+            self._blk.checkpoints -= 1
+        self._undo = None

@@ -9,7 +9,7 @@ from vmm._ffi import check, ffi, lib
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.devices.device import State
+    from vmm.devices.device import State, Undo
 
 STATUS = {1: "ACKNOWLEDGE", 2: "DRIVER", 4: "DRIVER_OK", 8: "FEATURES_OK", 64: "NEEDS_RESET", 128: "FAILED"}
 DRIVER_OK = 4
@@ -93,6 +93,10 @@ class VirtioDevice:
         """Become what :meth:`save` recorded. Raises ``ValueError`` for a state no such device can be in."""
         if state.get("version") != 1:
             raise ValueError(f"not a state of {self.name} of version 1")
+
+    def checkpoint(self) -> Undo | None:
+        """A way back for what :meth:`save` does not hold; ``None``: there is nothing. The machine is paused."""
+        return None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

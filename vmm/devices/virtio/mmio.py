@@ -9,7 +9,7 @@ from vmm.devices.device import Device
 
 if TYPE_CHECKING:
     from vmm.boot.acpi import Tables
-    from vmm.devices.device import State
+    from vmm.devices.device import State, Undo
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.irq import GsiLine
 
@@ -59,6 +59,10 @@ class VirtioMmio(Device):
     def load(self, state: State) -> None:
         """Become what :meth:`save` recorded."""
         self.device.load(state)
+
+    def checkpoint(self) -> Undo | None:
+        """The device's way back."""
+        return self.device.checkpoint()
 
     def describe(self, tables: Tables) -> None:
         """An ACPI device with the id Linux looks for; the same for a kernel without ACPI."""

@@ -9,7 +9,7 @@ from vmm.devices.device import Device
 from vmm.devices.pci import BarAttachment
 
 if TYPE_CHECKING:
-    from vmm.devices.device import State
+    from vmm.devices.device import State, Undo
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
 
@@ -73,6 +73,10 @@ class VirtioPci(Device):
     def load(self, state: State) -> None:
         """Become what :meth:`save` recorded."""
         self.device.load(state)
+
+    def checkpoint(self) -> Undo | None:
+        """The device's way back."""
+        return self.device.checkpoint()
 
     def destroy(self) -> None:
         """Free the transport, then the device; before the host."""
