@@ -45,6 +45,25 @@ class Console:
         """Queue what there is room for; answers how many bytes were taken."""
         return int(lib.vmm_console_send(self.native, data, len(data)))
 
+    def pending(self) -> bytes:
+        """Input that the guest has not taken yet; it stays queued. While the machine does not run."""
+        queued = self._take_input()
+        self.offer(queued)
+        return queued
+
+    def rewind(self, queued: bytes) -> None:
+        """Be as at a checkpoint that had this input pending. What was printed stays in the transcript, and
+        :attr:`position` goes behind it."""
+        self._take_input()
+        self.offer(queued)
+        self.position = self.end
+
+    def _take_input(self) -> bytes:
+        taken = bytearray()
+        while (byte := lib.vmm_console_get(self.native)) >= 0:
+            taken.append(byte)
+        return bytes(taken)
+
     @property
     def room(self) -> int:
         """Bytes the input queue can take now."""

@@ -6,6 +6,7 @@ the caller's thread controls. Nothing here polls.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import threading
 import time
@@ -22,14 +23,14 @@ from vmm.memory import GuestMemory
 from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from vmm.boot import Entry
     from vmm.bus import Attachment
     from vmm.cpu.debug import Debugger, Point, Stop
     from vmm.cpu.vcpu import Exit
-    from vmm.devices.device import Device
+    from vmm.devices.device import Device, State
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.hooks import Access, Hook, Hooks
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vmm.observe.symbols import Symbols
     from vmm.observe.trace import Trace
     from vmm.observe.watch import Sample, Watch
+    from vmm.snapshot.checkpoint import Checkpoint
     from vmm.trace_rings import TraceRings
 
 KVM_PATH = "/dev/kvm"
@@ -97,6 +99,7 @@ class Machine:
         self._rings: TraceRings | None = None
         self._tracing: Trace | None = None
         self._started_at = 0.0
+        self._checkpoints: list[Checkpoint] = []
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
@@ -409,6 +412,90 @@ class Machine:
         """Whether a :meth:`pause` is in force: somebody's who looks at the guest, or a debugger's."""
         return self._pauses > 0
 
+    # ---- time: states, checkpoints ----
+
+    @contextlib.contextmanager
+    def _still(self) -> Iterator[None]:
+        """Held, if it runs; no debugger's breakpoint in memory."""
+        self._open_vm()
+        self._refuse_own_thread()
+        if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
+            self._end()
+        running = bool(self._threads)
+        if running:
+            self.pause()
+        try:
+            with self.memory.without_breakpoints():
+                yield
+        finally:
+            if running:
+                self.resume()
+
+    def save(self) -> State:
+        """Everything but memory and the contents of disks, as a plain value. The machine is held meanwhile."""
+        from vmm.cpu import state as processors
+
+        with self._still():
+            self.load()
+            return {
+                "version": 1,
+                "processors": processors.save(self._vm, self.vcpus),
+                "devices": {device.name: device.save() for device in self.devices},
+                "input": self.console.pending(),
+            }
+
+    def load_state(self, state: State) -> None:
+        """Become what :meth:`save` gave, on a machine of the same configuration whose memory is that of then.
+
+        Raises ``ValueError`` for a state that is not one of such a machine; it is of no use then, but to be loaded
+        again.
+        """
+        from vmm.cpu import state as processors
+
+        if not isinstance(state, dict) or state.keys() != {"version", "processors", "devices", "input"}:
+            raise ValueError("not the state of a machine")
+        devices = {device.name: device for device in self.devices}
+        if state["version"] != 1 or not isinstance(state["input"], bytes) or not isinstance(state["devices"], dict):
+            raise ValueError("not the state of a machine of version 1")
+        if odd := devices.keys() ^ state["devices"].keys():
+            raise ValueError(f"the state is of a machine with other devices: {', '.join(sorted(map(str, odd)))}")
+        with self._still():
+            for name, device in devices.items():
+                device.load(state["devices"][name])
+            self.console.rewind(state["input"])
+            processors.load(self._vm, self.vcpus, state["processors"])
+
+    def checkpoint(self) -> Checkpoint:
+        """Keep the machine's state, memory and disks as they are now, for :meth:`rollback`.
+
+        It may run, be paused, or not have started (its image is loaded then). The guest's view of time stands still in
+        a checkpoint. Raises :class:`~vmm.errors.StateError` where a device cannot be held: a share, whose server is
+        another process.
+        """
+        from vmm.snapshot.checkpoint import Checkpoint
+
+        with self._still():
+            self.load()
+            checkpoint = Checkpoint(self)
+            self._checkpoints.append(checkpoint)
+            return checkpoint
+
+    def rollback(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint of this machine; any number of times, and to any of several.
+
+        A machine that runs (or is paused) goes on from there; one that has ended can be started again. The console's
+        transcript keeps what was printed meanwhile, but :meth:`Console.expect` looks behind it.
+        """
+        if checkpoint not in self._checkpoints:
+            raise StateError("that is no checkpoint of this machine, or it was closed")
+        with self._still():
+            checkpoint.restore()
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint was closed."""
+        if checkpoint in self._checkpoints:
+            self._checkpoints.remove(checkpoint)
+
     # ---- hooks ----
 
     def on_port(self, port: int | range, callback: Callable[[Access], int | None]) -> Hook:
@@ -574,6 +661,8 @@ class Machine:
             self._debugger = None
         if self._tracing is not None:
             self._tracing.finish()
+        for checkpoint in list(self._checkpoints):
+            checkpoint.close()
         for device in self.devices:
             device.reset()
         if hasattr(self, "memory"):

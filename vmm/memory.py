@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,20 @@ class GuestMemory:
             if gpa <= at < gpa + len(data):
                 self.planted[at] = data[at - gpa]
                 self.view(at, 1)[0] = INT3
+
+    @contextlib.contextmanager
+    def without_breakpoints(self) -> Iterator[None]:
+        """The guest's own bytes where a debugger has planted breakpoints, for as long as nothing runs."""
+        for gpa, byte in self.planted.items():
+            self._view(gpa, 1)[0] = byte
+            self.wrote(gpa, 1)
+        try:
+            yield
+        finally:
+            for gpa in self.planted:
+                self.planted[gpa] = self._view(gpa, 1)[0]
+                self._view(gpa, 1)[0] = INT3
+                self.wrote(gpa, 1)
 
     def fill(self, gpa: int, size: int, byte: int = 0) -> None:
         """Set ``size`` bytes at ``gpa`` to ``byte``."""

@@ -41,6 +41,7 @@ static const struct vmm_compat_ops syscall_only = {
     .vcpu_init = vcpu_init,
     .debug = compat_debug,
     .wrmsr = compat_wrmsr,
+    .loaded = compat_loaded,
     .vcpu_fini = vcpu_fini,
     .vm_fini = vm_fini,
 };
@@ -50,6 +51,7 @@ static const struct vmm_compat_ops both = {
     .internal_error = compat_internal_error,
     .debug = compat_debug,
     .wrmsr = compat_wrmsr,
+    .loaded = compat_loaded,
     .vcpu_fini = vcpu_fini,
     .vm_fini = vm_fini,
 };

@@ -219,17 +219,39 @@ int compat_debug(struct vmm_vcpu *vcpu)
     return step_over(compat, &c);
 }
 
+static uint64_t *kept_msr(struct compat_vcpu *compat, uint32_t index)
+{
+    return index == MSR_STAR     ? &compat->star
+           : index == MSR_LSTAR  ? &compat->lstar
+           : index == MSR_CSTAR  ? &compat->cstar
+           : index == MSR_SFMASK ? &compat->sfmask
+                                 : NULL;
+}
+
+void compat_loaded(struct vmm_vcpu *vcpu, const vmm_vcpu_state *state)
+{
+    struct compat_vcpu *compat = vcpu->compat;
+    struct completion c = {.source = &compat->source};
+    memcpy(&c.regs, &state->regs, sizeof(c.regs));
+    memcpy(&c.sregs, &state->sregs, sizeof(c.sregs));
+    for (uint32_t i = 0; i < state->n_msrs; i++)
+        if (kept_msr(compat, state->msrs[i].index))
+            *kept_msr(compat, state->msrs[i].index) = state->msrs[i].value;
+    if (compat->lstar) {
+        syscall_repair_refresh(compat, &c);
+    } else if (compat->page_fault_entry || compat->undefined_entry) {
+        compat->page_fault_entry = compat->undefined_entry = 0;
+        arm(compat, true);
+    }
+}
+
 int compat_wrmsr(struct vmm_vcpu *vcpu)
 {
     struct compat_vcpu *compat = vcpu->compat;
     struct kvm_run *run = vcpu->run;
     uint32_t index = run->msr.index;
     uint64_t value = run->msr.data;
-    uint64_t *kept = index == MSR_STAR     ? &compat->star
-                     : index == MSR_LSTAR  ? &compat->lstar
-                     : index == MSR_CSTAR  ? &compat->cstar
-                     : index == MSR_SFMASK ? &compat->sfmask
-                                           : NULL;
+    uint64_t *kept = kept_msr(compat, index);
     if (!kept)
         return 0;
     vcpu->unsettled = true; /* KVM ends the instruction on the next entry */

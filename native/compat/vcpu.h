@@ -41,6 +41,9 @@ int compat_internal_error(struct vmm_vcpu *vcpu);
 int compat_debug(struct vmm_vcpu *vcpu);
 int compat_wrmsr(struct vmm_vcpu *vcpu);
 
+/* The vCPU was given another state: what the repair knows of the guest is in that. */
+void compat_loaded(struct vmm_vcpu *vcpu, const vmm_vcpu_state *state);
+
 /* Look again for the guest's #PF entry, which it may have moved. */
 void syscall_repair_refresh(struct compat_vcpu *compat, struct completion *c);
 

@@ -73,6 +73,8 @@ struct vmm_compat_ops {
     int (*debug)(struct vmm_vcpu *vcpu);          /* 1: ours; 0: somebody else's */
     int (*rdmsr)(struct vmm_vcpu *vcpu);
     int (*wrmsr)(struct vmm_vcpu *vcpu);
+    void (*loaded)(struct vmm_vcpu *vcpu,
+                   const vmm_vcpu_state *state); /* it has this state now; may be NULL */
     void (*vcpu_fini)(struct vmm_vcpu *vcpu);
     void (*vm_fini)(struct vmm_vm *vm);
 };
@@ -89,6 +91,8 @@ struct vmm_vm {
     _Atomic uint64_t *
         touched; /* a bit for each page of every region, in their order: written by us, not yet in the logs */
     pthread_mutex_t dirty_lock;
+    uint32_t *msrs; /* what state.c saves: asked for once */
+    uint32_t n_msrs;
     struct vmm_line *lines; /* VMM_MAX_LINES, filled on demand */
     struct vmm_bus bus;
     struct vmm_loop *loop; /* the I/O thread; NULL until a device needs it; written once, under lock */
@@ -121,14 +125,14 @@ struct vmm_vm {
     uint32_t n_vcpus;
 };
 
-enum vmm_vcpu_state { VMM_VCPU_OUT = 0, VMM_VCPU_RUNNING = 1, VMM_VCPU_PARKED = 2 };
+enum vmm_vcpu_place { VMM_VCPU_OUT = 0, VMM_VCPU_RUNNING = 1, VMM_VCPU_PARKED = 2 };
 
 struct vmm_vcpu {
     struct vmm_vm *vm;
     struct kvm_run *run;
     int fd;
     uint32_t id;
-    int state;              /* enum vmm_vcpu_state, under vm->lock */
+    int state;              /* enum vmm_vcpu_place, under vm->lock */
     pid_t thread;           /* who runs it, while state is not OUT */
     bool unsettled;         /* an I/O exit's result is not yet in the registers */
     uint32_t last_range[2]; /* per space: where the last hit was */

@@ -5,7 +5,7 @@
  * Fetching empties both into every open log, so each log misses nothing whoever fetches. Who writes marks after the
  * write: a reader that copies a page after it fetched either has the write or will find the mark the next time.
  */
-#include "core.h"
+#include "core/dirty.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -205,4 +205,32 @@ int64_t vmm_dirty_take(vmm_dirty *log, uint32_t region, uint64_t *bitmap, size_t
     memset(bits, 0, words * sizeof(*bits));
     pthread_mutex_unlock(&vm->dirty_lock);
     return pages;
+}
+
+static int64_t undo_word(vmm_dirty *log, size_t word, uint32_t region, uint64_t page,
+                         void (*restore)(void *opaque, uint32_t region, uint64_t page), void *opaque)
+{
+    const uint64_t dirty = log->bits[word];
+    for (uint64_t bits = dirty; bits; bits &= bits - 1)
+        restore(opaque, region, page + (unsigned)__builtin_ctzll(bits));
+    for (struct vmm_dirty *other = log->vm->dirty; other; other = other->next)
+        other->bits[word] |= dirty;
+    log->bits[word] = 0;
+    return __builtin_popcountll(dirty);
+}
+
+int64_t vmm_dirty_undo(vmm_dirty *log, void (*restore)(void *opaque, uint32_t region, uint64_t page),
+                       void *opaque)
+{
+    struct vmm_vm *vm = log->vm;
+    int64_t pages = 0;
+    pthread_mutex_lock(&vm->dirty_lock);
+    const int rc = fetch(vm);
+    size_t word = 0;
+    for (uint32_t region = 0; region < vm->n_regions && rc == 0; region++)
+        for (size_t i = 0; i < region_words(&vm->regions[region]); i++, word++)
+            if (log->bits[word])
+                pages += undo_word(log, word, region, 64 * i, restore, opaque);
+    pthread_mutex_unlock(&vm->dirty_lock);
+    return rc < 0 ? rc : pages;
 }

@@ -165,6 +165,7 @@ void vmm_vm_destroy(vmm_vm *vm)
     pthread_cond_destroy(&vm->changed);
     pthread_mutex_destroy(&vm->lock);
     free(vm->touched);
+    free(vm->msrs);
     free(vm->lines);
     free(vm);
 }

@@ -10,7 +10,6 @@ from vmm.errors import ConfigError, HostError
 if TYPE_CHECKING:
     from vmm.cpu.cpuid import CpuidTable
     from vmm.cpu.paging import LinearMemory, Paging
-    from vmm.devices.device import State
     from vmm.memory import GuestMemory
 
 GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
@@ -27,7 +26,7 @@ _FPU = {
     **{f"xmm{i}": (160 + 16 * i, 16) for i in range(16)},
 }  # fmt: skip
 _XSTATE_BV = 512  # of the header: bit 0 says that x87's part holds, bit 1 SSE's
-_STATE_XSAVE = 5
+_STATE_MP, _STATE_LAPIC, _STATE_XSAVE = 0, 3, 5  # enum vmm_state
 
 
 def _width(name: str) -> int:
@@ -48,14 +47,6 @@ EXIT_REASONS = {
 
 # struct kvm_mp_state
 MP_STATES = {0: "runnable", 1: "uninitialized", 2: "init-received", 3: "halted", 4: "sipi-received"}
-
-# Model-specific registers a paused vCPU's state record holds (SDM vol. 4; KVM's own at 0x4b564dxx).
-STATE_MSRS = (
-    0x10, 0x174, 0x175, 0x176, 0x1A0, 0x277, 0x2FF, 0x3B, 0x6E0,
-    0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084, 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,
-    0x4B564D00, 0x4B564D01, 0x4B564D02, 0x4B564D03, 0x4B564D04,
-)  # fmt: skip
-_STATE_KINDS = {"mp": 0, "events": 1, "debugregs": 2, "lapic": 3, "xsave": _STATE_XSAVE, "xcrs": 6}
 
 
 class Exit:
@@ -205,7 +196,7 @@ class Vcpu:
     def mp_state(self) -> str:
         """What it waits for: "runnable" (nothing), "halted" (an interrupt), "uninitialized" (INIT and SIPI)..."""
         state = ffi.new("uint32_t *")
-        check(lib.vmm_vcpu_get_state(self.native, _STATE_KINDS["mp"], ffi.cast("void *", state), 4))
+        check(lib.vmm_vcpu_get_state(self.native, _STATE_MP, ffi.cast("void *", state), 4))
         return MP_STATES.get(state[0], f"state-{state[0]}")
 
     def has_msr(self, index: int) -> bool:
@@ -261,17 +252,8 @@ class Vcpu:
         n = lib.vmm_vcpu_failed_instruction(self.native, buffer)
         return bytes(buffer)[:n]
 
-    # state
-
-    def save(self) -> State:
-        """Everything KVM keeps of this vCPU, as a plain value."""
-        state: State = {"version": 1, "registers": self.registers(), "msrs": {}}
-        for index in STATE_MSRS:
-            value = ffi.new("uint64_t[1]")
-            if lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), value, 1) == 1:
-                state["msrs"][index] = int(value[0])
-        for name, kind in _STATE_KINDS.items():
-            buffer = ffi.new("uint8_t[]", lib.vmm_state_size(kind))
-            check(lib.vmm_vcpu_get_state(self.native, kind, buffer, len(buffer)))
-            state[name] = bytes(buffer)
-        return state
+    def local_apic(self) -> bytes:
+        """The register page of its local APIC (SDM vol. 3, table 10-1): 1024 bytes."""
+        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_LAPIC))
+        check(lib.vmm_vcpu_get_state(self.native, _STATE_LAPIC, buffer, len(buffer)))
+        return bytes(buffer)

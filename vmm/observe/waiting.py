@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm.observe.diagnose import Diagnosis, place, say
 from vmm.observe.processor import RFLAGS_IF, Processor
@@ -66,7 +66,7 @@ def _sources(machine: Machine, vcpus: list[Any]) -> tuple[list[str], list[str], 
     from vmm.irq import chips
 
     state = chips(machine.native)
-    apics = {vcpu.number: vcpu.save() for vcpu in vcpus}
+    apics = {vcpu.number: _LocalApic.of(vcpu) for vcpu in vcpus}
     timers = [f"vCPU {n}'s local APIC timer" for n, saved in apics.items() if _apic_timer(saved)]
     pins, lines = _unmasked_pins(state.get("ioapic", b"")), 0
     through_pic = [n for n, saved in apics.items() if _takes_pic(saved)]
@@ -95,25 +95,36 @@ def _bits(mask: int) -> str:
     return ", ".join(str(bit) for bit in range(mask.bit_length()) if mask >> bit & 1)
 
 
-def _apic(saved: Any, offset: int) -> int:
-    return int.from_bytes(saved["lapic"][offset : offset + 4], "little")
+class _LocalApic(NamedTuple):
+    registers: bytes
+    base: int  # IA32_APIC_BASE
+    deadline: int  # IA32_TSC_DEADLINE
+
+    @classmethod
+    def of(cls, vcpu: Any) -> _LocalApic:
+        deadline = vcpu.msr(_TSC_DEADLINE_MSR) if vcpu.has_msr(_TSC_DEADLINE_MSR) else 0
+        return cls(vcpu.local_apic(), vcpu.registers()["apic_base"], deadline)
 
 
-def _apic_timer(saved: Any) -> bool:
+def _apic(saved: _LocalApic, offset: int) -> int:
+    return int.from_bytes(saved.registers[offset : offset + 4], "little")
+
+
+def _apic_timer(saved: _LocalApic) -> bool:
     """Whether the local APIC's timer will fire (SDM vol. 3, 11.5.4)."""
     lvt = _apic(saved, _LVT_TIMER)
     if lvt & _MASKED or not _apic(saved, _SPURIOUS) & 0x100:
         return False
     mode = lvt >> 17 & 3
     if mode == 2:
-        return bool(saved["msrs"].get(_TSC_DEADLINE_MSR))
+        return bool(saved.deadline)
     return bool(_apic(saved, _TIMER_INITIAL) if mode == 1 else _apic(saved, _TIMER_CURRENT))
 
 
-def _takes_pic(saved: Any) -> bool:
+def _takes_pic(saved: _LocalApic) -> bool:
     """Whether the PICs' interrupts reach this vCPU: through LINT0 as ExtINT, or past a disabled local APIC."""
     lint0 = _apic(saved, _LVT_LINT0)
-    enabled = bool(saved["registers"]["apic_base"] & 1 << 11)
+    enabled = bool(saved.base & 1 << 11)
     return not enabled or (not lint0 & _MASKED and lint0 & _EXTINT == _EXTINT)
 
 

@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef VMM_CORE_DIRTY_H
+#define VMM_CORE_DIRTY_H
+
+#include "core/core.h"
+
+/*
+ * Fetch, then call `restore` for every page that is dirty in this log, which has it clean from then on. To every other
+ * log these pages were written. Answers how many. The machine is paused.
+ */
+int64_t vmm_dirty_undo(vmm_dirty *log, void (*restore)(void *opaque, uint32_t region, uint64_t page),
+                       void *opaque);
+
+#endif

@@ -1,0 +1,314 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* All that KVM keeps of a machine's processors, read and set in the one order that works. */
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include <x86intrin.h>
+
+#define SAME(ours, theirs) _Static_assert(sizeof(ours) == sizeof(struct theirs), #ours " is " #theirs)
+SAME(vmm_events, kvm_vcpu_events);
+SAME(vmm_debug_registers, kvm_debugregs);
+SAME(vmm_pic, kvm_pic_state);
+SAME(vmm_ioapic, kvm_ioapic_state);
+SAME(vmm_pit_channel, kvm_pit_channel_state);
+SAME(vmm_pit, kvm_pit_state2);
+_Static_assert(offsetof(vmm_events, exception_payload) ==
+                       offsetof(struct kvm_vcpu_events, exception_payload) &&
+                   offsetof(vmm_events, smi_smm) == offsetof(struct kvm_vcpu_events, smi),
+               "vmm_events is kvm_vcpu_events");
+_Static_assert(sizeof(((vmm_vcpu_state *)0)->lapic) == sizeof(struct kvm_lapic_state) &&
+                   sizeof(((vmm_vcpu_state *)0)->xsave) == sizeof(struct kvm_xsave),
+               "architectural areas");
+
+enum {
+    MSR_TSC = 0x10,
+    MSR_TSC_DEADLINE = 0x6e0,
+    MSR_TSC_AUX = 0xc0000103,
+    MSR_MTRR_PHYS_FIRST = 0x200, /* base and mask of 8 */
+    MSR_MTRR_PHYS_LAST = 0x20f,
+    MSR_MTRR_DEFAULT = 0x2ff,
+};
+
+#define TSC_NEAR (1ull << 20) /* ticks: less than that, and a TSC is where it was set */
+
+/* What the processor is, rather than what it is doing: it may differ where the state is loaded. */
+static bool informs(uint32_t index)
+{
+    switch (index) {
+    case 0x17:  /* IA32_PLATFORM_ID */
+    case 0x8b:  /* IA32_BIOS_SIGN_ID */
+    case 0xce:  /* MSR_PLATFORM_INFO */
+    case 0x10a: /* IA32_ARCH_CAPABILITIES */
+    case 0x179: /* IA32_MCG_CAP */
+    case 0x345: /* IA32_PERF_CAPABILITIES */
+        return true;
+    default:
+        return index >= 0x480 && index <= 0x492; /* IA32_VMX_*: capabilities of nested virtualization */
+    }
+}
+
+struct msr_list {
+    struct kvm_msrs head;
+    struct kvm_msr_entry entries[VMM_STATE_MSRS_MAX + 2];
+};
+
+/* ---- which MSRs there are ---- */
+
+static bool readable(const struct vmm_vcpu *vcpu, uint32_t index)
+{
+    struct msr_list one = {.head.nmsrs = 1, .entries[0].index = index};
+    return ioctl(vcpu->fd, KVM_GET_MSRS, &one) == 1;
+}
+
+static void add_msr(struct vmm_vcpu *vcpu, uint32_t index)
+{
+    struct vmm_vm *vm = vcpu->vm;
+    if (vm->n_msrs == VMM_STATE_MSRS_MAX || index == MSR_TSC || index == MSR_TSC_DEADLINE ||
+        !readable(vcpu, index))
+        return;
+    for (uint32_t i = 0; i < vm->n_msrs; i++)
+        if (vm->msrs[i] == index)
+            return;
+    vm->msrs[vm->n_msrs++] = index;
+}
+
+/* KVM's own list, and those it has but leaves out of it. */
+static int find_msrs(struct vmm_vcpu *vcpu)
+{
+    static const uint32_t fixed_mtrrs[] = {0x250, 0x258, 0x259, 0x268, 0x269, 0x26a,
+                                           0x26b, 0x26c, 0x26d, 0x26e, 0x26f};
+    struct {
+        struct kvm_msr_list head;
+        uint32_t indices[VMM_STATE_MSRS_MAX];
+    } list = {.head.nmsrs = VMM_STATE_MSRS_MAX};
+    struct vmm_vm *vm = vcpu->vm;
+    if (vm->msrs)
+        return 0;
+    if (ioctl(vm->kvm_fd, KVM_GET_MSR_INDEX_LIST, &list) < 0)
+        return vmm_error_errno("KVM_GET_MSR_INDEX_LIST");
+    vm->msrs = calloc(VMM_STATE_MSRS_MAX, sizeof(*vm->msrs));
+    if (!vm->msrs)
+        return vmm_error_set(-ENOMEM, "the list of MSRs");
+    for (uint32_t i = 0; i < list.head.nmsrs; i++)
+        add_msr(vcpu, list.indices[i]);
+    add_msr(vcpu, MSR_TSC_AUX);
+    for (uint32_t i = MSR_MTRR_PHYS_FIRST; i <= MSR_MTRR_PHYS_LAST; i++)
+        add_msr(vcpu, i);
+    for (size_t i = 0; i < sizeof(fixed_mtrrs) / sizeof(fixed_mtrrs[0]); i++)
+        add_msr(vcpu, fixed_mtrrs[i]);
+    add_msr(vcpu, MSR_MTRR_DEFAULT);
+    return 0;
+}
+
+/* ---- one vCPU ---- */
+
+static int ask(const struct vmm_vcpu *vcpu, unsigned long request, void *argument, const char *what)
+{
+    return ioctl(vcpu->fd, request, argument) < 0 ? vmm_error_errno(what) : 0;
+}
+
+#define GET(vcpu, noun, to) ask(vcpu, KVM_GET_##noun, to, "KVM_GET_" #noun)
+#define SET(vcpu, noun, from) ask(vcpu, KVM_SET_##noun, (void *)(uintptr_t)(from), "KVM_SET_" #noun)
+
+/* The MSRs, then TSC and deadline behind them; *read_at is the host's TSC beside the guest's. */
+static int read_msrs(const struct vmm_vcpu *vcpu, struct msr_list *list, uint64_t *read_at)
+{
+    const struct vmm_vm *vm = vcpu->vm;
+    const uint32_t n = vm->n_msrs;
+    for (uint32_t i = 0; i < n; i++)
+        list->entries[i].index = vm->msrs[i];
+    list->entries[n].index = MSR_TSC;
+    list->entries[n + 1].index = MSR_TSC_DEADLINE;
+    list->head.nmsrs = n + 2;
+    *read_at = __rdtsc();
+    const int got = ioctl(vcpu->fd, KVM_GET_MSRS, list);
+    if (got == (int)n + 1) /* a machine without the deadline timer */
+        list->entries[n + 1].data = 0;
+    return got > (int)n ? 0 : vmm_error_set(-EIO, "KVM_GET_MSRS gave %d of %u", got, n + 2);
+}
+
+static int save_vcpu(struct vmm_vcpu *vcpu, uint64_t moment, vmm_vcpu_state *to)
+{
+    struct msr_list msrs;
+    struct kvm_xcrs xcrs;
+    struct kvm_mp_state mp;
+    uint64_t read_at;
+    memset(to, 0, sizeof(*to));
+    int rc = GET(vcpu, REGS, &to->regs);
+    rc = rc ? rc : GET(vcpu, SREGS, &to->sregs);
+    rc = rc ? rc : GET(vcpu, VCPU_EVENTS, &to->events);
+    rc = rc ? rc : GET(vcpu, DEBUGREGS, &to->debug);
+    rc = rc ? rc : GET(vcpu, MP_STATE, &mp);
+    rc = rc ? rc : GET(vcpu, XCRS, &xcrs);
+    rc = rc ? rc : GET(vcpu, XSAVE, to->xsave);
+    rc = rc ? rc : read_msrs(vcpu, &msrs, &read_at);
+    if (rc == 0 && vcpu->vm->has_chips)
+        rc = GET(vcpu, LAPIC, to->lapic);
+    if (rc < 0)
+        return rc;
+    to->mp_state = mp.mp_state;
+    to->xcr0 = xcrs.nr_xcrs ? xcrs.xcrs[0].value : 1;
+    to->n_msrs = vcpu->vm->n_msrs;
+    for (uint32_t i = 0; i < to->n_msrs; i++)
+        to->msrs[i] = (vmm_msr){.index = msrs.entries[i].index, .value = msrs.entries[i].data};
+    to->tsc = msrs.entries[to->n_msrs].data - (read_at - moment);
+    to->tsc_deadline = msrs.entries[to->n_msrs + 1].data;
+    const int khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
+    to->tsc_khz = khz > 0 ? (uint32_t)khz : 0;
+    return 0;
+}
+
+static const struct kvm_msr_entry *entry_of(const struct msr_list *list, uint32_t n, uint32_t index)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if (list->entries[i].index == index)
+            return &list->entries[i];
+    return NULL;
+}
+
+/*
+ * Only those that differ: a write of KVM's wall clock MSR, for one, makes KVM write guest memory. Not the TSC's, whose
+ * writes near to what KVM expects it takes for an attempt to synchronize vCPUs and rounds to the first one's: that is
+ * what the others want, and the first does not, so it is moved far away before.
+ */
+static int load_msrs(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+{
+    struct msr_list now, set = {.head.nmsrs = 0};
+    uint64_t read_at;
+    int rc = read_msrs(vcpu, &now, &read_at);
+    if (rc < 0)
+        return rc;
+    for (uint32_t i = 0; i < from->n_msrs; i++) {
+        const struct kvm_msr_entry *is = entry_of(&now, vcpu->vm->n_msrs, from->msrs[i].index);
+        if (informs(from->msrs[i].index) || (is && is->data == from->msrs[i].value))
+            continue;
+        set.entries[set.head.nmsrs++] =
+            (struct kvm_msr_entry){.index = from->msrs[i].index, .data = from->msrs[i].value};
+    }
+    const bool first = vcpu == vcpu->vm->vcpus[0];
+    if (first)
+        set.entries[set.head.nmsrs++] =
+            (struct kvm_msr_entry){.index = MSR_TSC, .data = from->tsc ^ 1ull << 62};
+    struct kvm_msr_entry *tsc = &set.entries[set.head.nmsrs++];
+    *tsc = (struct kvm_msr_entry){.index = MSR_TSC, .data = from->tsc + (__rdtsc() - moment)};
+    const int done = ioctl(vcpu->fd, KVM_SET_MSRS, &set);
+    if (done < 0)
+        return vmm_error_errno("KVM_SET_MSRS");
+    return done == (int)set.head.nmsrs
+               ? 0
+               : vmm_error_set(-EINVAL, "KVM refuses %#llx for MSR %#x",
+                               (unsigned long long)set.entries[done].data, set.entries[done].index);
+}
+
+/* It is a TSC value. Where KVM takes no TSC from us (the guest's is the host's), the time that is left is what counts. */
+static int load_deadline(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+{
+    const uint32_t tsc = MSR_TSC, deadline = MSR_TSC_DEADLINE;
+    uint64_t now;
+    if (!from->tsc_deadline || !vcpu->vm->has_chips)
+        return 0;
+    if (vmm_vcpu_get_msrs(vcpu, &tsc, &now, 1) != 1)
+        return vmm_error_set(-EINVAL, "KVM has no TSC");
+    const uint64_t off = now - (from->tsc + (__rdtsc() - moment));
+    const uint64_t value = from->tsc_deadline + (off + TSC_NEAR < 2 * TSC_NEAR ? 0 : off);
+    return vmm_vcpu_set_msrs(vcpu, &deadline, &value, 1) == 1
+               ? 0
+               : vmm_error_set(-EINVAL, "KVM refuses the TSC deadline");
+}
+
+/* SREGS before LAPIC (the APIC's mode is in its base register), LAPIC before the deadline, REGS before EVENTS. */
+static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+{
+    const struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0].value = from->xcr0};
+    const struct kvm_mp_state mp = {.mp_state = from->mp_state};
+    if (from->n_msrs > VMM_STATE_MSRS_MAX)
+        return vmm_error_set(-EINVAL, "%u MSRs", from->n_msrs);
+    int rc = SET(vcpu, SREGS, &from->sregs);
+    rc = rc ? rc : SET(vcpu, XCRS, &xcrs);
+    rc = rc ? rc : SET(vcpu, XSAVE, from->xsave);
+    rc = rc ? rc : load_msrs(vcpu, from, moment);
+    if (rc == 0 && vcpu->vm->has_chips)
+        rc = SET(vcpu, LAPIC, from->lapic);
+    rc = rc ? rc : load_deadline(vcpu, from, moment);
+    rc = rc ? rc : SET(vcpu, DEBUGREGS, &from->debug);
+    rc = rc ? rc : SET(vcpu, MP_STATE, &mp);
+    rc = rc ? rc : SET(vcpu, REGS, &from->regs);
+    rc = rc ? rc : SET(vcpu, VCPU_EVENTS, &from->events);
+    vcpu->unsettled = false;
+    vcpu->run->kvm_dirty_regs = 0;
+    if (rc == 0 && vcpu->vm->compat && vcpu->vm->compat->loaded)
+        vcpu->vm->compat->loaded(vcpu, from);
+    return rc;
+}
+
+/* ---- chips ---- */
+
+static int chip(struct vmm_vm *vm, unsigned long request, uint32_t id, void *state, size_t size)
+{
+    struct kvm_irqchip irqchip = {.chip_id = id};
+    memcpy(&irqchip.chip, state, size);
+    if (ioctl(vm->fd, request, &irqchip) < 0)
+        return vmm_error_errno("the interrupt controllers' state");
+    memcpy(state, &irqchip.chip, size);
+    return 0;
+}
+
+static int irqchips(struct vmm_vm *vm, unsigned long request, vmm_chips_state *chips)
+{
+    int rc = chip(vm, request, KVM_IRQCHIP_PIC_MASTER, &chips->pic[0], sizeof(chips->pic[0]));
+    rc = rc ? rc : chip(vm, request, KVM_IRQCHIP_PIC_SLAVE, &chips->pic[1], sizeof(chips->pic[1]));
+    return rc ? rc : chip(vm, request, KVM_IRQCHIP_IOAPIC, &chips->ioapic, sizeof(chips->ioapic));
+}
+
+static int save_chips(struct vmm_vm *vm, vmm_chips_state *to)
+{
+    struct kvm_clock_data clock = {0};
+    memset(to, 0, sizeof(*to));
+    to->has_irqchip = vm->has_chips;
+    to->has_pit = vm->has_chips && (vm->flags & VMM_VM_PIT);
+    if (ioctl(vm->fd, KVM_GET_CLOCK, &clock) < 0)
+        return vmm_error_errno("KVM_GET_CLOCK");
+    to->clock = clock.clock;
+    if (to->has_pit && ioctl(vm->fd, KVM_GET_PIT2, &to->pit) < 0)
+        return vmm_error_errno("KVM_GET_PIT2");
+    return to->has_irqchip ? irqchips(vm, KVM_GET_IRQCHIP, to) : 0;
+}
+
+static int load_chips(struct vmm_vm *vm, const vmm_chips_state *from)
+{
+    struct kvm_clock_data clock = {.clock = from->clock};
+    vmm_chips_state copy = *from;
+    if (from->has_irqchip != vm->has_chips || from->has_pit != (vm->has_chips && (vm->flags & VMM_VM_PIT)))
+        return vmm_error_set(-EINVAL, "the state is of a machine with other interrupt controllers or timers");
+    if (ioctl(vm->fd, KVM_SET_CLOCK, &clock) < 0)
+        return vmm_error_errno("KVM_SET_CLOCK");
+    if (from->has_pit && ioctl(vm->fd, KVM_SET_PIT2, &copy.pit) < 0)
+        return vmm_error_errno("KVM_SET_PIT2");
+    return from->has_irqchip ? irqchips(vm, KVM_SET_IRQCHIP, &copy) : 0;
+}
+
+/* ---- all of it ---- */
+
+int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips)
+{
+    int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
+    rc = rc ? rc : save_chips(vm, chips);
+    const uint64_t moment = __rdtsc();
+    for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
+        rc = save_vcpu(vm->vcpus[i], moment, &vcpus[i]);
+    return rc;
+}
+
+int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
+{
+    int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
+    rc = rc ? rc : load_chips(vm, chips);
+    const uint64_t moment = __rdtsc();
+    for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
+        rc = load_vcpu(vm->vcpus[i], &vcpus[i], moment);
+    return rc;
+}

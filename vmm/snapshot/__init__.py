@@ -1,0 +1,1 @@
+"""Time as a feature: checkpoints, snapshots in files, clones."""

@@ -1,0 +1,81 @@
+"""Checkpoints in process: a machine's state kept in memory, and the way back to it.
+
+Going back costs what was changed since: the pages that were written, the processors' and devices' states, the clusters
+of disks that were written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.errors import StateError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from vmm.devices.device import Device, State
+    from vmm.machine import Machine
+
+
+class Checkpoint:
+    """What :meth:`vmm.Machine.checkpoint` answers; :meth:`vmm.Machine.rollback` goes back to it, any number of times.
+
+    It holds a copy of the memory the guest had touched: :meth:`close` it, or use it as a context manager. It ends with
+    its machine.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine: Machine | None = machine
+        self._native: Any = None
+        self._disks: list[Any] = []
+        self.pages = 0
+        """Pages that the last roll-back copied."""
+        try:
+            self._states: list[tuple[Device, State]] = [(device, device.save()) for device in machine.devices]
+            self._input = machine.console.pending()
+            self._disks = [undo for device in machine.devices if (undo := device.checkpoint()) is not None]
+            out = ffi.new("vmm_checkpoint **")
+            check(lib.vmm_checkpoint_create(machine.native, out))
+            self._native = out[0]
+        except BaseException:
+            self.close()
+            raise
+
+    def restore(self) -> None:
+        """Put the machine, which does not run, back. For :meth:`vmm.Machine.rollback`."""
+        if self._native is None or self._machine is None:
+            raise StateError("the checkpoint is closed: make another")
+        # Rings are in memory, and devices drive the lines of the chips: in this order.
+        self.pages = check(lib.vmm_checkpoint_restore_memory(self._native))
+        for undo in self._disks:
+            undo.rollback()
+        for device, state in self._states:
+            device.load(state)
+        self._machine.console.rewind(self._input)
+        check(lib.vmm_checkpoint_restore_processors(self._native))
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can go back to it any more."""
+        return self._native is None
+
+    def close(self) -> None:
+        """Give it up. Twice is fine."""
+        native, self._native = self._native, None
+        if native is not None:
+            lib.vmm_checkpoint_destroy(native)
+        disks, self._disks = self._disks, []
+        for undo in disks:
+            undo.close()
+        if self._machine is not None:
+            self._machine.forget(self)
+            self._machine = None
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
