@@ -20,6 +20,10 @@ class ImageError(ConfigError):
     """A kernel, initrd or other image cannot be used: missing, truncated, lying, or of no known kind."""
 
 
+class SnapshotError(ConfigError):
+    """A snapshot cannot be used or made: damaged, of another format, its parent another one than it was."""
+
+
 class HostError(VmmError):
     """The host said no: /dev/kvm missing or forbidden, a capability absent, an ioctl refused.
 

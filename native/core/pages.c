@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Pages of guest memory to and from a sparse file. */
+#include "core/core.h"
+#include "vmmsnapshot.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { PAGES_PER_CHUNK = VMM_CHUNK / VMM_PAGE, PAGEMAP_BATCH = 4096 };
+_Static_assert(64 % PAGES_PER_CHUNK == 0, "a chunk's pages lie in one word of a bitmap");
+
+#define PAGEMAP_HERE (3ull << 62) /* Documentation/admin-guide/mm/pagemap.rst: present, or swapped */
+
+/* The first page from `from` on, below `end`, whose bit is `value`; `end`: none. */
+static uint64_t next(const uint64_t *bitmap, uint64_t from, uint64_t end, bool value)
+{
+    while (from < end) {
+        const uint64_t rest = (value ? bitmap[from / 64] : ~bitmap[from / 64]) >> from % 64;
+        if (rest) {
+            from += (uint64_t)__builtin_ctzll(rest);
+            return from < end ? from : end;
+        }
+        from = (from / 64 + 1) * 64;
+    }
+    return end;
+}
+
+static bool is_zero(const uint8_t *page)
+{
+    for (size_t at = 0; at < VMM_PAGE; at += 64) {
+        uint64_t words[8], any = 0;
+        memcpy(words, page + at, sizeof(words));
+        for (int i = 0; i < 8; i++)
+            any |= words[i];
+        if (any)
+            return false;
+    }
+    return true;
+}
+
+/* All n bytes, or why not: a file that ends before is -EBADMSG. */
+static int read_all(int fd, void *bytes, size_t n, uint64_t at)
+{
+    for (uint8_t *p = bytes; n;) {
+        const ssize_t got = pread(fd, p, n, (off_t)at);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return vmm_error_errno("reading memory from a file");
+        if (got == 0)
+            return vmm_error_set(-EBADMSG, "the file ends at %#llx", (unsigned long long)at);
+        p += got, at += (uint64_t)got, n -= (size_t)got;
+    }
+    return 0;
+}
+
+static int write_all(int fd, const void *bytes, size_t n, uint64_t at)
+{
+    for (const uint8_t *p = bytes; n;) {
+        const ssize_t put = pwrite(fd, p, n, (off_t)at);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put <= 0)
+            return put < 0 ? vmm_error_errno("writing memory to a file")
+                           : vmm_error_set(-EIO, "writing memory");
+        p += put, at += (uint64_t)put, n -= (size_t)put;
+    }
+    return 0;
+}
+
+/* The next stretch of data in [*from, end) of a file, as the file system has it. 1: there is one; 0; -errno. */
+static int next_data(int fd, uint64_t *from, uint64_t *to, uint64_t end)
+{
+    const off_t data = lseek(fd, (off_t)*from, SEEK_DATA);
+    if (data < 0)
+        return errno == ENXIO ? 0 : vmm_error_errno("SEEK_DATA");
+    if ((uint64_t)data >= end)
+        return 0;
+    const off_t hole = lseek(fd, data, SEEK_HOLE);
+    if (hole < 0)
+        return vmm_error_errno("SEEK_HOLE");
+    *from = (uint64_t)data;
+    *to = (uint64_t)hole < end ? (uint64_t)hole : end;
+    return 1;
+}
+
+/* ---- find ---- */
+
+static void add(uint64_t *bitmap, uint64_t from, uint64_t to)
+{
+    for (uint64_t page = from; page < to; page++)
+        bitmap[page / 64] |= 1ull << page % 64;
+}
+
+static int add_data(int fd, uint64_t offset, uint64_t size, uint64_t *bitmap)
+{
+    uint64_t from = offset, to = 0;
+    int rc;
+    for (; (rc = next_data(fd, &from, &to, offset + size)) > 0; from = to)
+        add(bitmap, (from - offset) / VMM_PAGE, (to - offset + VMM_PAGE - 1) / VMM_PAGE);
+    return rc;
+}
+
+static int add_own(const uint8_t *host, uint64_t pages, uint64_t *bitmap)
+{
+    const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return vmm_error_errno("/proc/self/pagemap");
+    static _Thread_local uint64_t entries[PAGEMAP_BATCH];
+    int rc = 0;
+    for (uint64_t first = 0; first < pages && rc == 0; first += PAGEMAP_BATCH) {
+        const uint64_t n = pages - first < PAGEMAP_BATCH ? pages - first : PAGEMAP_BATCH;
+        rc = read_all(fd, entries, n * sizeof(*entries),
+                      ((uintptr_t)host / VMM_PAGE + first) * sizeof(*entries));
+        for (uint64_t i = 0; i < n && rc == 0; i++)
+            if (entries[i] & PAGEMAP_HERE)
+                add(bitmap, first + i, first + i + 1);
+    }
+    close(fd);
+    return rc;
+}
+
+int64_t vmm_pages_find(const void *host, uint64_t size, int fd, uint64_t offset, int privately,
+                       uint64_t *bitmap)
+{
+    const uint8_t *memory = host;
+    const uint64_t pages = size / VMM_PAGE;
+    memset(bitmap, 0, (pages + 63) / 64 * sizeof(*bitmap));
+    int rc = fd >= 0 ? add_data(fd, offset, size, bitmap) : 0;
+    if (rc == 0 && privately)
+        rc = add_own(memory, pages, bitmap);
+    if (rc < 0)
+        return rc;
+    if (fd < 0 && !privately)
+        add(bitmap, 0, pages);
+    int64_t found = 0;
+    for (uint64_t page = 0; (page = next(bitmap, page, pages, true)) < pages; page++) {
+        if (is_zero(memory + page * VMM_PAGE))
+            bitmap[page / 64] &= ~(1ull << page % 64);
+        else
+            found++;
+    }
+    return found;
+}
+
+/* ---- write, check, read ---- */
+
+static int write_run(int fd, uint64_t offset, const uint8_t *memory, uint64_t from, uint64_t to)
+{
+    int rc = 0;
+    for (uint64_t end; from < to && rc == 0; from = end) {
+        const bool zero = is_zero(memory + from * VMM_PAGE);
+        for (end = from + 1; end < to && is_zero(memory + end * VMM_PAGE) == zero;)
+            end++;
+        if (!zero)
+            rc = write_all(fd, memory + from * VMM_PAGE, (end - from) * VMM_PAGE, offset + from * VMM_PAGE);
+    }
+    return rc;
+}
+
+int vmm_pages_write(int fd, uint64_t offset, const void *host, uint64_t size, const uint64_t *bitmap,
+                    uint32_t *checksums)
+{
+    const uint8_t *memory = host;
+    const uint64_t pages = size / VMM_PAGE;
+    for (uint64_t first = 0; first < pages; first += PAGES_PER_CHUNK) {
+        const uint64_t end = first + PAGES_PER_CHUNK < pages ? first + PAGES_PER_CHUNK : pages;
+        uint32_t crc = 0;
+        for (uint64_t from = first, to; (from = next(bitmap, from, end, true)) < end; from = to) {
+            to = next(bitmap, from, end, false);
+            crc = vmm_crc32c(crc, memory + from * VMM_PAGE, (to - from) * VMM_PAGE);
+            const int rc = write_run(fd, offset, memory, from, to);
+            if (rc < 0)
+                return rc;
+        }
+        checksums[first / PAGES_PER_CHUNK] = crc;
+    }
+    return 0;
+}
+
+/* No page that is not held may be anything but zeros: it is mapped along with the others. */
+static int check_holes(int fd, uint64_t offset, uint64_t size, const uint64_t *bitmap, uint8_t *buffer)
+{
+    uint64_t start = offset, stop = 0;
+    int rc;
+    for (; (rc = next_data(fd, &start, &stop, offset + size)) > 0; start = stop) {
+        const uint64_t end = (stop - offset + VMM_PAGE - 1) / VMM_PAGE;
+        for (uint64_t page = (start - offset) / VMM_PAGE; (page = next(bitmap, page, end, false)) < end;
+             page++) {
+            rc = read_all(fd, buffer, VMM_PAGE, offset + page * VMM_PAGE);
+            if (rc == 0 && !is_zero(buffer))
+                rc = vmm_error_set(-EBADMSG, "there are data at %#llx, where there were none",
+                                   (unsigned long long)(offset + page * VMM_PAGE));
+            if (rc < 0)
+                return rc;
+        }
+    }
+    return rc;
+}
+
+static int check_chunk(int fd, uint64_t offset, const uint64_t *bitmap, uint64_t first, uint64_t end,
+                       uint32_t wanted, uint8_t *buffer)
+{
+    uint32_t crc = 0;
+    for (uint64_t from = first, to; (from = next(bitmap, from, end, true)) < end; from = to) {
+        to = next(bitmap, from, end, false);
+        const int rc = read_all(fd, buffer, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
+        if (rc < 0)
+            return rc;
+        crc = vmm_crc32c(crc, buffer, (to - from) * VMM_PAGE);
+    }
+    return crc == wanted ? 0
+                         : vmm_error_set(-EBADMSG, "a page from %#llx on is not what was written",
+                                         (unsigned long long)(offset + first * VMM_PAGE));
+}
+
+int vmm_pages_check(int fd, uint64_t offset, uint64_t size, const uint64_t *bitmap, const uint32_t *checksums)
+{
+    const uint64_t pages = size / VMM_PAGE;
+    uint8_t *buffer = malloc(VMM_CHUNK); /* small enough to be in the cache when it is summed */
+    if (!buffer)
+        return vmm_error_set(-ENOMEM, "checking memory");
+    int rc = 0;
+    for (uint64_t first = 0; first < pages && rc == 0; first += PAGES_PER_CHUNK) {
+        const uint64_t end = first + PAGES_PER_CHUNK < pages ? first + PAGES_PER_CHUNK : pages;
+        rc = check_chunk(fd, offset, bitmap, first, end, checksums[first / PAGES_PER_CHUNK], buffer);
+    }
+    if (rc == 0)
+        rc = check_holes(fd, offset, size, bitmap, buffer);
+    free(buffer);
+    return rc;
+}
+
+int vmm_pages_read(int fd, uint64_t offset, void *host, uint64_t size, const uint64_t *bitmap)
+{
+    const uint64_t pages = size / VMM_PAGE;
+    for (uint64_t from = 0, to; (from = next(bitmap, from, pages, true)) < pages; from = to) {
+        to = next(bitmap, from, pages, false);
+        const int rc =
+            read_all(fd, (uint8_t *)host + from * VMM_PAGE, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+/* ---- whole files ---- */
+
+int vmm_file_crc32c(int fd, uint32_t *crc)
+{
+    const off_t size = lseek(fd, 0, SEEK_END);
+    if (size < 0)
+        return vmm_error_errno("lseek");
+    uint8_t *buffer = malloc(VMM_CHUNK);
+    if (!buffer)
+        return vmm_error_set(-ENOMEM, "checking a file");
+    uint64_t at = 0, from = 0, to = 0;
+    int rc;
+    *crc = 0;
+    for (; (rc = next_data(fd, &from, &to, (uint64_t)size)) > 0; from = to) {
+        *crc = vmm_crc32c_zeros(*crc, from - at);
+        for (at = from; at < to && rc >= 0;) {
+            const size_t n = to - at < VMM_CHUNK ? to - at : VMM_CHUNK;
+            rc = read_all(fd, buffer, n, at);
+            *crc = vmm_crc32c(*crc, buffer, n);
+            at += n;
+        }
+        if (rc < 0)
+            break;
+    }
+    *crc = vmm_crc32c_zeros(*crc, (uint64_t)size - at);
+    free(buffer);
+    return rc;
+}
+
+int vmm_rename(const char *from, const char *to, int exchange)
+{
+    return renameat2(AT_FDCWD, from, AT_FDCWD, to, exchange ? RENAME_EXCHANGE : RENAME_NOREPLACE) < 0
+               ? vmm_error_errno("rename")
+               : 0;
+}
