@@ -21,27 +21,57 @@ PAGE = 4096
 class GuestMemory:
     """RAM of a machine: regions backed by memfds, mapped once into this process.
 
-    ``regions`` lists ``(gpa, size)`` in bytes, ascending. All methods raise
-    :class:`~vmm.errors.GuestMemoryError` for a range that is not inside one region.
+    ``regions`` lists ``(gpa, size)`` in bytes, ascending. ``files``, one ``(fd, offset)`` for each region, is where
+    their content comes from, when it is first looked at; the files are not written, and must not change. All methods
+    raise :class:`~vmm.errors.GuestMemoryError` for a range that is not inside one region.
     """
 
-    def __init__(self, vm: Any, regions: Sequence[tuple[int, int]], *, huge_pages: bool = False) -> None:
+    def __init__(
+        self,
+        vm: Any,
+        regions: Sequence[tuple[int, int]],
+        *,
+        huge_pages: bool = False,
+        files: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self._vm = vm
         self.regions = list(regions)
         self.memfds: list[int] = []
         self._maps: list[tuple[int, int, memoryview]] = []
         self.planted: dict[int, int] = {}  # where a debugger put an INT3, and the guest's own byte
-        host, memfd = ffi.new("void **"), ffi.new("int *")
-        for gpa, size in self.regions:
+        self.private = files is not None
+        """Whether no other process sees what the guest writes: it is on files that others may share."""
+        for number, (gpa, size) in enumerate(self.regions):
             try:
-                check(lib.vmm_vm_add_memory(vm, gpa, size, HUGE_2M if huge_pages else 0, host, memfd))
-                if huge_pages:  # taken from the pool now: a fault that finds it empty is SIGBUS
-                    os.posix_fallocate(memfd[0], 0, size)
+                host = self._add_file(gpa, size, *files[number]) if files else self._add(gpa, size, huge_pages)
             except (HostError, OSError) as error:
                 hint = "reserve huge pages (vm.nr_hugepages) or leave them off" if huge_pages else "ask for less"
                 raise HostError(f"cannot map {size >> 20} MiB of guest memory ({error}): {hint}") from error
-            self.memfds.append(memfd[0])
-            self._maps.append((gpa, gpa + size, memoryview(ffi.buffer(host[0], size)).cast("B")))
+            self._maps.append((gpa, gpa + size, memoryview(ffi.buffer(host, size)).cast("B")))
+
+    def _add(self, gpa: int, size: int, huge_pages: bool) -> Any:
+        host, memfd = ffi.new("void **"), ffi.new("int *")
+        check(lib.vmm_vm_add_memory(self._vm, gpa, size, HUGE_2M if huge_pages else 0, host, memfd))
+        if huge_pages:  # taken from the pool now: a fault that finds it empty is SIGBUS
+            os.posix_fallocate(memfd[0], 0, size)
+        self.memfds.append(memfd[0])
+        return host[0]
+
+    def _add_file(self, gpa: int, size: int, fd: int, offset: int) -> Any:
+        host = ffi.new("void **")
+        check(lib.vmm_vm_add_memory_file(self._vm, gpa, size, fd, offset, 0, host))
+        return host[0]
+
+    def freeze(self) -> list[tuple[int, int]]:
+        """Freeze the memory as it is: files that other machines may start from (``files`` above).
+
+        This machine goes on with private pages over them. While it is paused, once, and not where memory came from
+        files. The files are the machine's.
+        """
+        fds = ffi.new("int[]", len(self.regions))
+        check(lib.vmm_vm_freeze_memory(self._vm, fds))
+        self.private = True
+        return [(int(fd), 0) for fd in fds]
 
     @property
     def size(self) -> int:
@@ -119,18 +149,28 @@ class GuestMemory:
 
     def search(self, pattern: bytes, start: int = 0, end: int | None = None) -> int | None:
         """The lowest gpa in ``[start, end)`` where ``pattern`` stands within one region, or ``None``."""
-        import mmap
+        import re
 
-        for (gpa, size), memfd in zip(self.regions, self.memfds, strict=True):
-            low = max(start, gpa) - gpa
-            high = (size if end is None else min(end, gpa + size) - gpa) if low < size else 0
-            if low >= high:
-                continue
-            with mmap.mmap(memfd, size, prot=mmap.PROT_READ) as mapped:
-                at = mapped.find(pattern, low, high)
-            if at >= 0:
-                return gpa + at
+        compiled = re.compile(re.escape(pattern), re.DOTALL)
+        for number in range(len(self.regions)):
+            for gpa, size in self._in_use(number):
+                low = max(start, gpa)
+                high = gpa + size if end is None else min(end, gpa + size)
+                if low < high and (found := compiled.search(self._view(low, high - low))):
+                    return low + found.start()
         return None
+
+    def _in_use(self, number: int) -> Iterator[tuple[int, int]]:
+        """The parts of a region that are not known to be zero: looking at the others would give them pages."""
+        gpa, size = self.regions[number]
+        at = 0
+        while at < size:
+            try:
+                first = at if self.private else os.lseek(self.memfds[number], at, os.SEEK_DATA)
+            except OSError:  # ENXIO: no more
+                return
+            at = size if self.private else os.lseek(self.memfds[number], first, os.SEEK_HOLE)
+            yield gpa + first, at - first
 
     def close(self) -> None:
         """Drop the views; called by the machine before the mapping goes."""

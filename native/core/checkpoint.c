@@ -21,7 +21,7 @@ struct vmm_checkpoint {
 
 /* ---- the copy ---- */
 
-/* Only what the memory file holds: the rest is zero, and costs nothing here either. */
+/* Only what the memfd holds: the rest is zero, and costs nothing here either. */
 static int copy_file(const struct vmm_region *r, uint8_t *copy)
 {
     for (off_t end, at = 0; at < (off_t)r->size; at = end) {
@@ -36,15 +36,43 @@ static int copy_file(const struct vmm_region *r, uint8_t *copy)
     return 0;
 }
 
+/* /proc/self/pagemap: a page that is there, or swapped out, and is no page of a file's: our own */
+#define PAGEMAP_PRESENT (1ull << 63 | 1ull << 62)
+#define PAGEMAP_FILE (1ull << 61)
+
+/* The file is mapped anew; what was written over it is copied. */
+static int copy_private(const struct vmm_region *r, uint8_t *copy)
+{
+    uint64_t entries[512];
+    const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap < 0)
+        return vmm_error_errno("/proc/self/pagemap");
+    int rc = 0;
+    for (uint64_t page = 0, n; page < r->size / PAGE_SIZE && rc == 0; page += n) {
+        n = r->size / PAGE_SIZE - page;
+        n = n < sizeof(entries) / sizeof(entries[0]) ? n : sizeof(entries) / sizeof(entries[0]);
+        const off_t at = (off_t)(((uintptr_t)r->host / PAGE_SIZE + page) * sizeof(entries[0]));
+        if (pread(pagemap, entries, n * sizeof(entries[0]), at) != (ssize_t)(n * sizeof(entries[0])))
+            rc = vmm_error_errno("reading /proc/self/pagemap");
+        for (uint64_t i = 0; i < n && rc == 0; i++)
+            if (entries[i] & PAGEMAP_PRESENT && !(entries[i] & PAGEMAP_FILE))
+                memcpy(copy + (page + i) * PAGE_SIZE, r->host + (page + i) * PAGE_SIZE, PAGE_SIZE);
+    }
+    close(pagemap);
+    return rc;
+}
+
 static int copy_region(struct vmm_checkpoint *cp, uint32_t i)
 {
     const struct vmm_region *r = &cp->vm->regions[i];
+    const bool private = r->flags & VMM_MEMORY_PRIVATE;
+    const int flags = MAP_PRIVATE | MAP_NORESERVE | (private ? 0 : MAP_ANONYMOUS);
     uint8_t *copy =
-        mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        mmap(NULL, r->size, PROT_READ | PROT_WRITE, flags, private ? r->fd : -1, (off_t)r->offset);
     if (copy == MAP_FAILED)
         return vmm_error_errno("mmap of a checkpoint");
     cp->copies[i] = copy;
-    return copy_file(r, copy);
+    return private ? copy_private(r, copy) : copy_file(r, copy);
 }
 
 int vmm_checkpoint_create(vmm_vm *vm, vmm_checkpoint **out)

@@ -34,7 +34,8 @@
 struct vmm_region {
     uint64_t gpa, size;
     uint8_t *host;
-    int fd;
+    int fd;          /* of a memfd of its own; of the file below, where it is private */
+    uint64_t offset; /* in that */
     uint32_t flags;
 };
 

@@ -11,6 +11,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef MFD_HUGE_2MB
@@ -285,6 +286,62 @@ int vmm_vm_add_memory(vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags, v
     *host = r.host;
     *memfd = r.fd;
     return 0;
+}
+
+int vmm_vm_add_memory_file(vmm_vm *vm, uint64_t gpa, uint64_t size, int fd, uint64_t offset, uint32_t flags,
+                           void **host)
+{
+    struct stat file;
+    int rc = check_region(vm, gpa, size, flags);
+    if (rc < 0)
+        return rc;
+    if (fstat(fd, &file) < 0)
+        return vmm_error_errno("looking at the file of guest memory");
+    if (flags || offset % 4096 || offset > (uint64_t)file.st_size || size > (uint64_t)file.st_size - offset)
+        return vmm_error_set(-EINVAL, "memory region %#llx+%#llx from a file of %lld bytes",
+                             (unsigned long long)gpa, (unsigned long long)size, (long long)file.st_size);
+    struct vmm_region r = {.gpa = gpa, .size = size, .fd = -1, .flags = VMM_MEMORY_PRIVATE};
+    r.host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, (off_t)offset);
+    if (r.host == MAP_FAILED)
+        return vmm_error_errno("mmap of a file of guest memory");
+    /* Kept to tell pages of the file from our own. */
+    r.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    r.offset = offset;
+    rc = r.fd < 0 ? vmm_error_errno("the file of guest memory") : give_region(vm, vm->n_regions, &r);
+    if (rc < 0) {
+        munmap(r.host, size);
+        close_fd(r.fd);
+        return rc;
+    }
+    vm->regions[vm->n_regions++] = r;
+    *host = r.host;
+    return 0;
+}
+
+/* The mapping changes under KVM, which is told by the kernel; its address, and what is read there, stay the same. */
+static int freeze_region(struct vmm_region *r)
+{
+    if (mmap(r->host, r->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, r->fd, 0) ==
+        MAP_FAILED)
+        return vmm_error_errno("mmap of frozen guest memory");
+    r->flags |= VMM_MEMORY_PRIVATE;
+    return 0;
+}
+
+int vmm_vm_freeze_memory(vmm_vm *vm, int *fds)
+{
+    for (uint32_t i = 0; i < vm->n_regions; i++) {
+        if (vm->regions[i].flags & VMM_MEMORY_PRIVATE)
+            return vmm_error_set(-EALREADY, "guest memory is private already");
+        if (vm->regions[i].flags & VMM_MEMORY_HUGE_2M)
+            return vmm_error_set(-ENOTSUP, "guest memory in huge pages");
+    }
+    int rc = 0;
+    for (uint32_t i = 0; i < vm->n_regions && rc == 0; i++) {
+        rc = freeze_region(&vm->regions[i]);
+        fds[i] = vm->regions[i].fd;
+    }
+    return rc;
 }
 
 void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size)
