@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define CAPABILITY_ID 0x11
 #define CAPABILITY_SIZE 12
@@ -75,16 +76,47 @@ static void update(struct vmm_msix *msix, struct vmm_msix_entry *e)
     }
 }
 
-void vmm_msix_config_written(struct vmm_msix *msix)
+/* Did it change? */
+static bool read_control(struct vmm_msix *msix)
 {
-    uint32_t control = vmm_pci_get(msix->function->config + msix->capability + CONTROL, 2);
-    bool enabled = control & CONTROL_ENABLE, masked = control & CONTROL_MASK;
-    if (msix->enabled == enabled && msix->masked == masked)
-        return;
+    const uint32_t control = vmm_pci_get(msix->function->config + msix->capability + CONTROL, 2);
+    const bool enabled = control & CONTROL_ENABLE, masked = control & CONTROL_MASK;
+    const bool changed = msix->enabled != enabled || msix->masked != masked;
     msix->enabled = enabled;
     msix->masked = masked;
+    return changed;
+}
+
+void vmm_msix_config_written(struct vmm_msix *msix)
+{
+    if (!read_control(msix))
+        return;
     for (uint32_t i = 0; i < msix->n; i++)
         update(msix, &msix->entries[i]);
+}
+
+void vmm_msix_save(const struct vmm_msix *msix, vmm_msix_entry_state *entries)
+{
+    for (uint32_t i = 0; i < msix->n; i++) {
+        memcpy(entries[i].words, msix->entries[i].words, sizeof(entries[i].words));
+        entries[i].pending = msix->entries[i].pending;
+    }
+}
+
+int vmm_msix_load(struct vmm_msix *msix, const vmm_msix_entry_state *entries)
+{
+    for (uint32_t i = 0; i < msix->n; i++)
+        if (entries[i].words[0] & 3 || entries[i].words[WORD_CONTROL] & ~(uint32_t)VECTOR_MASKED ||
+            entries[i].pending > 1)
+            return vmm_error_set(-EINVAL, "MSI-X vector %u: message address %#x, control %#x", i,
+                                 entries[i].words[0], entries[i].words[WORD_CONTROL]);
+    read_control(msix);
+    for (uint32_t i = 0; i < msix->n; i++) {
+        memcpy(msix->entries[i].words, entries[i].words, sizeof(entries[i].words));
+        msix->entries[i].pending = entries[i].pending;
+        update(msix, &msix->entries[i]);
+    }
+    return 0;
 }
 
 void vmm_msix_signal(struct vmm_msix *msix, uint32_t vector)

@@ -42,6 +42,10 @@ void vmm_msix_reset(struct vmm_msix *msix);
 /* Configuration space was written: for the function's config_written. */
 void vmm_msix_config_written(struct vmm_msix *msix);
 
+/* -EINVAL: no driver can have written such a table. Enable and mask bits are those of configuration space, loaded before. */
+void vmm_msix_save(const struct vmm_msix *msix, vmm_msix_entry_state *entries);
+int vmm_msix_load(struct vmm_msix *msix, const vmm_msix_entry_state *entries);
+
 /* The table and the pending bits, in 4-byte and 8-byte aligned accesses; others read as ones and write nothing. */
 uint64_t vmm_msix_table_read(const struct vmm_msix *msix, uint64_t offset, uint32_t size);
 void vmm_msix_table_write(struct vmm_msix *msix, uint64_t offset, uint32_t size, uint64_t value);

@@ -127,15 +127,22 @@ static void settle(struct vmm_pci_host *host)
             }
 }
 
-static void decode(struct vmm_pci_function *f)
+/* With the host's lock held: does configuration space say something new? */
+static bool bars_want(struct vmm_pci_function *f)
 {
     bool changed = false;
-    pthread_mutex_lock(&f->host->lock);
     for (unsigned n = 0; n < VMM_PCI_BARS; n++) {
         uint64_t wanted = bar_wanted(f, n);
         changed |= f->bars[n].wanted != wanted;
         f->bars[n].wanted = wanted;
     }
+    return changed;
+}
+
+static void decode(struct vmm_pci_function *f)
+{
+    pthread_mutex_lock(&f->host->lock);
+    const bool changed = bars_want(f);
     if (changed)
         settle(f->host);
     pthread_mutex_unlock(&f->host->lock);
@@ -442,6 +449,89 @@ void vmm_pci_host_reset(vmm_pci_host *host)
     for (uint32_t slot = 0; slot < VMM_PCI_SLOTS; slot++)
         if (host->slots[slot])
             reset_function(host->slots[slot]);
+}
+
+/* ---- state ---- */
+
+void vmm_pci_host_save(vmm_pci_host *host, vmm_pci_host_state *s)
+{
+    memset(s, 0, sizeof(*s));
+    s->address = atomic_load_explicit(&host->address, memory_order_relaxed);
+    for (uint32_t slot = 0; slot < VMM_PCI_SLOTS; slot++) {
+        struct vmm_pci_function *f = host->slots[slot];
+        if (!f)
+            continue;
+        pthread_mutex_lock(f->lock);
+        s->present |= 1u << slot;
+        memcpy(s->config[slot], f->config, sizeof(f->config));
+        s->config[slot][VMM_PCI_STATUS] &= (uint8_t)~VMM_PCI_STATUS_INTERRUPT; /* made when it is read */
+        pthread_mutex_unlock(f->lock);
+    }
+}
+
+/* Only what a driver can write may differ from power-on. */
+static int check_config(const struct vmm_pci_function *f, const uint8_t *config)
+{
+    for (uint32_t i = 0; i < VMM_PCI_CONFIG_SIZE; i++)
+        if ((config[i] ^ f->power_on[i]) & ~f->writable[i])
+            return vmm_error_set(-EINVAL, "PCI slot %u: register %#x is %#x, and cannot be written", f->slot,
+                                 i, config[i]);
+    return 0;
+}
+
+static int check_host(const vmm_pci_host *host, const vmm_pci_host_state *s)
+{
+    if (s->address & ~(CONFIG_ENABLE | 0xfffffc))
+        return vmm_error_set(-EINVAL, "PCI: CONFIG_ADDRESS %#x", s->address);
+    for (uint32_t slot = 0; slot < VMM_PCI_SLOTS; slot++) {
+        const struct vmm_pci_function *f = host->slots[slot];
+        if (!f != !(s->present >> slot & 1))
+            return vmm_error_set(-EINVAL, "PCI slot %u is %s, and in the state it is not", slot,
+                                 f ? "taken" : "empty");
+        int rc = f ? check_config(f, s->config[slot]) : 0;
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+/* All of them before BARs are settled: one may go where another was. */
+static void load_config(vmm_pci_host *host, const vmm_pci_host_state *s)
+{
+    for (uint32_t slot = 0; slot < VMM_PCI_SLOTS; slot++) {
+        struct vmm_pci_function *f = host->slots[slot];
+        if (!f)
+            continue;
+        pthread_mutex_lock(f->lock);
+        memcpy(f->config, s->config[slot], sizeof(f->config));
+        command_written(f);
+        pthread_mutex_unlock(f->lock);
+    }
+}
+
+int vmm_pci_host_load(vmm_pci_host *host, const vmm_pci_host_state *s)
+{
+    int rc = check_host(host, s);
+    if (rc < 0)
+        return rc;
+    atomic_store_explicit(&host->address, s->address, memory_order_relaxed);
+    load_config(host, s);
+    bool changed = false;
+    pthread_mutex_lock(&host->lock);
+    for (uint32_t slot = 0; slot < VMM_PCI_SLOTS; slot++)
+        changed |= host->slots[slot] && bars_want(host->slots[slot]);
+    if (changed)
+        settle(host);
+    pthread_mutex_unlock(&host->lock);
+    for (uint32_t slot = 0; changed && slot < VMM_PCI_SLOTS; slot++) {
+        struct vmm_pci_function *f = host->slots[slot];
+        if (!f || !f->ops || !f->ops->decoded)
+            continue;
+        pthread_mutex_lock(f->lock);
+        f->ops->decoded(f->opaque);
+        pthread_mutex_unlock(f->lock);
+    }
+    return 0;
 }
 
 int vmm_pci_get_bar(vmm_pci_host *host, uint32_t slot, uint32_t bar, vmm_pci_bar_info *info)

@@ -45,12 +45,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             CHECK(memory.present <= 0xffff);
             break;
         case 6: {
-            vmm_balloon_state state;
-            vmm_balloon_save(balloon, &state);
+            uint64_t own[VMM_VIRTIO_OWN]; /* target, progress of each queue */
+            vmm_virtio_save_own(driver.dev, own);
             if (op & 8)
-                state.progress[queue] = take(&in, 5);
-            state.target = (uint32_t)take(&in, 2);
-            vmm_balloon_load(balloon, &state);
+                own[1 + queue] = take(&in, 5);
+            own[0] = take(&in, 2);
+            vmm_virtio_load_own(driver.dev, own);
             break;
         }
         case 7:

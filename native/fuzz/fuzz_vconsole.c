@@ -46,7 +46,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             break;
         case 6:
             if (op & 8)
-                vmm_vconsole_load(device, take(&in, 4));
+                vmm_virtio_load_own(driver.dev, (uint64_t[VMM_VIRTIO_OWN]){take(&in, 4)});
             else
                 vmm_vconsole_resize(device, (uint16_t)take(&in, 2), (uint16_t)take(&in, 2));
             break;

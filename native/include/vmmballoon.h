@@ -56,14 +56,6 @@ typedef struct vmm_balloon_memory {
  */
 int vmm_balloon_ask(vmm_balloon *balloon, uint32_t timeout_ms, vmm_balloon_memory *memory);
 
-/* What it remembers beside rings and configuration: how far the oldest buffer of each queue is worked off, in bytes. */
-typedef struct vmm_balloon_state {
-    uint32_t target;
-    uint64_t progress[5];
-} vmm_balloon_state;
-void vmm_balloon_save(vmm_balloon *balloon, vmm_balloon_state *state);
-int vmm_balloon_load(vmm_balloon *balloon, const vmm_balloon_state *state); /* -EINVAL: no such state */
-
 /* cdef: end */
 
 #endif

@@ -54,16 +54,6 @@ typedef struct vmm_net_counts {
 } vmm_net_counts;
 int vmm_net_get_counts(vmm_net *net, uint32_t pair, vmm_net_counts *counts); /* -EINVAL: no such pair */
 
-/* What the device remembers of its driver's commands. */
-typedef struct vmm_net_state {
-    uint8_t mac[6];
-    uint16_t pairs;    /* in use */
-    uint32_t accepted; /* enum vmm_net_offload */
-    uint32_t filter;   /* receive modes, a bit each, as numbered by virtio 1.2, 5.1.6.5.1 */
-} vmm_net_state;
-void vmm_net_save(vmm_net *net, vmm_net_state *state);
-int vmm_net_load(vmm_net *net, const vmm_net_state *state); /* -EINVAL: not a state this device can be in */
-
 /* cdef: end */
 
 #endif

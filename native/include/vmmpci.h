@@ -49,6 +49,19 @@ typedef struct vmm_pci_bar_info {
 /* -ENODEV: the slot is empty; -EINVAL: no such slot or BAR, or the BAR is not implemented. */
 int vmm_pci_get_bar(vmm_pci_host *host, uint32_t slot, uint32_t bar, vmm_pci_bar_info *info);
 
+/* Every function's configuration space; what it makes of interrupt pins and MSI-X is its owner's to load. */
+typedef struct vmm_pci_host_state {
+    uint32_t address; /* CONFIG_ADDRESS */
+    uint32_t present; /* a bit for each slot */
+    uint8_t config[32][256];
+} vmm_pci_host_state;
+void vmm_pci_host_save(vmm_pci_host *host, vmm_pci_host_state *state);
+/*
+ * BARs that decode elsewhere then are moved. Before the devices are loaded; not while vCPUs run. -EINVAL: other slots,
+ * or what no write can change differs; nothing has changed then.
+ */
+int vmm_pci_host_load(vmm_pci_host *host, const vmm_pci_host_state *state);
+
 /* ---- virtio over PCI (virtio 1.2, 4.1) ---- */
 
 typedef struct vmm_virtio_pci vmm_virtio_pci;
@@ -62,6 +75,20 @@ int vmm_virtio_pci_create(vmm_virtio *dev, vmm_pci_host *host, int slot, vmm_vir
 void vmm_virtio_pci_destroy(vmm_virtio_pci *transport);
 /* BAR 0, which the host puts on the bus; opaque is the transport. */
 const vmm_device_ops *vmm_virtio_pci_ops(void);
+
+/* What the transport adds to the state of its device and of the host. */
+typedef struct vmm_msix_entry_state {
+    uint32_t words[4]; /* message address (low, high), data, vector control */
+    uint8_t pending;
+} vmm_msix_entry_state;
+typedef struct vmm_virtio_pci_state {
+    uint32_t device_feature_select, driver_feature_select, isr, n_vectors;
+    uint16_t queue_select, config_vector, queue_vectors[64];
+    vmm_msix_entry_state msix[65];
+} vmm_virtio_pci_state;
+void vmm_virtio_pci_save(vmm_virtio_pci *transport, vmm_virtio_pci_state *state);
+/* After the host and the device. A vector's route in KVM is set again only if its message differs. -EINVAL. */
+int vmm_virtio_pci_load(vmm_virtio_pci *transport, const vmm_virtio_pci_state *state);
 
 /* cdef: end */
 

@@ -24,10 +24,6 @@ vmm_virtio *vmm_vconsole_virtio(vmm_vconsole *device);
 /* The terminal has another size now. -ENOTSUP: its size was not known when the device was created. */
 int vmm_vconsole_resize(vmm_vconsole *device, uint16_t cols, uint16_t rows);
 
-/* What it remembers beside rings and configuration: bytes of the oldest transmit buffer that the console has already. */
-uint64_t vmm_vconsole_save(vmm_vconsole *device);
-void vmm_vconsole_load(vmm_vconsole *device, uint64_t sent);
-
 /* cdef: end */
 
 #endif

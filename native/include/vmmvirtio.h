@@ -28,6 +28,11 @@ typedef struct vmm_virtio_ops {
     void (*forget)(void *opaque, uint32_t queue);
     /* The driver wrote its configuration space: within config_size; the bytes are stored already. */
     void (*config)(void *opaque, uint32_t offset, uint32_t size);
+    /* What the device remembers of its driver's requests and commands, in VMM_VIRTIO_OWN numbers. */
+    void (*save)(void *opaque, uint64_t *own);
+    int (*load)(void *opaque, const uint64_t *own); /* after start. -EINVAL: no such device remembers that */
+    /* After a load, when the machine goes on: tell the driver what is not so any more (a link, a size). */
+    void (*resumed)(void *opaque);
 } vmm_virtio_ops;
 
 /* A device whose model is the caller's (Python). Arguments as for vmm_virtio_init in native/virtio/virtio.h. */
@@ -64,6 +69,46 @@ int vmm_virtio_queue_stats(vmm_virtio *dev, uint32_t queue,
 int vmm_virtio_config_get(vmm_virtio *dev, uint32_t offset, void *bytes, uint32_t size);
 int vmm_virtio_config_set(vmm_virtio *dev, uint32_t offset, const void *bytes, uint32_t size);
 
+/* ---- the state of a device, of a machine that is paused ---- */
+
+/* Nothing is in flight in a saved queue: the rings hold everything, and one position is the device's in both. */
+typedef struct vmm_queue_state {
+    uint64_t desc, driver, device; /* guest-physical */
+    uint16_t size;
+    uint16_t
+        position; /* split: the index, free-running; packed: slot, wrap counter in bit 15; 0 if not enabled */
+    uint8_t enabled;
+} vmm_queue_state;
+
+typedef struct vmm_virtio_state {
+    uint64_t driver_features; /* agreed, once FEATURES_OK is in the status */
+    uint32_t n_queues, config_size, generation;
+    uint8_t status;
+    char fault[160]; /* with NEEDS_RESET: why */
+    uint8_t config[256];
+    vmm_queue_state queues[64];
+} vmm_virtio_state;
+
+/*
+ * Has the device finish or take back what is in flight, which may write guest memory and interrupt: save devices
+ * before interrupt controllers, vCPUs and memory. -EBUSY: a queue's requests are held by somebody (a device in Python,
+ * another process), and the text says which.
+ */
+int vmm_virtio_save(vmm_virtio *dev, vmm_virtio_state *state);
+
+/*
+ * Become that; what is in flight now is forgotten, and what waits in a ring is looked at when the machine goes on.
+ * Guest memory may be loaded before or after. A device that runs before and after keeps its doorbells: no system call
+ * that waits. The state may come from anywhere: -EINVAL says what no such device can be in, and nothing has changed.
+ * The driver is not told of anything, and the transport is loaded after it.
+ */
+int vmm_virtio_load(vmm_virtio *dev, const vmm_virtio_state *state);
+
+/* The device's own numbers (ops->save and load), those it does not have 0. Load after vmm_virtio_load. */
+enum { VMM_VIRTIO_OWN = 8 };
+void vmm_virtio_save_own(vmm_virtio *dev, uint64_t *own);
+int vmm_virtio_load_own(vmm_virtio *dev, const uint64_t *own);
+
 /* ---- requests, for devices written in Python ---- */
 
 typedef struct vmm_chain vmm_chain;
@@ -92,6 +137,13 @@ typedef struct vmm_virtio_mmio vmm_virtio_mmio;
 int vmm_virtio_mmio_create(vmm_virtio *dev, uint64_t address, const vmm_line *line, vmm_virtio_mmio **out);
 void vmm_virtio_mmio_destroy(vmm_virtio_mmio *transport);
 const vmm_device_ops *vmm_virtio_mmio_ops(void);
+
+/* What the transport adds to the state of its device. The line follows `isr`: load before the interrupt controllers. */
+typedef struct vmm_virtio_mmio_state {
+    uint32_t device_select, driver_select, queue_select, isr;
+} vmm_virtio_mmio_state;
+void vmm_virtio_mmio_save(vmm_virtio_mmio *transport, vmm_virtio_mmio_state *state);
+int vmm_virtio_mmio_load(vmm_virtio_mmio *transport, const vmm_virtio_mmio_state *state); /* -EINVAL */
 
 /* cdef: end */
 

@@ -790,7 +790,8 @@ static void commands_are_obeyed_or_refused(void)
 {
     struct bench b;
     setup_with(&b, 0, PLAIN | CONTROL | ALL_OFFLOADS, linked);
-    vmm_net_state state;
+    uint64_t own[VMM_VIRTIO_OWN]; /* pairs, offloads accepted, receive modes */
+    vmm_virtio *dev = vmm_net_virtio(b.net);
     CHECK_EQUAL(command(&b, VMM_CTRL_RX, VMM_CTRL_RX_PROMISC, "\1", 1), VMM_CTRL_OK);
     CHECK_EQUAL(command(&b, VMM_CTRL_RX, VMM_CTRL_RX_ALLMULTI, "\1", 1), VMM_CTRL_OK);
     CHECK_EQUAL(command(&b, VMM_CTRL_RX, VMM_CTRL_RX_PROMISC, "\0", 1), VMM_CTRL_OK);
@@ -809,21 +810,24 @@ static void commands_are_obeyed_or_refused(void)
     CHECK_EQUAL(command(&b, VMM_CTRL_MQ, VMM_CTRL_MQ_PAIRS_SET, "\2\0", 2), VMM_CTRL_OK);
     CHECK_EQUAL(command(&b, VMM_CTRL_MQ, VMM_CTRL_MQ_PAIRS_SET, "\0\0", 2), VMM_CTRL_ERROR);
     CHECK_EQUAL(command(&b, VMM_CTRL_MQ, VMM_CTRL_MQ_PAIRS_SET, "\3\0", 2), VMM_CTRL_ERROR);
-    vmm_net_save(b.net, &state);
-    CHECK_EQUAL(state.pairs, 2);
-    CHECK_EQUAL(state.filter, 2);
-    CHECK(!memcmp(state.mac, "\2abcde", 6));
-    CHECK_EQUAL(state.accepted, VMM_OFFLOAD_ALL);
+    vmm_virtio_save_own(dev, own);
+    CHECK_EQUAL(own[0], 2);
+    CHECK_EQUAL(own[1], VMM_OFFLOAD_ALL);
+    CHECK_EQUAL(own[2], 2);
+    CHECK(!memcmp(dev->config, "\2abcde", 6));
     uint64_t offloads = 1ull << VMM_NET_F_GUEST_CSUM;
     CHECK_EQUAL(command(&b, VMM_CTRL_OFFLOADS, VMM_CTRL_OFFLOADS_SET, &offloads, 8), VMM_CTRL_OK);
     offloads |= 1ull << VMM_NET_F_CSUM;
     CHECK_EQUAL(command(&b, VMM_CTRL_OFFLOADS, VMM_CTRL_OFFLOADS_SET, &offloads, 8), VMM_CTRL_ERROR);
-    vmm_net_save(b.net, &state);
-    CHECK_EQUAL(state.accepted, VMM_OFFLOAD_CSUM);
-    state.pairs = 1;
-    CHECK_EQUAL(vmm_net_load(b.net, &state), 0);
-    state.pairs = 3;
-    CHECK_EQUAL(vmm_net_load(b.net, &state), -EINVAL);
+    vmm_virtio_save_own(dev, own);
+    CHECK_EQUAL(own[1], VMM_OFFLOAD_CSUM);
+    own[0] = 1;
+    CHECK_EQUAL(vmm_virtio_load_own(dev, own), 0);
+    own[0] = 3;
+    CHECK_EQUAL(vmm_virtio_load_own(dev, own), -EINVAL);
+    own[0] = 1;
+    own[1] = VMM_OFFLOAD_ALL + 1;
+    CHECK_EQUAL(vmm_virtio_load_own(dev, own), -EINVAL);
     teardown(&b);
 }
 

@@ -869,7 +869,8 @@ static void bytes_are_read_and_written_across_pieces(void)
     uint8_t memory[64], copy[64];
     for (int i = 0; i < 64; i++)
         memory[i] = (uint8_t)i;
-    struct vmm_chain c = {.n_out = 3, .n_in = 2, .out_size = 12, .in_size = 9};
+    struct vmm_vm vm = {0}; /* nobody asks which pages change */
+    struct vmm_chain c = {.vm = &vm, .n_out = 3, .n_in = 2, .out_size = 12, .in_size = 9};
     c.iov[0] = (struct iovec){memory, 3};
     c.iov[1] = (struct iovec){memory + 10, 1};
     c.iov[2] = (struct iovec){memory + 20, 8};

@@ -68,6 +68,14 @@ static void output_reaches_the_console_whatever_the_rings_look_like(void)
     }
 }
 
+/* Bytes of the oldest transmit buffer that the console has: all that the device itself remembers. */
+static uint64_t sent(const struct fixture *f)
+{
+    uint64_t own[VMM_VIRTIO_OWN];
+    vmm_virtio_save_own(vmm_vconsole_virtio(f->device), own);
+    return own[0];
+}
+
 static void a_console_that_takes_no_more_keeps_the_buffer_and_loses_nothing(void)
 {
     struct fixture f;
@@ -79,7 +87,7 @@ static void a_console_that_takes_no_more_keeps_the_buffer_and_loses_nothing(void
     uint32_t written;
     CHECK(!driver_collect(&f.driver, TRANSMIT, &written));
     CHECK_EQUAL(vmm_console_end(f.console), 100);
-    CHECK_EQUAL(vmm_vconsole_save(f.device), 100);
+    CHECK_EQUAL(sent(&f), 100);
     driver_turn(&f.driver); /* nothing rings: a device that waits costs nothing */
     CHECK_EQUAL(f.driver.dev->queues[TRANSMIT].ring.doorbells, 2);
 
@@ -91,7 +99,7 @@ static void a_console_that_takes_no_more_keeps_the_buffer_and_loses_nothing(void
     driver_turn(&f.driver);
     CHECK(driver_collect(&f.driver, TRANSMIT, &written));
     expect_output(&f, 0, machine_at(f.vm, DATA, 250), 250);
-    CHECK_EQUAL(vmm_vconsole_save(f.device), 0);
+    CHECK_EQUAL(sent(&f), 0);
     tear_down(&f);
 }
 

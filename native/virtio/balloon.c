@@ -50,7 +50,6 @@ struct vmm_balloon {
     vmm_balloon_memory memory;
     pthread_cond_t answered; /* with the device's lock */
 };
-_Static_assert(sizeof((vmm_balloon_state *)0)->progress / sizeof(uint64_t) == QUEUES, "one for each queue");
 
 static void look_again(struct vmm_balloon *balloon, unsigned queue)
 {
@@ -77,6 +76,7 @@ static void release(struct vmm_balloon *balloon, uint8_t *host, size_t size)
         balloon->info.released += size >> PAGE_SHIFT;
     else
         balloon->info.refused += size >> PAGE_SHIFT;
+    vmm_vm_wrote(balloon->virtio.vm, host, size); /* with zeroes */
 }
 
 struct run {
@@ -248,7 +248,32 @@ static void forget(void *opaque, uint32_t queue)
     ((struct vmm_balloon *)opaque)->progress[queue] = 0;
 }
 
-static const vmm_virtio_ops ops = {.kick = kick, .stop = stop, .forget = forget};
+/* The target, and how far the oldest buffer of each queue is worked off, in bytes. */
+enum own { OWN_TARGET, OWN_PROGRESS, OWN_END = OWN_PROGRESS + QUEUES };
+_Static_assert((int)OWN_END <= (int)VMM_VIRTIO_OWN, "all of it is saved");
+
+static void save(void *opaque, uint64_t *own)
+{
+    const struct vmm_balloon *balloon = opaque;
+    own[OWN_TARGET] = balloon->info.target;
+    memcpy(own + OWN_PROGRESS, balloon->progress, sizeof balloon->progress);
+}
+
+static int load(void *opaque, const uint64_t *own)
+{
+    struct vmm_balloon *balloon = opaque;
+    for (unsigned i = 0; i < QUEUES; i++)
+        if (own[OWN_PROGRESS + i] > UINT32_MAX) /* a chain is shorter */
+            return vmm_error_set(-EINVAL, "%s: %llu bytes into a buffer", balloon->virtio.name,
+                                 (unsigned long long)own[OWN_PROGRESS + i]);
+    const int rc = vmm_balloon_set_target(balloon, own[OWN_TARGET] < UINT32_MAX ? (uint32_t)own[OWN_TARGET]
+                                                                                : UINT32_MAX);
+    if (rc == 0)
+        memcpy(balloon->progress, own + OWN_PROGRESS, sizeof balloon->progress);
+    return rc;
+}
+
+static const vmm_virtio_ops ops = {.kick = kick, .stop = stop, .forget = forget, .save = save, .load = load};
 
 /* ---- the host's side ---- */
 
@@ -350,24 +375,4 @@ int vmm_balloon_ask(vmm_balloon *balloon, uint32_t timeout_ms, vmm_balloon_memor
         return 0;
     return error ? vmm_error_set(-ETIMEDOUT, "%s: no statistics from the guest", dev->name)
                  : vmm_error_set(-ENOTSUP, "%s: no driver that gives statistics", dev->name);
-}
-
-void vmm_balloon_save(vmm_balloon *balloon, vmm_balloon_state *state)
-{
-    VMM_VIRTIO_LOCKED(&balloon->virtio);
-    *state = (vmm_balloon_state){.target = balloon->info.target};
-    memcpy(state->progress, balloon->progress, sizeof state->progress);
-}
-
-int vmm_balloon_load(vmm_balloon *balloon, const vmm_balloon_state *state)
-{
-    for (unsigned i = 0; i < QUEUES; i++)
-        if (state->progress[i] > UINT32_MAX) /* a chain is shorter */
-            return vmm_error_set(-EINVAL, "%s: %llu bytes into a buffer", balloon->virtio.name,
-                                 (unsigned long long)state->progress[i]);
-    VMM_VIRTIO_LOCKED(&balloon->virtio);
-    const int rc = vmm_balloon_set_target(balloon, state->target);
-    if (rc == 0)
-        memcpy(balloon->progress, state->progress, sizeof balloon->progress);
-    return rc;
 }

@@ -64,7 +64,8 @@ struct request {
     uint16_t range; /* of parsed, under way */
     uint8_t *status;
     struct vmm_blk_request parsed;
-    struct vmm_chain chain; /* last: only its beginning is touched */
+    struct iovec data[VMM_CHAIN_PIECES]; /* of the chain, for the disk, which consumes them */
+    struct vmm_chain chain;              /* last: of both only the beginning is touched */
 };
 
 struct vmm_blk {
@@ -194,12 +195,25 @@ static void give_back(struct vmm_blk *blk, struct request *r)
     blk->free = r;
 }
 
+/*
+ * For dirty logs, all that may have been filled: the status lies beyond what `written` counts if data are missing
+ * before it, and so do the bytes of a read that failed on the way.
+ */
+static void filled(const struct request *r)
+{
+    for (unsigned i = 0; i < r->chain.n_in; i++) {
+        const struct iovec *piece = &r->chain.iov[r->chain.n_out + i];
+        vmm_vm_wrote(r->blk->virtio.vm, piece->iov_base, piece->iov_len);
+    }
+}
+
 /* The driver's part is over: what the used ring is to say was written, and what happened, counted. */
 static void answer(struct request *r, enum vmm_blk_status status, uint64_t data_in)
 {
     struct vmm_blk *blk = r->blk;
     vmm_blk_stats *stats = &blk->stats[r->queue];
     *r->status = (uint8_t)status;
+    filled(r);
     if (status != VMM_BLK_OK)
         (*(status == VMM_BLK_UNSUPP ? &stats->unsupported : &stats->errors))++;
     /* `written` counts from the first byte on: the status is a part of it only if everything before it is. */
@@ -277,10 +291,12 @@ static bool go_on(struct request *r)
 static void io_done(struct vmm_disk_io *io)
 {
     struct request *r = (void *)((uint8_t *)io - offsetof(struct request, io));
-    if (r->blk->virtio.running)
+    if (r->blk->virtio.running) {
         go_on(r);
-    else
-        give_back(r->blk, r); /* stopped: the rings are the driver's again */
+        return;
+    }
+    filled(r);
+    give_back(r->blk, r); /* stopped: the rings are the driver's again */
 }
 
 static void answer_id(struct request *r)
@@ -294,26 +310,14 @@ static void answer_id(struct request *r)
 /* The chain's buffers without header and status: what the data are read from or written to. */
 static void set_buffers(struct request *r)
 {
-    struct vmm_chain *chain = &r->chain;
-    struct iovec *last = &chain->iov[chain->n_out + chain->n_in - 1];
+    const struct vmm_chain *chain = &r->chain;
+    const struct iovec *last = &chain->iov[chain->n_out + chain->n_in - 1];
+    const bool in = r->parsed.type == VMM_BLK_IN;
     r->status = (uint8_t *)last->iov_base + last->iov_len - 1;
-    if (r->parsed.type == VMM_BLK_IN) {
-        r->io.iov = chain->iov + chain->n_out;
-        r->io.n_iov = chain->n_in - (--last->iov_len == 0);
-        return;
-    }
-    r->io.iov = chain->iov;
-    r->io.n_iov = chain->n_out;
-    for (size_t n = VMM_BLK_HEADER; n;) { /* there is a whole one */
-        const size_t part = r->io.iov->iov_len < n ? r->io.iov->iov_len : n;
-        r->io.iov->iov_base = (uint8_t *)r->io.iov->iov_base + part;
-        r->io.iov->iov_len -= part;
-        n -= part;
-        if (!r->io.iov->iov_len) {
-            r->io.iov++;
-            r->io.n_iov--;
-        }
-    }
+    r->io.iov = r->data;
+    r->io.n_iov =
+        in ? vmm_chain_slice(chain, true, 0, chain->in_size - 1, r->data)
+           : vmm_chain_slice(chain, false, VMM_BLK_HEADER, chain->out_size - VMM_BLK_HEADER, r->data);
 }
 
 static enum vmm_disk_op op_of(enum vmm_blk_type type)
@@ -511,6 +515,20 @@ static void quiesce(void *opaque)
     ring_held(blk);
 }
 
+static void save(void *opaque, uint64_t *own)
+{
+    own[0] = ((struct vmm_blk *)opaque)->limits.size;
+}
+
+static int load(void *opaque, const uint64_t *own)
+{
+    const struct vmm_blk *blk = opaque;
+    return own[0] == blk->limits.size
+               ? 0
+               : vmm_error_set(-EINVAL, "%s: the saved disk has %llu bytes, this one %llu", blk->virtio.name,
+                               (unsigned long long)own[0], (unsigned long long)blk->limits.size);
+}
+
 /* ---- for the monitor ---- */
 
 static int check(const char *name, vmm_disk *disk, const vmm_blk_options *options)
@@ -552,7 +570,8 @@ static void fill_config(struct vmm_blk *blk, const vmm_blk_options *options)
 int vmm_blk_create(vmm_vm *vm, const char *name, const char *label, vmm_disk *disk,
                    const vmm_blk_options *options, vmm_blk **out)
 {
-    static const vmm_virtio_ops ops = {.start = start, .kick = kick, .stop = stop, .quiesce = quiesce};
+    static const vmm_virtio_ops ops = {
+        .start = start, .kick = kick, .stop = stop, .quiesce = quiesce, .save = save, .load = load};
     int rc = check(name, disk, options);
     if (rc < 0)
         return rc;

@@ -46,8 +46,10 @@ size_t vmm_chain_write(const struct vmm_chain *chain, uint64_t at, const void *f
 {
     struct cursor c = find(chain, true, at);
     size_t done = 0;
-    for (struct iovec run; done < n && (run = take(&c, n - done)).iov_len; done += run.iov_len)
+    for (struct iovec run; done < n && (run = take(&c, n - done)).iov_len; done += run.iov_len) {
         memcpy(run.iov_base, (const uint8_t *)from + done, run.iov_len);
+        vmm_vm_wrote(chain->vm, run.iov_base, run.iov_len);
+    }
     return done;
 }
 

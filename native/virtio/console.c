@@ -29,13 +29,14 @@ struct config {
     uint16_t cols, rows;
     uint32_t max_nr_ports, emerg_wr;
 };
-_Static_assert(sizeof(struct config) == 12, "virtio 1.2, 5.3.4");
+_Static_assert(sizeof(struct config) == 12 && offsetof(struct config, rows) == 2, "virtio 1.2, 5.3.4");
 
 struct vmm_vconsole {
     struct vmm_virtio virtio;
     vmm_console *console;
     uint64_t sent;
-    uint32_t turn; /* what is left of it */
+    uint32_t turn;    /* what is left of it */
+    uint16_t size[2]; /* columns and rows of the host's terminal */
 };
 
 /* Have the queue looked at again, on the I/O thread; from any thread, under any lock. */
@@ -94,9 +95,9 @@ static void kick(void *opaque, uint32_t queue)
 /* Linux reads the size when it is told of a change, and at no other time. */
 static void start(void *opaque)
 {
-    const struct vmm_virtio *dev = &((struct vmm_vconsole *)opaque)->virtio;
-    if (vmm_virtio_has(dev, F_SIZE) && dev->transport)
-        dev->transport->config_interrupt(dev->transport_opaque);
+    struct vmm_virtio *dev = &((struct vmm_vconsole *)opaque)->virtio;
+    if (vmm_virtio_has(dev, F_SIZE))
+        vmm_virtio_config_interrupt(dev);
 }
 
 static void stop(void *opaque)
@@ -123,8 +124,36 @@ static void configure(void *opaque, uint32_t offset, uint32_t size)
         vmm_console_put(device->console, device->virtio.config[offset]);
 }
 
-static const vmm_virtio_ops ops = {
-    .start = start, .kick = kick, .stop = stop, .forget = forget, .config = configure};
+static void save(void *opaque, uint64_t *own)
+{
+    own[0] = ((struct vmm_vconsole *)opaque)->sent;
+}
+
+static int load(void *opaque, const uint64_t *own)
+{
+    struct vmm_vconsole *device = opaque;
+    if (own[0] > UINT32_MAX) /* a chain is shorter */
+        return vmm_error_set(-EINVAL, "%s: %llu bytes into a buffer", device->virtio.name,
+                             (unsigned long long)own[0]);
+    device->sent = own[0];
+    return 0;
+}
+
+/* The terminal is another one than when the state was saved. */
+static void resumed(void *opaque)
+{
+    struct vmm_vconsole *device = opaque;
+    vmm_virtio_set_config(&device->virtio, 0, device->size, sizeof device->size);
+}
+
+static const vmm_virtio_ops ops = {.start = start,
+                                   .kick = kick,
+                                   .stop = stop,
+                                   .forget = forget,
+                                   .config = configure,
+                                   .save = save,
+                                   .load = load,
+                                   .resumed = resumed};
 
 static void input_came(void *opaque)
 {
@@ -154,8 +183,9 @@ int vmm_vconsole_create(vmm_vm *vm, const char *name, vmm_console *console, uint
     device->console = console;
     device->virtio.writable_at = offsetof(struct config, emerg_wr);
     device->virtio.writable_size = sizeof(uint32_t);
-    const struct config config = {.cols = cols, .rows = rows};
-    memcpy(device->virtio.config, &config, sizeof config);
+    device->size[0] = cols;
+    device->size[1] = rows;
+    memcpy(device->virtio.config, device->size, sizeof device->size);
     vmm_console_listen(console, input_came, room_came, device);
     *out = device;
     return 0;
@@ -180,20 +210,9 @@ int vmm_vconsole_resize(vmm_vconsole *device, uint16_t cols, uint16_t rows)
 {
     if (!(device->virtio.offered & 1u << F_SIZE))
         return vmm_error_set(-ENOTSUP, "%s: created without a terminal size", device->virtio.name);
-    const uint16_t size[2] = {cols, rows};
     VMM_VIRTIO_LOCKED(&device->virtio);
-    vmm_virtio_set_config(&device->virtio, 0, size, sizeof size);
+    device->size[0] = cols;
+    device->size[1] = rows;
+    vmm_virtio_set_config(&device->virtio, 0, device->size, sizeof device->size);
     return 0;
-}
-
-uint64_t vmm_vconsole_save(vmm_vconsole *device)
-{
-    VMM_VIRTIO_LOCKED(&device->virtio);
-    return device->sent;
-}
-
-void vmm_vconsole_load(vmm_vconsole *device, uint64_t sent)
-{
-    VMM_VIRTIO_LOCKED(&device->virtio);
-    device->sent = sent;
 }

@@ -240,6 +240,38 @@ const vmm_device_ops *vmm_virtio_mmio_ops(void)
     return &ops;
 }
 
+/* ---- state ---- */
+
+void vmm_virtio_mmio_save(vmm_virtio_mmio *t, vmm_virtio_mmio_state *s)
+{
+    VMM_VIRTIO_LOCKED(t->dev);
+    *s = (vmm_virtio_mmio_state){.device_select = t->device_select,
+                                 .driver_select = t->driver_select,
+                                 .queue_select = t->queue_select,
+                                 .isr = atomic_load(&t->dev->isr)};
+}
+
+/* Not change_isr: an edge here would be an interrupt that the saved machine did not have. */
+static void set_isr(struct vmm_virtio_mmio *t, uint32_t isr)
+{
+    pthread_mutex_lock(&t->wire);
+    if (!atomic_exchange(&t->dev->isr, isr) != !isr)
+        vmm_line_set(t->line, isr != 0);
+    pthread_mutex_unlock(&t->wire);
+}
+
+int vmm_virtio_mmio_load(vmm_virtio_mmio *t, const vmm_virtio_mmio_state *s)
+{
+    VMM_VIRTIO_LOCKED(t->dev);
+    if (s->isr & ~(ISR_QUEUE | ISR_CONFIG))
+        return vmm_error_set(-EINVAL, "%s: interrupt status %#x", t->dev->name, s->isr);
+    t->device_select = s->device_select;
+    t->driver_select = s->driver_select;
+    t->queue_select = s->queue_select;
+    set_isr(t, s->isr);
+    return 0;
+}
+
 /* ---- life ---- */
 
 int vmm_virtio_mmio_create(vmm_virtio *dev, uint64_t address, const vmm_line *line, vmm_virtio_mmio **out)

@@ -687,7 +687,44 @@ static void net_stop(void *opaque)
     }
 }
 
-static const vmm_virtio_ops net_ops = {.start = net_start, .kick = net_kick, .stop = net_stop};
+/* What the driver asked for on the control queue; its address is in the configuration. */
+enum own { OWN_PAIRS, OWN_ACCEPTED, OWN_FILTER };
+
+static void net_save(void *opaque, uint64_t *own)
+{
+    const struct vmm_net *net = opaque;
+    own[OWN_PAIRS] = net->pairs;
+    own[OWN_ACCEPTED] = net->accepted;
+    own[OWN_FILTER] = net->filter;
+}
+
+static int net_load(void *opaque, const uint64_t *own)
+{
+    struct vmm_net *net = opaque;
+    const unsigned most = vmm_virtio_has(&net->virtio, VMM_NET_F_MQ) ? net->max_pairs : 1;
+    if (own[OWN_PAIRS] < 1 || own[OWN_PAIRS] > most)
+        return vmm_error_set(-EINVAL, "%s: %llu pairs of queues in use of %u", net->virtio.name,
+                             (unsigned long long)own[OWN_PAIRS], most);
+    if (own[OWN_ACCEPTED] & ~offloads_of(net->virtio.agreed, true) || own[OWN_FILTER] & ~3ull)
+        return vmm_error_set(-EINVAL, "%s: offloads %#llx, receive modes %#llx", net->virtio.name,
+                             (unsigned long long)own[OWN_ACCEPTED], (unsigned long long)own[OWN_FILTER]);
+    net->pairs = (unsigned)own[OWN_PAIRS];
+    net->filter = (uint32_t)own[OWN_FILTER];
+    accept_offloads(net, (unsigned)own[OWN_ACCEPTED]);
+    return 0;
+}
+
+static void net_resumed(void *opaque)
+{
+    show_link(opaque);
+}
+
+static const vmm_virtio_ops net_ops = {.start = net_start,
+                                       .kick = net_kick,
+                                       .stop = net_stop,
+                                       .save = net_save,
+                                       .load = net_load,
+                                       .resumed = net_resumed};
 
 static uint64_t features_of(const vmm_net_config *config)
 {
@@ -835,25 +872,5 @@ int vmm_net_get_counts(vmm_net *net, uint32_t pair, vmm_net_counts *counts)
     if (pair >= net->max_pairs)
         return vmm_error_set(-EINVAL, "%s has %u pairs of queues", net->virtio.name, net->max_pairs);
     *counts = net->counts[pair];
-    return 0;
-}
-
-void vmm_net_save(vmm_net *net, vmm_net_state *state)
-{
-    VMM_VIRTIO_LOCKED(&net->virtio);
-    *state = (vmm_net_state){.pairs = (uint16_t)net->pairs, .accepted = net->accepted, .filter = net->filter};
-    memcpy(state->mac, net->virtio.config, sizeof(state->mac));
-}
-
-int vmm_net_load(vmm_net *net, const vmm_net_state *state)
-{
-    VMM_VIRTIO_LOCKED(&net->virtio);
-    if (state->pairs < 1 || state->pairs > net->max_pairs || state->accepted & ~VMM_OFFLOAD_ALL ||
-        state->filter & ~3u)
-        return vmm_error_set(-EINVAL, "not a state of %s", net->virtio.name);
-    memcpy(net->virtio.config, state->mac, sizeof(state->mac));
-    net->pairs = state->pairs;
-    net->filter = state->filter;
-    accept_offloads(net, state->accepted);
     return 0;
 }

@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* BAR 0: a page for each structure, so that one of them could be mapped or trapped alone. */
 enum bar_page {
@@ -404,6 +405,62 @@ static void function_reset(void *opaque)
     struct vmm_virtio_pci *t = opaque;
     vmm_msix_reset(&t->msix);
     choose_messages(t);
+}
+
+/* ---- state ---- */
+
+_Static_assert(sizeof((vmm_virtio_pci_state *)0)->msix / sizeof(vmm_msix_entry_state) == VECTORS_MAX &&
+                   sizeof((vmm_virtio_pci_state *)0)->queue_vectors ==
+                       sizeof((struct vmm_virtio_pci *)0)->queue_vectors,
+               "a state holds the largest device");
+
+void vmm_virtio_pci_save(vmm_virtio_pci *t, vmm_virtio_pci_state *s)
+{
+    VMM_VIRTIO_LOCKED(t->dev);
+    memset(s, 0, sizeof(*s));
+    s->device_feature_select = t->device_feature_select;
+    s->driver_feature_select = t->driver_feature_select;
+    s->isr = atomic_load(&t->dev->isr);
+    s->queue_select = t->queue_select;
+    s->config_vector = t->config_vector;
+    s->n_vectors = t->msix.n;
+    memcpy(s->queue_vectors, t->queue_vectors, sizeof(s->queue_vectors));
+    vmm_msix_save(&t->msix, s->msix);
+}
+
+static int check_vectors(const struct vmm_virtio_pci *t, const vmm_virtio_pci_state *s)
+{
+    if (s->n_vectors != t->msix.n)
+        return vmm_error_set(-EINVAL, "%s: %u interrupt vectors, it has %u", t->dev->name, s->n_vectors,
+                             t->msix.n);
+    for (unsigned i = 0; i < VMM_VIRTIO_QUEUES_MAX; i++)
+        if (s->queue_vectors[i] != existing_vector(t, s->queue_vectors[i]))
+            return vmm_error_set(-EINVAL, "%s: queue %u has interrupt vector %u", t->dev->name, i,
+                                 s->queue_vectors[i]);
+    if (s->config_vector != existing_vector(t, s->config_vector))
+        return vmm_error_set(-EINVAL, "%s: configuration has interrupt vector %u", t->dev->name,
+                             s->config_vector);
+    return s->isr & ~(uint32_t)(ISR_QUEUE | ISR_CONFIG)
+               ? vmm_error_set(-EINVAL, "%s: interrupt status %#x", t->dev->name, s->isr)
+               : 0;
+}
+
+int vmm_virtio_pci_load(vmm_virtio_pci *t, const vmm_virtio_pci_state *s)
+{
+    VMM_VIRTIO_LOCKED(t->dev);
+    int rc = check_vectors(t, s);
+    if (rc == 0)
+        rc = vmm_msix_load(&t->msix, s->msix);
+    if (rc < 0)
+        return rc;
+    t->device_feature_select = s->device_feature_select;
+    t->driver_feature_select = s->driver_feature_select;
+    t->queue_select = s->queue_select;
+    t->config_vector = s->config_vector;
+    memcpy(t->queue_vectors, s->queue_vectors, sizeof(t->queue_vectors));
+    choose_messages(t);
+    change_isr(t, s->isr, UINT32_MAX);
+    return 0;
 }
 
 /* ---- create, destroy ---- */

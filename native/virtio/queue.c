@@ -238,6 +238,7 @@ static void split_push(struct vmm_queue *q, const struct vmm_chain *chain, uint3
     uint8_t *entry = q->host_device + USED_RING + USED_ENTRY * slot;
     store32(entry, chain->id);
     store32(entry + 4, written);
+    vmm_vm_wrote(q->vm, entry, USED_ENTRY);
     q->pushed++;
 }
 
@@ -246,6 +247,7 @@ static bool split_publish(struct vmm_queue *q)
     uint16_t before = q->used;
     q->used = (uint16_t)(before + q->pushed);
     store16_release(q->host_device + USED_IDX, q->used); /* after its entries (2.7.14) */
+    vmm_vm_wrote(q->vm, q->host_device + USED_IDX, 2);
     /* Our index before their wish; pairs with the driver's barrier between its wish and its look at our index. */
     atomic_thread_fence(memory_order_seq_cst);
     if (!(q->features & VMM_QUEUE_EVENT_IDX))
@@ -338,6 +340,7 @@ static void packed_push(struct vmm_queue *q, const struct vmm_chain *chain, uint
         store64(entry + offsetof(struct descriptor, size),
                 written | (uint64_t)chain->id << 32 | (uint64_t)flags << 48);
     }
+    vmm_vm_wrote(q->vm, entry, sizeof(struct descriptor));
     q->used = packed_advance(q, q->used, chain->slots);
     q->pushed += chain->slots;
 }
@@ -346,6 +349,7 @@ static bool packed_publish(struct vmm_queue *q)
 {
     store16_release(packed_flags(q, q->first_slot),
                     q->first_flags); /* after everything else of the batch (2.8.19) */
+    vmm_vm_wrote(q->vm, packed_flags(q, q->first_slot), 2);
     /* Our flags before their wish; pairs with the driver's barrier between its wish and its look at our flags. */
     atomic_thread_fence(memory_order_seq_cst);
     uint32_t wish =
@@ -399,6 +403,21 @@ int vmm_queue_start(struct vmm_queue *q, struct vmm_vm *vm, uint32_t features)
     return 0;
 }
 
+uint16_t vmm_queue_position(const struct vmm_queue *q)
+{
+    return q->avail;
+}
+
+int vmm_queue_seek(struct vmm_queue *q, uint16_t position)
+{
+    if (q->features & VMM_QUEUE_PACKED && (position & ~WRAP) >= q->size) {
+        broken(q, "stands at slot %u of %u", position & ~WRAP, q->size);
+        return -EINVAL;
+    }
+    q->avail = q->used = q->seen = position;
+    return 0;
+}
+
 void vmm_queue_reset(struct vmm_queue *q)
 {
     *q = (struct vmm_queue){
@@ -426,6 +445,7 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *chain)
     if (rc <= 0)
         return rc;
     chain->era = q->era;
+    chain->vm = q->vm;
     chain->n_out = chain->n_in = 0;
     chain->out_size = chain->in_size = 0;
     struct walk w = {.q = q, .chain = chain};
@@ -465,10 +485,21 @@ void vmm_queue_rewind(struct vmm_queue *q, struct vmm_queue_mark mark)
     q->avail = mark.avail;
 }
 
+static void wrote(const struct vmm_queue *q, const struct vmm_chain *chain, uint32_t written)
+{
+    const struct iovec *piece = chain->iov + chain->n_out;
+    for (uint32_t n; written; written -= n, piece++) {
+        n = piece->iov_len < written ? (uint32_t)piece->iov_len : written;
+        vmm_vm_wrote(q->vm, piece->iov_base, n);
+    }
+}
+
 void vmm_queue_push(struct vmm_queue *q, const struct vmm_chain *chain, uint32_t written)
 {
     if (unlikely(!q->started || chain->era != q->era))
         return;
+    if (unlikely(q->vm->tracked))
+        wrote(q, chain, written);
     assert(written <= chain->in_size && q->held >= chain->slots && q->in_flight);
     if (is_packed(q))
         packed_push(q, chain, written);
@@ -492,14 +523,26 @@ bool vmm_queue_publish(struct vmm_queue *q)
 
 /* ---- doorbells ---- */
 
+static void wish16(struct vmm_queue *q, uint8_t *at, uint16_t value)
+{
+    store16(at, value);
+    vmm_vm_wrote(q->vm, at, sizeof(value));
+}
+
+static void wish32(struct vmm_queue *q, uint8_t *at, uint32_t value)
+{
+    store32(at, value);
+    vmm_vm_wrote(q->vm, at, sizeof(value));
+}
+
 void vmm_queue_suppress(struct vmm_queue *q)
 {
     if (unlikely(!q->started))
         return;
     if (is_packed(q))
-        store32(q->host_device, EVENT_DISABLE << 16);
+        wish32(q, q->host_device, EVENT_DISABLE << 16);
     else if (!(q->features & VMM_QUEUE_EVENT_IDX))
-        store16(q->host_device + USED_FLAGS, SPLIT_NO_NOTIFY);
+        wish16(q, q->host_device + USED_FLAGS, SPLIT_NO_NOTIFY);
     /* else: avail_event stays behind, and the driver does not pass it for 65535 requests (2.7.10.1) */
 }
 
@@ -509,11 +552,11 @@ bool vmm_queue_arm(struct vmm_queue *q)
         return false;
     const bool event_idx = q->features & VMM_QUEUE_EVENT_IDX;
     if (is_packed(q))
-        store32(q->host_device, event_idx ? q->avail | EVENT_DESC << 16 : EVENT_ENABLE << 16);
+        wish32(q, q->host_device, event_idx ? q->avail | EVENT_DESC << 16 : EVENT_ENABLE << 16);
     else if (event_idx)
-        store16(q->host_device + USED_RING + USED_ENTRY * q->size, q->avail);
+        wish16(q, q->host_device + USED_RING + USED_ENTRY * q->size, q->avail);
     else
-        store16(q->host_device + USED_FLAGS, 0);
+        wish16(q, q->host_device + USED_FLAGS, 0);
     /* Our wish before their index; pairs with the driver's barrier between its index and its look at our wish. */
     atomic_thread_fence(memory_order_seq_cst);
     return vmm_queue_waiting(q);

@@ -42,6 +42,7 @@ struct vmm_chain {
     uint32_t era;   /* of the queue, when it was popped: an answer that comes after a reset goes nowhere */
     uint16_t n_out, n_in;       /* pieces */
     uint64_t out_size, in_size; /* bytes; together below 4 GiB */
+    struct vmm_vm *vm;          /* whose memory it is: a log of dirty pages hears of what is written */
     struct iovec iov[VMM_CHAIN_PIECES];
 };
 
@@ -85,6 +86,13 @@ struct vmm_queue {
  */
 int vmm_queue_start(struct vmm_queue *q, struct vmm_vm *vm, uint32_t features);
 
+/*
+ * Where both sides of a ring stand with nothing in flight, and how to go on there, after start; -EINVAL: q->fault says
+ * what is wrong.
+ */
+uint16_t vmm_queue_position(const struct vmm_queue *q);
+int vmm_queue_seek(struct vmm_queue *q, uint16_t position);
+
 /* Forget rings, configuration and fault. Statistics stay. On a queue not started or broken, what follows does nothing. */
 void vmm_queue_reset(struct vmm_queue *q);
 
@@ -102,7 +110,10 @@ struct vmm_queue_mark {
 struct vmm_queue_mark vmm_queue_mark(const struct vmm_queue *q);
 void vmm_queue_rewind(struct vmm_queue *q, struct vmm_queue_mark mark);
 
-/* Answer a request: `written` bytes, from the first device-writable one, were filled. Seen after publish. */
+/*
+ * Answer a request: `written` bytes, from the first device-writable one, were filled, and dirty logs hear of them: of
+ * what a device filled beyond, or long before, it tells them itself (vmm_vm_wrote). Seen after publish.
+ */
 void vmm_queue_push(struct vmm_queue *q, const struct vmm_chain *chain, uint32_t written);
 
 /* Let the driver see what was pushed. true: it wants an interrupt for it. */
@@ -116,7 +127,7 @@ bool vmm_queue_arm(struct vmm_queue *q);
 
 /* Copy out of the device-readable part from byte `at`; answers how many there were (less than n at the end). */
 size_t vmm_chain_read(const struct vmm_chain *chain, uint64_t at, void *to, size_t n);
-/* Copy into the device-writable part from byte `at`; answers how many fitted. */
+/* Copy into the device-writable part from byte `at`, for dirty logs as well; answers how many fitted. */
 size_t vmm_chain_write(const struct vmm_chain *chain, uint64_t at, const void *from, size_t n);
 /*
  * The pieces of [at, at + n) of one part (in: the device-writable one) in iov: for readv, writev and their like.

@@ -75,6 +75,10 @@ static void doorbell_rang(struct vmm_source *source, uint32_t events)
         vmm_trace_io(dev->vm, VMM_TRACE_DOORBELL, dev->tag, q->index, 0, 0);
     q->ring.doorbells++;
     learn_patience(q);
+    if (unlikely(dev->resumes) && dev->running) {
+        dev->resumes = false;
+        dev->ops->resumed(dev->opaque);
+    }
     if (dev->running && q->enabled && dev->ops->kick)
         dev->ops->kick(dev->opaque, q->index);
     if (traced)
@@ -178,13 +182,17 @@ void vmm_virtio_destroy(vmm_virtio *dev)
 
 static void interrupt(struct vmm_virtio *dev, unsigned queue)
 {
+    if (dev->loading)
+        return;
     vmm_trace_io(dev->vm, VMM_TRACE_INTERRUPT, dev->tag, queue, 0, 0);
     if (dev->transport)
         dev->transport->queue_interrupt(dev->transport_opaque, queue);
 }
 
-static void config_interrupt(struct vmm_virtio *dev)
+void vmm_virtio_config_interrupt(struct vmm_virtio *dev)
 {
+    if (dev->loading)
+        return;
     vmm_trace_io(dev->vm, VMM_TRACE_INTERRUPT, dev->tag, UINT64_MAX, 0, 0);
     if (dev->transport)
         dev->transport->config_interrupt(dev->transport_opaque);
@@ -197,15 +205,14 @@ void vmm_virtio_set_tag(vmm_virtio *dev, uint32_t tag)
 
 /* ---- running and not ---- */
 
-/* Doorbells go to the I/O thread from here; what was offered before is looked at once. */
-static void start(struct vmm_virtio *dev)
+void vmm_virtio_start(struct vmm_virtio *dev)
 {
     dev->running = true;
     if (dev->ops->start)
         dev->ops->start(dev->opaque);
     for (uint32_t i = 0; i < dev->n_queues && dev->running; i++) {
         struct vmm_virtqueue *q = &dev->queues[i];
-        if (!q->external && vmm_loop_add(dev->loop, &q->source, EPOLLIN) < 0)
+        if (!q->external && !q->source.live && vmm_loop_add(dev->loop, &q->source, EPOLLIN) < 0)
             vmm_virtio_broken(dev, "its doorbell cannot be watched: %s", vmm_error_text());
     }
     if (dev->running && dev->transport)
@@ -215,7 +222,14 @@ static void start(struct vmm_virtio *dev)
             vmm_virtqueue_ring(&dev->queues[i]);
 }
 
-static void stop(struct vmm_virtio *dev)
+void vmm_virtio_halt(struct vmm_virtio *dev)
+{
+    dev->running = dev->resumes = false;
+    if (dev->ops->stop)
+        dev->ops->stop(dev->opaque);
+}
+
+void vmm_virtio_stop(struct vmm_virtio *dev)
 {
     if (!dev->running)
         return;
@@ -224,8 +238,7 @@ static void stop(struct vmm_virtio *dev)
         dev->transport->doorbells(dev->transport_opaque, false);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         vmm_loop_remove(dev->loop, &dev->queues[i].source);
-    if (dev->ops->stop)
-        dev->ops->stop(dev->opaque);
+    vmm_virtio_halt(dev);
 }
 
 static void queue_forget(struct vmm_virtqueue *q)
@@ -237,7 +250,7 @@ static void queue_forget(struct vmm_virtqueue *q)
 
 static void reset(struct vmm_virtio *dev)
 {
-    stop(dev);
+    vmm_virtio_stop(dev);
     for (uint32_t i = 0; i < dev->n_queues; i++)
         queue_forget(&dev->queues[i]);
     dev->status = 0;
@@ -263,19 +276,18 @@ void vmm_virtio_broken(struct vmm_virtio *dev, const char *format, ...)
     va_end(args);
     bool driven = dev->status & VMM_STATUS_DRIVER_OK;
     dev->status |= VMM_STATUS_NEEDS_RESET;
-    stop(dev);
+    vmm_virtio_stop(dev);
     vmm_vm_say(dev->vm, "%s needs a reset by its driver: %s", dev->name, dev->fault);
     /* virtio 1.2, 2.1.2: with DRIVER_OK set, the driver is told by a configuration change. */
     if (driven)
-        config_interrupt(dev);
+        vmm_virtio_config_interrupt(dev);
 }
 
 /* ---- status and features ---- */
 
-/* virtio 1.2, 3.1.1 step 5: a subset of what was offered, and a driver that knows version 1. */
-static bool features_acceptable(const struct vmm_virtio *dev)
+bool vmm_virtio_acceptable(const struct vmm_virtio *dev, uint64_t features)
 {
-    return !(dev->driver_features & ~dev->offered) && (dev->driver_features & VMM_F_VERSION_1);
+    return !(features & ~dev->offered) && (features & VMM_F_VERSION_1);
 }
 
 void vmm_virtio_write_status(struct vmm_virtio *dev, uint8_t status)
@@ -287,7 +299,7 @@ void vmm_virtio_write_status(struct vmm_virtio *dev, uint8_t status)
     /* Bits are set one after another and cleared by reset alone; NEEDS_RESET is the device's (2.1.1, 2.1.2). */
     uint8_t added = status & ~dev->status & ~VMM_STATUS_NEEDS_RESET;
     if (added & VMM_STATUS_FEATURES_OK) {
-        if (features_acceptable(dev))
+        if (vmm_virtio_acceptable(dev, dev->driver_features))
             dev->agreed = dev->driver_features;
         else
             added &= ~VMM_STATUS_FEATURES_OK;
@@ -296,9 +308,9 @@ void vmm_virtio_write_status(struct vmm_virtio *dev, uint8_t status)
         added &= ~VMM_STATUS_DRIVER_OK;
     dev->status |= added;
     if (added & VMM_STATUS_FAILED)
-        stop(dev);
-    else if ((added & VMM_STATUS_DRIVER_OK) && !(dev->status & VMM_STATUS_NEEDS_RESET))
-        start(dev);
+        vmm_virtio_stop(dev);
+    else if ((added & VMM_STATUS_DRIVER_OK) && !(dev->status & (VMM_STATUS_NEEDS_RESET | VMM_STATUS_FAILED)))
+        vmm_virtio_start(dev);
 }
 
 uint32_t vmm_virtio_device_features(const struct vmm_virtio *dev, uint32_t select)
@@ -346,7 +358,7 @@ void vmm_virtio_set_config(struct vmm_virtio *dev, uint32_t offset, const void *
     memcpy(dev->config + offset, bytes, size);
     dev->generation++;
     if (dev->running)
-        config_interrupt(dev);
+        vmm_virtio_config_interrupt(dev);
 }
 
 int vmm_virtio_config_get(vmm_virtio *dev, uint32_t offset, void *bytes, uint32_t size)
@@ -404,12 +416,12 @@ uint32_t vmm_virtqueue_area_read(const struct vmm_virtqueue *q, enum vmm_queue_a
     return (uint32_t)(*area(&ring, which) >> (high ? 32 : 0));
 }
 
-static uint32_t ring_features(const struct vmm_virtio *dev)
+uint32_t vmm_virtio_ring_features(uint64_t agreed)
 {
-    return (dev->agreed & VMM_F_INDIRECT_DESC ? VMM_QUEUE_INDIRECT : 0) |
-           (dev->agreed & VMM_F_EVENT_IDX ? VMM_QUEUE_EVENT_IDX : 0) |
-           (dev->agreed & VMM_F_RING_PACKED ? VMM_QUEUE_PACKED : 0) |
-           (dev->agreed & VMM_F_IN_ORDER ? VMM_QUEUE_IN_ORDER : 0);
+    return (agreed & VMM_F_INDIRECT_DESC ? VMM_QUEUE_INDIRECT : 0) |
+           (agreed & VMM_F_EVENT_IDX ? VMM_QUEUE_EVENT_IDX : 0) |
+           (agreed & VMM_F_RING_PACKED ? VMM_QUEUE_PACKED : 0) |
+           (agreed & VMM_F_IN_ORDER ? VMM_QUEUE_IN_ORDER : 0);
 }
 
 void vmm_virtqueue_enable(struct vmm_virtqueue *q)
@@ -419,7 +431,7 @@ void vmm_virtqueue_enable(struct vmm_virtqueue *q)
         return;
     if (!(dev->status & VMM_STATUS_FEATURES_OK))
         vmm_virtio_broken(dev, "queue %u enabled before features were agreed", q->index);
-    else if (vmm_queue_start(&q->ring, dev->vm, ring_features(dev)) < 0)
+    else if (vmm_queue_start(&q->ring, dev->vm, vmm_virtio_ring_features(dev->agreed)) < 0)
         vmm_virtio_broken(dev, "queue %u: %s", q->index, q->ring.fault);
     else
         q->enabled = true;

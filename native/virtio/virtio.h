@@ -76,7 +76,9 @@ struct vmm_virtio {
     uint64_t offered, agreed;
     uint64_t driver_features; /* as written, before FEATURES_OK */
     uint8_t status;
-    bool running;    /* DRIVER_OK, not broken, not paused */
+    bool running;    /* DRIVER_OK, neither broken nor failed */
+    bool loading;    /* the driver is told of nothing */
+    bool resumes;    /* was loaded: ops->resumed comes with the next doorbell, which was rung */
     char fault[160]; /* why it needs a reset; empty: it does not */
     uint8_t config[VMM_VIRTIO_CONFIG_MAX];
     uint32_t config_size, generation;
@@ -112,6 +114,9 @@ void vmm_virtio_set_config(struct vmm_virtio *dev, uint32_t offset, const void *
 
 /* The guest broke the rules: DEVICE_NEEDS_RESET (virtio 1.2, 2.1.1), said once on the machine's log. */
 void vmm_virtio_broken(struct vmm_virtio *dev, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* The driver is to look at the configuration; without a change of it. */
+void vmm_virtio_config_interrupt(struct vmm_virtio *dev);
 
 /* Has feature bit `bit` been agreed? */
 static inline bool vmm_virtio_has(const struct vmm_virtio *dev, unsigned bit)
@@ -161,5 +166,17 @@ bool vmm_virtqueue_poll(struct vmm_virtqueue *q);
 
 /* The doorbell without an ioeventfd. */
 void vmm_virtqueue_ring(struct vmm_virtqueue *q);
+
+/* ---- for state.c ---- */
+
+/* DRIVER_OK: doorbells, unless they are there, go to the I/O thread; what was offered before is looked at. */
+void vmm_virtio_start(struct vmm_virtio *dev);
+/* Forget what is in flight; doorbells stay, and are not answered. */
+void vmm_virtio_halt(struct vmm_virtio *dev);
+void vmm_virtio_stop(struct vmm_virtio *dev); /* and doorbells go */
+/* virtio 1.2, 3.1.1 step 5: a subset of what was offered, and a driver that knows version 1. */
+bool vmm_virtio_acceptable(const struct vmm_virtio *dev, uint64_t features);
+/* enum vmm_queue_features */
+uint32_t vmm_virtio_ring_features(uint64_t agreed);
 
 #endif

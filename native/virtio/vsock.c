@@ -388,7 +388,36 @@ static void stop(void *opaque)
     device->reset_owed = false;
 }
 
-static const vmm_virtio_ops ops = {.start = start, .kick = kick, .stop = stop};
+/* Whether there was anything between host and guest: sockets are this process's, none is saved. */
+static void save(void *opaque, uint64_t *own)
+{
+    const struct vmm_vsock *device = opaque;
+    own[0] = device->info.connections || device->refused || device->reset_owed;
+}
+
+static int load(void *opaque, const uint64_t *own)
+{
+    struct vmm_vsock *device = opaque;
+    if (own[0] > 1)
+        return vmm_error_set(-EINVAL, "%s: connected is 0 or 1", device->virtio.name);
+    if (own[0])
+        vmm_vsock_disconnect(device);
+    return 0;
+}
+
+/* A copy of the saved machine has an address of its own, which a driver reads again at the event (5.10.6.7). */
+static void resumed(void *opaque)
+{
+    struct vmm_vsock *device = opaque;
+    if (!memcmp(device->virtio.config, &device->info.cid, sizeof device->info.cid))
+        return;
+    vmm_virtio_set_config(&device->virtio, 0, &device->info.cid, sizeof device->info.cid);
+    device->reset_owed = true;
+    vmm_virtqueue_ring(&device->virtio.queues[EVENT]);
+}
+
+static const vmm_virtio_ops ops = {
+    .start = start, .kick = kick, .stop = stop, .save = save, .load = load, .resumed = resumed};
 
 int vmm_vsock_create(vmm_vm *vm, const char *name, uint64_t cid, const char *path, int listener,
                      vmm_vsock **out)

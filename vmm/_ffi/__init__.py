@@ -126,18 +126,20 @@ class VirtioUpcall:
     All are called with the device's lock held. An exception goes to ``failed``.
     """
 
-    __slots__ = ("failed", "kick", "opaque", "start", "stop")
+    __slots__ = ("failed", "kick", "opaque", "quiesce", "start", "stop")
 
     def __init__(
         self,
         start: Callable[[], None],
         kick: Callable[[int], None],
         stop: Callable[[], None],
+        quiesce: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self.start = start
         self.kick = kick
         self.stop = stop
+        self.quiesce = quiesce
         self.failed = failed
         self.opaque: Any = ffi.new_handle(self)
 
@@ -173,6 +175,16 @@ def vmm_py_virtio_stop(opaque: Any) -> None:
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]
+def vmm_py_virtio_quiesce(opaque: Any) -> None:
+    """Nothing is to be in flight, for a virtio device written in Python."""
+    upcall: VirtioUpcall = _from_handle(opaque)
+    try:
+        upcall.quiesce()
+    except BaseException as error:
+        upcall.failed(error)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
 def vmm_py_say(opaque: Any, text: Any) -> None:
     """A message of the machine: ``opaque`` is a handle of the function that takes it."""
     _from_handle(opaque)(ffi.string(text).decode(errors="replace"))
@@ -181,5 +193,10 @@ def vmm_py_say(opaque: Any, text: Any) -> None:
 PYTHON_SAY = lib.vmm_py_say
 PYTHON_VIRTIO_OPS = ffi.new(
     "vmm_virtio_ops *",
-    {"start": lib.vmm_py_virtio_start, "kick": lib.vmm_py_virtio_kick, "stop": lib.vmm_py_virtio_stop},
+    {
+        "start": lib.vmm_py_virtio_start,
+        "kick": lib.vmm_py_virtio_kick,
+        "stop": lib.vmm_py_virtio_stop,
+        "quiesce": lib.vmm_py_virtio_quiesce,
+    },
 )

@@ -24,6 +24,7 @@ extern "Python" {
     void vmm_py_virtio_start(void *opaque);
     void vmm_py_virtio_kick(void *opaque, uint32_t queue);
     void vmm_py_virtio_stop(void *opaque);
+    void vmm_py_virtio_quiesce(void *opaque);
 }
 """
 

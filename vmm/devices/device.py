@@ -86,5 +86,13 @@ class Device:
         """A way back for what :meth:`save` does not hold; ``None``: there is nothing. The machine is paused."""
         return None
 
+    def capture(self) -> Any:
+        """What :meth:`save` would answer, in whatever form is quickest: for :meth:`restore` of this very device."""
+        return self.save()
+
+    def restore(self, captured: Any) -> None:
+        """Become what :meth:`capture` recorded, as often as one likes."""
+        self.load(captured)
+
     def describe(self, tables: Tables) -> None:
         """Tell the guest that this device exists: ACPI objects, kernel command line."""

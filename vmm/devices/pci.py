@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from vmm._ffi import check, ffi, lib
 from vmm.bus import MMIO, Attachment
 from vmm.devices.device import Device
+from vmm.devices.state import accept, checked, listed
 
 if TYPE_CHECKING:
     from vmm.boot.acpi import Tables
+    from vmm.devices.device import State
 
 SLOTS = 32
 NOWHERE = (1 << 64) - 1
@@ -81,6 +83,34 @@ class PciHost(Device):
     def reset(self) -> None:
         """Every function as at power-on: BARs where they were placed, none decoded. Not while the machine runs."""
         lib.vmm_pci_host_reset(self.host)
+
+    def save(self) -> State:
+        """CONFIG_ADDRESS, and each function's configuration space; what interrupts it is the device's to save."""
+        s = self.capture()
+        slots = [slot for slot in range(SLOTS) if s.present >> slot & 1]
+        functions = [{"slot": slot, "config": bytes(s.config[slot])} for slot in slots]
+        return {"version": 1, "address": int(s.address), "functions": functions}
+
+    def load(self, state: State) -> None:
+        """Become what :meth:`save` recorded: before the devices on the bus, not while the machine runs. ``ValueError``
+        for other slots, or other devices in them; nothing has changed then."""
+        saved = checked(self.name, state, {"address": 0xFFFFFFFF}, values=("functions",))
+        s = ffi.new("vmm_pci_host_state *", {"address": saved["address"]})
+        for function in listed(self.name, saved["functions"], SLOTS):
+            at = checked(f"{self.name}: a function", function, {"slot": SLOTS - 1}, {"config": 256})
+            s.present |= 1 << at["slot"]
+            ffi.buffer(s.config[at["slot"]])[: len(at["config"])] = at["config"]
+        accept(lib.vmm_pci_host_load(self.host, s))
+
+    def capture(self) -> Any:
+        """The native record."""
+        s = ffi.new("vmm_pci_host_state *")
+        lib.vmm_pci_host_save(self.host, s)
+        return s
+
+    def restore(self, captured: Any) -> None:
+        """Become what it says."""
+        check(lib.vmm_pci_host_load(self.host, captured))
 
     def describe(self, tables: Tables) -> None:
         """The host bridge with its windows and interrupt wiring, and the table that leads to the ECAM."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.state import checked
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from vmm.devices.device import State
 
 PAGE = 4096
 
@@ -32,6 +28,7 @@ class Balloon(VirtioDevice):
     """
 
     device_id = 5
+    remembers = ("target", *(f"progress{queue}" for queue in range(5)))  # pages; bytes into the oldest buffer
 
     def __init__(
         self, vm: Any, index: int = 0, *, deflate_on_oom: bool = True, reporting: bool = True, statistics: bool = True
@@ -85,23 +82,6 @@ class Balloon(VirtioDevice):
         memory = ffi.new("vmm_balloon_memory *")
         check(lib.vmm_balloon_ask(self._balloon, int(timeout * 1000), memory))
         return {name: int(memory.value[tag]) for tag, name in enumerate(MEMORY) if memory.present >> tag & 1}
-
-    def save(self) -> State:
-        """Target, and how far each queue's oldest buffer is worked off."""
-        state = ffi.new("vmm_balloon_state *")
-        lib.vmm_balloon_save(self._balloon, state)
-        progress = {f"progress{queue}": int(state.progress[queue]) for queue in range(5)}
-        return {"version": 1, "target": int(state.target), **progress}
-
-    def load(self, state: State) -> None:
-        """Become what :meth:`save` recorded. ``ValueError`` for a target above the guest's memory, and the like."""
-        numbers = {"target": 0xFFFFFFFF, **{f"progress{queue}": 0xFFFFFFFF for queue in range(5)}}
-        s = checked(self.name, state, numbers)
-        native = ffi.new("vmm_balloon_state *", {"target": s["target"]})
-        for queue in range(5):
-            native.progress[queue] = s[f"progress{queue}"]
-        if lib.vmm_balloon_load(self._balloon, native) < 0:
-            raise ValueError(f"{self.name}: a target of {s['target']} pages is more than the guest has")
 
     def _info(self) -> Any:
         info = ffi.new("vmm_balloon_info *")

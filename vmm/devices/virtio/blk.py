@@ -11,14 +11,12 @@ from vmm.disk.image import temporary_file
 from vmm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    from vmm.devices.device import State
     from vmm.disk.image import Image
     from vmm.disk.overlay import Overlay
 
 _COUNTS = (
     "reads", "writes", "flushes", "discards", "zeroings", "bytes_read", "bytes_written", "errors", "unsupported",
 )  # fmt: skip
-_WRITEBACK = 32  # offset in the configuration space
 
 
 class Blk(VirtioDevice):
@@ -32,6 +30,7 @@ class Blk(VirtioDevice):
     """
 
     device_id = 2
+    remembers = ("size",)  # bytes; only a disk of that size takes the state
 
     def __init__(
         self,
@@ -160,19 +159,6 @@ class Blk(VirtioDevice):
             queues.append({count: int(getattr(stats, count)) for count in _COUNTS})
         total: dict[str, Any] = {count: sum(queue[count] for queue in queues) for count in _COUNTS}
         return {**total, "throttled": int(lib.vmm_blk_throttled(self._blk)), "queues": queues}
-
-    def save(self) -> State:
-        """The size the guest was told, and whether it left the write cache on; not what is on the disk."""
-        return {"version": 1, "size": self.size, "writeback": int(self.config(_WRITEBACK, 1) != b"\0")}
-
-    def load(self, state: State) -> None:
-        """Take a saved state. ``ValueError``: not one of a disk of this size."""
-        from vmm.devices.state import checked
-
-        s = checked(self.name, state, {"size": (1 << 63) - 1, "writeback": 1})
-        if s["size"] != self.size:
-            raise ValueError(f"{self.name}: the saved disk has {s['size']} bytes, this one {self.size}")
-        self.set_config(_WRITEBACK, bytes([s["writeback"]]))
 
 
 class DiskUndo:

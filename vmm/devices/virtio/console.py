@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.state import checked
 from vmm.devices.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
     from vmm.console import Console
-    from vmm.devices.device import State
 
 
 class VirtioConsole(VirtioDevice):
@@ -21,6 +19,7 @@ class VirtioConsole(VirtioDevice):
     """
 
     device_id = 3
+    remembers = ("sent",)  # bytes of the oldest transmit buffer that the console has already
 
     def __init__(self, vm: Any, index: int, console: Console, *, size: tuple[int, int] | None = None) -> None:
         self.name = f"virtio-console{index}"
@@ -32,14 +31,6 @@ class VirtioConsole(VirtioDevice):
     def resize(self, columns: int, rows: int) -> None:
         """Tell the guest that its terminal has another size. Raises ``HostError`` if it was made without one."""
         check(lib.vmm_vconsole_resize(self._device, columns, rows))
-
-    def save(self) -> State:
-        """How many bytes of the oldest transmit buffer the console has already."""
-        return {"version": 1, "sent": int(lib.vmm_vconsole_save(self._device))}
-
-    def load(self, state: State) -> None:
-        """Go on in the middle of a transmit buffer. ``ValueError`` for a position that no buffer has."""
-        lib.vmm_vconsole_load(self._device, checked(self.name, state, {"sent": 0xFFFFFFFF})["sent"])
 
     def destroy(self) -> None:
         """Free the native half, before the console."""

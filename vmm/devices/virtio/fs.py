@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vmm.devices.device import State
 
 TAG_MAX = 36  # bytes: 5.11.4
 
@@ -47,6 +49,14 @@ class Fs(VirtioDevice):
         check(lib.vmm_fs_create(vm, self.name.encode(), self.tag.encode(), connection, server, log, out))
         self._fs: Any = out[0]
         self.virtio = lib.vmm_fs_virtio(self._fs)
+
+    def save_driven(self) -> State:
+        """Raises :class:`~vmm.errors.StateError`: what the guest has open is the server's to know."""
+        raise StateError(f"a share cannot be saved, what is open in it is virtiofsd's: take out the share {self.tag!r}")
+
+    def capture(self) -> Any:
+        """Raises :class:`~vmm.errors.StateError`."""
+        return self.save_driven()
 
     def destroy(self) -> None:
         """Free the native half; the server ends."""

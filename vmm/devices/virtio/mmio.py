@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.device import Device
+from vmm.devices.state import accept, checked
+from vmm.devices.virtio.transport import VirtioTransport
 
 if TYPE_CHECKING:
     from vmm.boot.acpi import Tables
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 SIZE = 0x1000
 
 
-class VirtioMmio(Device):
+_STATE = {"device_select": 0xFFFFFFFF, "driver_select": 0xFFFFFFFF, "queue_select": 0xFFFFFFFF, "isr": 3}
+
+
+class VirtioMmio(VirtioTransport):
     """A virtio device behind 4 KiB of registers at guest-physical ``address``, with the line ``line``."""
 
     registers = {
@@ -52,13 +56,26 @@ class VirtioMmio(Device):
         """Device and transport to power-on."""
         self.device.reset()
 
-    def save(self) -> State:
-        """What the device remembers."""
-        return self.device.save()
+    def save_transport(self) -> State:
+        """The selectors, and the interrupt status, which the line follows."""
+        s = self.capture_transport()
+        return {"version": 1, **{field: int(getattr(s, field)) for field in _STATE}}
 
-    def load(self, state: State) -> None:
-        """Become what :meth:`save` recorded."""
-        self.device.load(state)
+    def load_transport(self, state: State) -> None:
+        """Become what :meth:`save_transport` recorded."""
+        saved = checked(self.name, state, _STATE)
+        native = ffi.new("vmm_virtio_mmio_state *", {field: saved[field] for field in _STATE})
+        accept(lib.vmm_virtio_mmio_load(self._transport, native))
+
+    def capture_transport(self) -> Any:
+        """The native record."""
+        s = ffi.new("vmm_virtio_mmio_state *")
+        lib.vmm_virtio_mmio_save(self._transport, s)
+        return s
+
+    def restore_transport(self, captured: Any) -> None:
+        """Become what it says."""
+        check(lib.vmm_virtio_mmio_load(self._transport, captured))
 
     def checkpoint(self) -> Undo | None:
         """The device's way back."""

@@ -99,6 +99,11 @@ class VirtioModel(VirtioDevice):
     def stopped(self) -> None:
         """The driver went away or broke a rule: forget every request."""
 
+    def quiesce(self) -> None:
+        """The machine is paused and about to be saved: answer every request that is held. The default holds none; one
+        that is held afterwards makes the save fail. Whatever else the device remembers, :meth:`save` answers, and
+        :meth:`load` takes after :meth:`started`. Called on the saving thread, and before one queue is reset."""
+
     def waits(self, queue: int) -> bool:
         """Whether requests of ``queue`` are to stay in the ring for now; :meth:`kick` takes them up again."""
         return False
@@ -109,7 +114,7 @@ class VirtioModel(VirtioDevice):
         """Make the native half. ``failed`` takes what :meth:`handle` raises."""
         self.agreed = 0
         self._era = 0
-        self._upcall = VirtioUpcall(self._start, self.kick, self._stop, failed)
+        self._upcall = VirtioUpcall(self._start, self.kick, self._stop, self.quiesce, failed)
         out = ffi.new("vmm_virtio **")
         sizes, room = list(self.queue_sizes), len(self.configuration)
         check(
@@ -157,6 +162,16 @@ class VirtioModel(VirtioDevice):
                 act()
         finally:
             lib.vmm_virtio_release(self.virtio)
+
+    def capture(self) -> Any:
+        """With what the subclass saves."""
+        return super().capture(), self.save()
+
+    def restore(self, captured: Any) -> None:
+        """Become what :meth:`capture` recorded."""
+        native, state = captured
+        super().restore(native)
+        self.load(state)
 
     def _start(self) -> None:
         self.agreed = self.info()["agreed"]

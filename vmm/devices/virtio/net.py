@@ -11,7 +11,6 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vmm.devices.device import State
     from vmm.net.end import End
 
 DEVICE_ID = 1
@@ -31,6 +30,7 @@ class Net(VirtioDevice):
     """
 
     device_id = DEVICE_ID
+    remembers = ("pairs", "accepted", "filter")  # in use; offloads the driver takes; its receive modes
 
     def __init__(
         self,
@@ -173,32 +173,6 @@ class Net(VirtioDevice):
             check(lib.vmm_net_get_counts(self._net, pair, counts))
             found.append(MappingProxyType({name: int(getattr(counts, name)) for name in _COUNTS}))
         return tuple(found)
-
-    # ---- state ----
-
-    def save(self) -> State:
-        """The address, the pairs in use, the offloads the driver accepts and its receive modes."""
-        state = ffi.new("vmm_net_state *")
-        lib.vmm_net_save(self._net, state)
-        return {
-            "version": 1, "mac": bytes(state.mac), "pairs": int(state.pairs), "accepted": int(state.accepted),
-            "filter": int(state.filter),
-        }  # fmt: skip
-
-    def load(self, state: State) -> None:
-        """Become what :meth:`save` recorded. Raises ``ValueError`` for a state no such device can be in."""
-        super().load(state)
-        mac = state.get("mac")
-        numbers = {name: state.get(name) for name in ("pairs", "accepted", "filter")}
-        if not isinstance(mac, bytes) or len(mac) != 6 or not all(_is_u16(n) for n in numbers.values()):
-            raise ValueError(f"not a state of {self.name}")
-        native = ffi.new("vmm_net_state *", {"mac": list(mac), **numbers})
-        if lib.vmm_net_load(self._net, native) < 0:
-            raise ValueError(ffi.string(lib.vmm_error_text()).decode())
-
-
-def _is_u16(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 65536
 
 
 def _up_to(most: int) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.device import Device
 from vmm.devices.pci import BarAttachment
+from vmm.devices.state import accept, checked
+from vmm.devices.virtio.transport import VirtioTransport
 
 if TYPE_CHECKING:
     from vmm.devices.device import State, Undo
@@ -35,7 +36,13 @@ _REGISTERS = {
 }  # fmt: skip
 
 
-class VirtioPci(Device):
+_STATE = {
+    "device_feature_select": 0xFFFFFFFF, "driver_feature_select": 0xFFFFFFFF, "queue_select": 0xFFFF, "isr": 3,
+    "config_vector": 0xFFFF,
+}  # fmt: skip
+
+
+class VirtioPci(VirtioTransport):
     """A virtio device in a slot of a PCI host (-1: the first that is free).
 
     The host puts it on the machine's bus where the guest says; ``bar`` is for :meth:`vmm.bus.Bus.adopt`.
@@ -66,13 +73,46 @@ class VirtioPci(Device):
         """The device to power-on, and the transport's registers with it; configuration space is the host's."""
         self.device.reset()
 
-    def save(self) -> State:
-        """What the device remembers."""
-        return self.device.save()
+    def save_transport(self) -> State:
+        """Selectors and vectors (little-endian, 16 bits a queue), interrupt status, MSI-X table (as it is in the BAR)
+        and pending bits. Configuration space is the host's."""
+        s = self.capture_transport()
+        table = s.msix[0 : s.n_vectors]
+        return {
+            "version": 1,
+            **{field: int(getattr(s, field)) for field in _STATE},
+            "queue_vectors": bytes(ffi.buffer(s.queue_vectors)),
+            "table": b"".join(bytes(ffi.buffer(entry.words)) for entry in table),
+            "pending": [n for n, entry in enumerate(table) if entry.pending],
+        }
 
-    def load(self, state: State) -> None:
-        """Become what :meth:`save` recorded."""
-        self.device.load(state)
+    def load_transport(self, state: State) -> None:
+        """Become what :meth:`save_transport` recorded."""
+        saved = checked(
+            self.name, state, _STATE, {"queue_vectors": 2 * _QUEUES, "table": 16 * (_QUEUES + 1)}, ("pending",)
+        )
+        vectors, table, pending = saved["queue_vectors"], saved["table"], saved["pending"]
+        if len(vectors) != 2 * _QUEUES or len(table) % 16 or not _indices(pending, len(table) // 16):
+            raise ValueError(
+                f"{self.name}: interrupt vectors of {len(vectors)} and {len(table)} bytes, pending {pending}"
+            )
+        s = ffi.new("vmm_virtio_pci_state *", {field: saved[field] for field in _STATE})
+        s.n_vectors = len(table) // 16
+        ffi.buffer(s.queue_vectors)[:] = vectors
+        for n in range(s.n_vectors):
+            ffi.buffer(s.msix[n].words)[:] = table[16 * n : 16 * n + 16]
+            s.msix[n].pending = n in pending
+        accept(lib.vmm_virtio_pci_load(self._transport, s))
+
+    def capture_transport(self) -> Any:
+        """The native record."""
+        s = ffi.new("vmm_virtio_pci_state *")
+        lib.vmm_virtio_pci_save(self._transport, s)
+        return s
+
+    def restore_transport(self, captured: Any) -> None:
+        """Become what it says."""
+        check(lib.vmm_virtio_pci_load(self._transport, captured))
 
     def checkpoint(self) -> Undo | None:
         """The device's way back."""
@@ -84,3 +124,7 @@ class VirtioPci(Device):
             lib.vmm_virtio_pci_destroy(self._transport)
             self._transport = None
             self.device.destroy()
+
+
+def _indices(value: Any, below: int) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and 0 <= n < below for n in value)

@@ -11,14 +11,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.state import checked
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
     import socket
-
-    from vmm.devices.device import State
 
 PATH_MAX = 95  # bytes: a UNIX socket's path has 107, and "_4294967295" goes behind this one
 BACKLOG = 64
@@ -32,6 +29,7 @@ class Vsock(VirtioDevice):
     """
 
     device_id = 19
+    remembers = ("connected",)  # 1: a guest that is loaded is told that its connections are gone
 
     def __init__(self, vm: Any, index: int = 0, *, cid: int = 3, path: str | os.PathLike[str]) -> None:
         self.name = f"virtio-vsock{index}"
@@ -61,15 +59,6 @@ class Vsock(VirtioDevice):
     def disconnect(self) -> None:
         """End every connection, and tell the guest that its transport was reset."""
         lib.vmm_vsock_disconnect(self._vsock)
-
-    def save(self) -> State:
-        """No connection survives: the sockets are this process's."""
-        return {"version": 1}
-
-    def load(self, state: State) -> None:
-        """The guest is told that its connections are gone. ``ValueError`` for a state of something else."""
-        checked(self.name, state, {})
-        self.disconnect()
 
     def destroy(self) -> None:
         """Close every socket, remove ``path``, free the native half."""
