@@ -437,10 +437,12 @@ class Machine:
 
         with self._still():
             self.load()
+            # Devices finish what is in flight: they interrupt, which is a part of the processors' state.
+            devices = {device.name: device.save() for device in self.devices}
             return {
                 "version": 1,
                 "processors": processors.save(self._vm, self.vcpus),
-                "devices": {device.name: device.save() for device in self.devices},
+                "devices": devices,
                 "input": self.console.pending(),
             }
 

@@ -14,7 +14,7 @@ from vmm.errors import StateError
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from vmm.devices.device import Device, State
+    from vmm.devices.device import Device
     from vmm.machine import Machine
 
 
@@ -32,7 +32,8 @@ class Checkpoint:
         self.pages = 0
         """Pages that the last roll-back copied."""
         try:
-            self._states: list[tuple[Device, State]] = [(device, device.save()) for device in machine.devices]
+            # Devices finish what is in flight, and write memory for it: before anything else.
+            self._states: list[tuple[Device, Any]] = [(device, device.capture()) for device in machine.devices]
             self._input = machine.console.pending()
             self._disks = [undo for device in machine.devices if (undo := device.checkpoint()) is not None]
             out = ffi.new("vmm_checkpoint **")
@@ -46,12 +47,12 @@ class Checkpoint:
         """Put the machine, which does not run, back. For :meth:`vmm.Machine.rollback`."""
         if self._native is None or self._machine is None:
             raise StateError("the checkpoint is closed: make another")
-        # Rings are in memory, and devices drive the lines of the chips: in this order.
+        # A device forgets what is in flight, which may still have written memory; it drives the lines of the chips.
+        for device, state in self._states:
+            device.restore(state)
         self.pages = check(lib.vmm_checkpoint_restore_memory(self._native))
         for undo in self._disks:
             undo.rollback()
-        for device, state in self._states:
-            device.load(state)
         self._machine.console.rewind(self._input)
         check(lib.vmm_checkpoint_restore_processors(self._native))
 
