@@ -23,6 +23,7 @@ from vmm.memory import GuestMemory
 from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vmm.cpu.vcpu import Exit
     from vmm.devices.device import Device, State
     from vmm.devices.pci import PciHost
+    from vmm.devices.virtio.blk import Blk
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.hooks import Access, Hook, Hooks
     from vmm.observe.diagnose import Diagnosis
@@ -40,7 +42,10 @@ if TYPE_CHECKING:
     from vmm.observe.symbols import Symbols
     from vmm.observe.trace import Trace
     from vmm.observe.watch import Sample, Watch
+    from vmm.snapshot import Snapshot
     from vmm.snapshot.checkpoint import Checkpoint
+    from vmm.snapshot.origin import Origin
+    from vmm.snapshot.series import Series
     from vmm.trace_rings import TraceRings
 
 KVM_PATH = "/dev/kvm"
@@ -63,15 +68,24 @@ class Machine:
     """A virtual machine: ``Machine(kernel="bzImage", memory="512M")``, or from a :class:`MachineConfig`.
 
     A context manager; leaving it stops and frees everything. Keyword fields are those of
-    :data:`vmm.config.FIELDS`. Raises :class:`~vmm.errors.ConfigError` for a request that cannot be,
-    :class:`~vmm.errors.HostError` where the host refuses.
+    :data:`vmm.config.FIELDS`. With ``origin`` it is not booted, but goes on from there. Raises
+    :class:`~vmm.errors.ConfigError` for a request that cannot be, :class:`~vmm.errors.HostError` where the host
+    refuses.
     """
 
     memory: GuestMemory
     bus: Bus
     console: Console
 
-    def __init__(self, config: MachineConfig | None = None, *, kvm: str = KVM_PATH, **fields: Any) -> None:
+    def __init__(
+        self,
+        config: MachineConfig | None = None,
+        *,
+        kvm: str = KVM_PATH,
+        origin: Origin | None = None,
+        **fields: Any,
+    ) -> None:
+        self._origin = origin
         self.config = config.with_(**fields) if config else MachineConfig(**fields)
         self.vcpus: list[Any] = []
         self.devices: list[Device] = []
@@ -100,6 +114,7 @@ class Machine:
         self._tracing: Trace | None = None
         self._started_at = 0.0
         self._checkpoints: list[Checkpoint] = []
+        self._series: Series | None = None
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
@@ -114,6 +129,9 @@ class Machine:
     def _open_image(self) -> None:
         from vmm import boot
 
+        if self._origin is not None:
+            self.kind = self._origin.kind
+            return
         self.kind = self.config.kind
         if self.config.kernel is not None:
             self.image = boot.Image.open(self.config.kernel)
@@ -127,6 +145,8 @@ class Machine:
         self.host = host.check(self._kvm_path, self.config)
         # Where a tick costs milliseconds of emulation, a Linux guest gets a PIT of ours, which merges them.
         self.merge_ticks = self.host.emulated and self.kind in LINUX_KINDS
+        if self._origin is not None:
+            self.merge_ticks = self._origin.merge_ticks  # a device the guest knows
         out = ffi.new("vmm_vm **")
         flags = IRQCHIP if self.merge_ticks else IRQCHIP | PIT
         code = lib.vmm_vm_create(self._kvm_path.encode(), flags, out)
@@ -140,7 +160,8 @@ class Machine:
 
     def _map_memory(self) -> None:
         regions = layout.ram_regions(self.config.memory)
-        self.memory = GuestMemory(self._vm, regions, huge_pages=self.config.huge_pages)
+        files = self._origin.files if self._origin is not None else None
+        self.memory = GuestMemory(self._vm, regions, huge_pages=self.config.huge_pages, files=files)
 
     def _remedy_host(self) -> None:
         if self.host.remedies:
@@ -159,9 +180,23 @@ class Machine:
         limit = int(lib.vmm_vm_check_extension(self._vm, 66)) or 1  # KVM_CAP_MAX_VCPUS
         if self.config.cpus > limit:
             raise ConfigError(f"{self.config.cpus} vCPUs are more than this host allows: give --cpus 1 to {limit}")
-        table = CpuidTable(self._vm, self.config.cpus, hypercalls=not self.host.vmcall_loops)
+        self.cpuid = CpuidTable(self._vm, self.config.cpus, hypercalls=not self.host.vmcall_loops)
+        if self._origin is not None:
+            self.cpuid.become(self._origin.cpuid)
         for number in range(self.config.cpus):
-            self.vcpus.append(Vcpu(self._vm, number, self.memory, table))
+            self.vcpus.append(Vcpu(self._vm, number, self.memory, self.cpuid))
+
+    def _go_on(self) -> None:
+        origin, self._origin = self._origin, None
+        if origin is None:
+            return
+        from vmm.boot.entry import Entry
+
+        self.entry = Entry(origin.mode, origin.kind, 0)
+        self.entry.symbols = origin.symbols
+        self.command_line = origin.command_line
+        if origin.state is not None:
+            self.load_state(origin.state)
 
     # ---- composing ----
 
@@ -169,6 +204,13 @@ class Machine:
     def native(self) -> Any:
         """The native machine, for the constructors of devices whose model is C."""
         return self._open_vm()
+
+    @property
+    def disks(self) -> list[Blk]:
+        """Its disks, as the configuration has them."""
+        from vmm.devices.virtio.blk import Blk
+
+        return [device for device in self.virtio if isinstance(device, Blk)][: len(self.config.disks)]
 
     def line(self, gsi: int) -> GsiLine:
         """The wire of a global system interrupt into the irqchip."""
@@ -467,6 +509,39 @@ class Machine:
             self.console.rewind(state["input"])
             processors.load(self._vm, self.vcpus, state["processors"])
 
+    def snapshot(self, path: str | os.PathLike[str], *, differential: bool = False) -> Snapshot:
+        """Write the machine into the directory ``path``, and answer the snapshot, open. It is held meanwhile.
+
+        ``differential``: only the memory written since the last snapshot of this machine that is still there; that
+        one is its parent. Disks that can be written are copied into the directory. A snapshot of that name is replaced
+        when the new one is whole. See ``docs/snapshots.md``. Raises :class:`~vmm.errors.SnapshotError` for what cannot
+        be asked, :class:`~vmm.errors.HostError` for what the host refuses (a full disk): the machine goes on.
+        """
+        from vmm.snapshot.series import Series
+
+        with self._still():
+            self._series = self._series or Series(self)
+            return self._series.write(path, differential)
+
+    @classmethod
+    def restore(
+        cls, path: str | os.PathLike[str], *, check: bool = True, kvm: str = KVM_PATH, **fields: Any
+    ) -> Machine:
+        """A new machine that goes on from a snapshot: :meth:`start` it.
+
+        Its memory is the snapshot's, read when it is looked at, until the guest writes it; the snapshot is not
+        changed, and may be restored again. ``check`` compares every byte with its checksum first. ``fields`` may say
+        anew how the machine is used and where its disks and networks are. Raises
+        :class:`~vmm.errors.SnapshotError` when it is damaged or of another version, :class:`~vmm.errors.HostError`
+        when this host lacks what the guest was told it has.
+        """
+        from vmm.snapshot.restoring import prepare
+
+        with prepare(path, check=check) as prepared:
+            machine = cls(prepared.origin.config(**prepared.with_disks(fields)), kvm=kvm, origin=prepared.origin)
+            prepared.finish(machine)
+            return machine
+
     def checkpoint(self) -> Checkpoint:
         """Keep the machine's state, memory and disks as they are now, for :meth:`rollback`.
 
@@ -665,6 +740,8 @@ class Machine:
             self._tracing.finish()
         for checkpoint in list(self._checkpoints):
             checkpoint.close()
+        if self._series is not None:
+            self._series.close()
         for device in self.devices:
             device.reset()
         if hasattr(self, "memory"):
@@ -718,6 +795,7 @@ BOOT_STEPS = [
     Machine._remedy_host,
     Machine._create_devices,
     Machine._create_vcpus,
+    Machine._go_on,
 ]
 
 __all__ = ["BOOT_STEPS", "HostError", "Machine"]

@@ -41,6 +41,7 @@ class GuestMemory:
         self.planted: dict[int, int] = {}  # where a debugger put an INT3, and the guest's own byte
         self.private = files is not None
         """Whether no other process sees what the guest writes: it is on files that others may share."""
+        self._offsets = [offset for _, offset in files] if files else [0] * len(self.regions)
         for number, (gpa, size) in enumerate(self.regions):
             try:
                 host = self._add_file(gpa, size, *files[number]) if files else self._add(gpa, size, huge_pages)
@@ -72,6 +73,13 @@ class GuestMemory:
         check(lib.vmm_vm_freeze_memory(self._vm, fds))
         self.private = True
         return [(int(fd), 0) for fd in fds]
+
+    def backing(self) -> list[tuple[int, int, memoryview, int, int, bool]]:
+        """Each region's gpa, size, memory, file behind it, offset in that, and whether what is written stays here."""
+        return [
+            (start, end - start, mapped, check(lib.vmm_vm_memory_fd(self._vm, number)), offset, self.private)
+            for number, ((start, end, mapped), offset) in enumerate(zip(self._maps, self._offsets, strict=True))
+        ]
 
     @property
     def size(self) -> int:

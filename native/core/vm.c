@@ -318,6 +318,12 @@ int vmm_vm_add_memory_file(vmm_vm *vm, uint64_t gpa, uint64_t size, int fd, uint
     return 0;
 }
 
+int vmm_vm_memory_fd(vmm_vm *vm, uint32_t region)
+{
+    return region < vm->n_regions ? vm->regions[region].fd
+                                  : vmm_error_set(-EINVAL, "memory region %u", region);
+}
+
 /* The mapping changes under KVM, which is told by the kernel; its address, and what is read there, stay the same. */
 static int freeze_region(struct vmm_region *r)
 {

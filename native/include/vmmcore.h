@@ -96,6 +96,9 @@ int vmm_vm_add_memory(vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags, v
 int vmm_vm_add_memory_file(vmm_vm *vm, uint64_t gpa, uint64_t size, int fd, uint64_t offset, uint32_t flags,
                            void **host);
 
+/* The file behind a region of memory, in the order they were added; the library's. -EINVAL: there is none such. */
+int vmm_vm_memory_fd(vmm_vm *vm, uint32_t region);
+
 /*
  * Freeze all memory as it is into one file per region, for other machines to start from; this one goes on with private
  * pages over them. *fds, room for each region, are the library's, and written by nobody any more: so no other process

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
+from vmm.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,14 @@ KVM_HYPERCALL_FEATURES = 1 << 7 | 1 << 11 | 1 << 13  # PV_UNHALT, PV_SEND_IPI, P
 PCID = 1 << 17  # CPUID.1:ECX
 GIB_PAGES = 1 << 26  # CPUID.80000001:EDX
 
+
+# Registers whose bits are features: what a guest was told it has, it must find wherever it goes on.
+_FEATURES = {
+    (1, 0): ("ecx", "edx"), (7, 0): ("ebx", "ecx", "edx"), (7, 1): ("eax",), (0xD, 0): ("eax", "edx"),
+    (0xD, 1): ("eax",), (0x80000001, 0): ("ecx", "edx"), (0x80000007, 0): ("edx",), (0x80000008, 0): ("ebx",),
+    (KVM_FEATURES, 0): ("eax",),
+}  # fmt: skip
+_COLUMNS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
 
 _STAMPED = (1, 4, 0xB, 0x1F, 0x8000001E)  # leaves that tell a vCPU's place
 
@@ -67,6 +76,31 @@ class CpuidTable:
         for e in self._entries_of(0x80000008):
             e.ecx = (e.ecx & ~0xF0FF) | min(cpus - 1, 0xFF) | width << 12
 
+    def value(self) -> list[list[int]]:
+        """The leaves as plain values: function, index, flags, EAX, EBX, ECX, EDX of each."""
+        return [[int(getattr(self._entries[i], column)) for column in _COLUMNS] for i in range(self.count)]
+
+    def become(self, value: object) -> None:
+        """Have the leaves that :meth:`value` gave, perhaps on another host. Before :meth:`apply`.
+
+        Raises ``ValueError`` for what is no such value, :class:`~vmm.errors.HostError` naming the features that this
+        host lacks.
+        """
+        rows = _rows(value)
+        if missing := _missing(rows, _rows(self.value())):
+            raise HostError(
+                f"this host's processor or KVM lacks what the machine has: {', '.join(missing)}; "
+                "use a host of the same kind, or one with more"
+            )
+        self.count = len(rows)
+        self._entries = ffi.new("vmm_cpuid_entry[]", self.count)
+        self._places = {}
+        for i, row in enumerate(rows):
+            for column, number in zip(_COLUMNS, row, strict=True):
+                setattr(self._entries[i], column, number)
+            self._places.setdefault(row[0], []).append(i)
+        self._per_vcpu = list(self._entries_of(*_STAMPED))
+
     def _entries_of(self, *functions: int) -> Iterator[Any]:
         return (self._entries[i] for function in functions for i in self._places.get(function, ()))
 
@@ -97,3 +131,33 @@ class CpuidTable:
             elif e.function == 0x8000001E:
                 e.eax, e.ebx, e.ecx = apic_id, apic_id & 0xFF, 0
         check(lib.vmm_vcpu_set_cpuid(vcpu, self._entries, self.count))
+
+
+def _rows(value: object) -> list[list[int]]:
+    if not isinstance(value, list) or len(value) > MAX_ENTRIES:
+        raise ValueError("not a table of CPUID leaves")
+    for row in value:
+        if not isinstance(row, list) or len(row) != len(_COLUMNS):
+            raise ValueError("a CPUID leaf has 7 numbers")
+        if not all(isinstance(n, int) and 0 <= n < 1 << 32 for n in row):
+            raise ValueError("a CPUID leaf has numbers of 32 bits")
+    return value
+
+
+def _missing(wanted: list[list[int]], found: list[list[int]]) -> list[str]:
+    """Names of what the first table has and the second has not: vendor, or feature bits."""
+    here = {(row[0], row[1]): row for row in found}
+    missing = []
+    for row in wanted:
+        has = here.get((row[0], row[1]), [0] * len(_COLUMNS))
+        if row[0] == 0 and row[4:] != has[4:]:
+            missing.append(f"vendor {_vendor(row)} (this one is {_vendor(has)})")
+        for register in _FEATURES.get((row[0], row[1]), ()):
+            column = _COLUMNS.index(register)
+            bits = row[column] & ~has[column]
+            missing += [f"CPUID.{row[0]:X}H.{row[1]}:{register.upper()}[{bit}]" for bit in range(32) if bits >> bit & 1]
+    return missing
+
+
+def _vendor(row: list[int]) -> str:
+    return b"".join(row[i].to_bytes(4, "little") for i in (4, 6, 5)).decode("latin-1")

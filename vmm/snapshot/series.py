@@ -1,0 +1,97 @@
+"""The snapshots of one machine: full ones, and what was written since the one before."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vmm.errors import SnapshotError
+from vmm.snapshot.origin import describe
+from vmm.snapshot.reading import Snapshot, read
+from vmm.snapshot.regions import Ram
+from vmm.snapshot.writing import write
+
+if TYPE_CHECKING:
+    from vmm.devices.device import State
+    from vmm.machine import Machine
+    from vmm.memory import DirtyLog
+
+VERSION = 1
+
+
+class Series:
+    """Writes snapshots of a machine, and knows which pages were written since the last that others may build on."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._log: DirtyLog | None = None
+        self._last: tuple[str, bytes] | None = None  # path and id
+
+    def write(self, path: str | os.PathLike[str], differential: bool) -> Snapshot:
+        """Write one; the machine is held. The first that is to be differential is full."""
+        state = state_of(self._machine)  # before memory: devices let go of what they have in flight
+        if not differential:
+            return self._write(path, state)
+        parent = self._parent()
+        if self._log is None:
+            self._log = self._machine.memory.dirty_log()
+        self._log.collect()
+        dirty = self._log.take()
+        try:
+            with parent or _Nothing() as under:
+                written = self._write(path, state, under, dirty if under else None)
+        except BaseException:
+            for gpa, size in dirty:  # not in any snapshot yet
+                self._machine.memory.wrote(gpa, size)
+            raise
+        self._last = (os.path.abspath(path), written.id)
+        return written
+
+    def _write(
+        self,
+        path: str | os.PathLike[str],
+        state: State,
+        parent: Snapshot | None = None,
+        dirty: list[tuple[int, int]] | None = None,
+    ) -> Snapshot:
+        machine = self._machine
+
+        def add_disks(directory: str) -> None:
+            from vmm.snapshot.disks import save_disks
+
+            state["disks"] = save_disks(machine.config.disks, machine.disks, directory)
+
+        memory = [Ram(*region) for region in machine.memory.backing()]
+        return write(path, state, memory, parent=parent, dirty=dirty, extra_files=add_disks if machine.disks else None)
+
+    def _parent(self) -> Snapshot | None:
+        """The last of the series, if it is still what it was."""
+        if self._last is None:
+            return None
+        try:
+            parent = read(self._last[0])
+        except SnapshotError:
+            return None
+        if parent.id == self._last[1]:
+            return parent
+        parent.close()
+        return None
+
+    def close(self) -> None:
+        """Forget what was written since."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def state_of(machine: Machine) -> State:
+    """What a snapshot has beside memory and disks, as a plain value."""
+    return {"version": VERSION, "description": describe(machine), "machine": machine.save(), "disks": []}
