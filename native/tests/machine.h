@@ -25,7 +25,8 @@ static inline uint8_t *machine_add(vmm_vm *vm, uint64_t gpa, uint64_t size, uint
     CHECK(guarded != MAP_FAILED);
     uint8_t *host = mmap(guarded + 4096, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
     CHECK(host != MAP_FAILED);
-    vm->regions[vm->n_regions++] = (struct vmm_region){gpa, size, host, fd, flags};
+    vm->regions[vm->n_regions++] =
+        (struct vmm_region){.gpa = gpa, .size = size, .host = host, .fd = fd, .flags = flags};
     return host;
 }
 

@@ -458,8 +458,11 @@ int vmm_virtio_pci_load(vmm_virtio_pci *t, const vmm_virtio_pci_state *s)
     t->queue_select = s->queue_select;
     t->config_vector = s->config_vector;
     memcpy(t->queue_vectors, s->queue_vectors, sizeof(t->queue_vectors));
-    choose_messages(t);
-    change_isr(t, s->isr, UINT32_MAX);
+    pthread_mutex_lock(&t->wire);
+    t->messages = t->msix.enabled;
+    atomic_store(&t->dev->isr, s->isr);
+    vmm_pci_interrupt(&t->function, s->isr && !t->messages);
+    pthread_mutex_unlock(&t->wire);
     return 0;
 }
 
