@@ -458,20 +458,17 @@ class Machine:
 
     @contextlib.contextmanager
     def _still(self) -> Iterator[None]:
-        """Held, if it runs; no debugger's breakpoint in memory."""
+        """Held, its I/O thread also if no vCPU runs; no debugger's breakpoint in memory."""
         self._open_vm()
         self._refuse_own_thread()
         if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
             self._end()
-        running = bool(self._threads)
-        if running:
-            self.pause()
+        self.pause()
         try:
             with self.memory.without_breakpoints():
                 yield
         finally:
-            if running:
-                self.resume()
+            self.resume()
 
     def save(self) -> State:
         """Everything but memory and the contents of disks, as a plain value. The machine is held meanwhile."""
