@@ -9,9 +9,15 @@ from pathlib import Path
 CLUSTER = 4096
 
 
-def flattened(base: Path, overlay: Path) -> bytes:
-    """The disk that a base and an overlay make."""
-    file, below = overlay.read_bytes(), base.read_bytes()
+def flattened(base: Path, *overlays: Path) -> bytes:
+    """The disk that a base and overlays make, the lowest first."""
+    below = base.read_bytes()
+    for overlay in overlays:
+        below = _over(below, overlay.read_bytes())
+    return below
+
+
+def _over(below: bytes, file: bytes) -> bytes:
     magic, version, cluster, size, bitmap_at, bitmap_size, data_at, base_size, _, check = struct.unpack_from(
         "<8sIIQQQQQII", file
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CACHES = ("writeback", "none")
-_FLAGS = {"ro": ("readonly", True), "rw": ("readonly", False)}
+_FLAGS = {"ro": ("readonly", True), "rw": ("readonly", False), "temporary": ("temporary", True)}
 _QUEUES = read_count(1, 16, "a number of queues")
 
 
@@ -156,8 +156,11 @@ class Part:
 
     def within(self, folder: str) -> Any:
         """With paths relative to ``folder``."""
-        paths = {n: os.path.join(folder, v) for n, v in self._values.items() if n in _PATHS and v}
-        return self.with_(**paths)
+        paths = {
+            n: os.path.join(folder, v) for n, v in self._values.items() if n in _PATHS and isinstance(v, str) and v
+        }
+        lists = {n: [os.path.join(folder, path) for path in v] for n, v in self._values.items() if n in _PATH_LISTS}
+        return self.with_(**paths, **lists)
 
 
 def _make(kind: type[Part], fields: dict[str, Any]) -> Part:
@@ -166,6 +169,7 @@ def _make(kind: type[Part], fields: dict[str, Any]) -> Part:
 
 _NONE = Field(read_text, None, "")
 _PATHS = frozenset({"path", "overlay", "directory", "socket"})
+_PATH_LISTS = frozenset({"layers"})
 
 
 def _split(text: str) -> list[str]:
@@ -176,7 +180,9 @@ def _split(text: str) -> list[str]:
 class Disk(Part):
     """A disk: ``path`` is a raw image or a block device.
 
-    ``overlay``: a file that takes all writes, so that ``path`` is only read. ``cache``: ``writeback`` uses the
+    ``overlay``: a file that takes all writes, so that ``path`` is only read; ``temporary``: such a file without a name,
+    which goes with the machine. ``layers``: overlays of earlier machines between the two, the lowest first, only
+    read. ``cache``: ``writeback`` uses the
     host's page cache, ``none`` goes round it (O_DIRECT); either way a flush the guest was answered is on the disk.
     ``iops`` and ``bps`` limit operations and bytes a second (0: no limit).
     """
@@ -188,6 +194,8 @@ class Disk(Part):
         "serial": Field(_serial, "", "what the guest reads as the disk's serial"),
         "cache": Field(read_one_of(*CACHES), "writeback", "writeback, or none for O_DIRECT"),
         "overlay": Field(_file_or_none, None, "file that takes all writes"),
+        "layers": Field(_texts, (), "overlay between path and what takes the writes; again for the next above it"),
+        "temporary": Field(read_flag, False, "what the guest writes goes with the machine"),
         "sector": Field(read_count(512, 4096, "a sector size"), 512, "logical sector size: 512 or 4096"),
         "queues": Field(_QUEUES, 1, "number of queues"),
         "iops": Field(read_count(0, 1 << 40, "a limit of operations a second"), 0, "operations a second"),
@@ -195,11 +203,15 @@ class Disk(Part):
     }
 
     def check(self) -> None:
-        """A sector is 512 or 4096 bytes; a disk that cannot be written needs no overlay."""
+        """A sector is 512 or 4096 bytes; what is written has one place, and what is not written none."""
         if self.sector not in (512, 4096):
             raise ConfigError(f"a sector of {self.sector} bytes: give 512 or 4096")
-        if self.overlay and self.readonly:
+        if self.readonly and (self.overlay or self.temporary):
             raise ConfigError(f"disk {self.path} is read-only and has an overlay for writes: give one of the two")
+        if self.overlay and self.temporary:
+            raise ConfigError(f"disk {self.path} has an overlay and is temporary: give one of the two")
+        if self.layers and not (self.overlay or self.temporary):
+            raise ConfigError(f"disk {self.path} has layers that are only read: give it overlay=FILE, or temporary")
 
 
 class Net(Part):

@@ -422,6 +422,26 @@ int vmm_disk_write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at)
     return 0;
 }
 
+int vmm_disk_read_now(struct vmm_disk *disk, uint64_t at, uint64_t size, uint8_t *to)
+{
+    while (size) {
+        const struct vmm_extent extent = disk->kind->map(disk, at, size);
+        if (extent.fd < 0) {
+            memset(to, 0, extent.size);
+        } else {
+            const int64_t got = vmm_disk_read_whole(extent.fd, to, extent.size, extent.at);
+            if (got < 0)
+                return (int)got;
+            if ((uint64_t)got < extent.size)
+                return -ENODATA; /* the file has shrunk */
+        }
+        to += extent.size;
+        at += extent.size;
+        size -= extent.size;
+    }
+    return 0;
+}
+
 /* ---- life ---- */
 
 int vmm_disk_create(const struct vmm_disk_kind *kind, int fd, uint64_t size, uint64_t data_at,

@@ -115,6 +115,8 @@ struct vmm_disk {
 /* All of a file's [at, at + n), or as much as there is; -errno. */
 int64_t vmm_disk_read_whole(int fd, uint8_t *to, uint64_t n, uint64_t at);
 int vmm_disk_write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at);
+/* What the disk's [at, at + size) holds, as its kind maps it. 0 or -errno; -ENODATA: a file ends before. */
+int vmm_disk_read_now(struct vmm_disk *disk, uint64_t at, uint64_t size, uint8_t *to);
 
 /* With its own descriptor of fd's open file. */
 int vmm_disk_create(const struct vmm_disk_kind *kind, int fd, uint64_t size, uint64_t data_at,

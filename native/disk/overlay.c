@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Copy on write: a base that is only read, and a file that holds every cluster written since (docs/disk-overlay.md).
+ * The base may itself be an overlay over a base, and so on, all of them only read.
  *
  * Byte n of the disk is byte data_at + n of the file if its cluster's bit in the bitmap is set, else byte n of the
  * base, else zero. Bits are only ever set. The bit in memory is set when the cluster's data have been written; the
@@ -30,9 +31,17 @@ struct note {
     const uint8_t *bits; /* as they were when the flush began */
 };
 
+/* A file that is only read, for what has no bit above it. */
+struct layer {
+    int fd;
+    uint64_t size, data_at; /* bytes of its disk, zeros after them; where they begin in fd */
+    uint64_t *bits;         /* NULL: everything is there */
+    uint64_t bitmap_size;
+};
+
 struct vmm_overlay {
-    int base;
-    uint64_t base_size;
+    struct layer *below; /* the nearest first; the last has no bitmap */
+    uint32_t n_below;
     uint64_t bitmap_at, bitmap_size;
     uint64_t *bits; /* bitmap_size bytes */
     uint8_t *dirty; /* a byte for each block of the bitmap */
@@ -43,18 +52,23 @@ struct vmm_overlay {
     _Alignas(4096) uint8_t cluster[CLUSTER];
 };
 
+static bool has(const uint64_t *bits, uint64_t cluster)
+{
+    return bits[cluster / 64] >> (cluster % 64) & 1;
+}
+
 static bool is_set(const struct vmm_overlay *o, uint64_t cluster)
 {
-    return o->bits[cluster / 64] >> (cluster % 64) & 1;
+    return has(o->bits, cluster);
 }
 
 /* Clusters from `first` up to `end` that are like the first: set, or not. */
-static uint64_t run_of(const struct vmm_overlay *o, uint64_t first, uint64_t end)
+static uint64_t run_of(const uint64_t *bits, uint64_t first, uint64_t end)
 {
-    const uint64_t whole = is_set(o, first) ? UINT64_MAX : 0;
+    const uint64_t whole = has(bits, first) ? UINT64_MAX : 0;
     uint64_t c = first;
     while (c < end) {
-        const uint64_t other = (o->bits[c / 64] ^ whole) >> (c % 64);
+        const uint64_t other = (bits[c / 64] ^ whole) >> (c % 64);
         if (other) {
             c += (uint64_t)__builtin_ctzll(other);
             break;
@@ -77,38 +91,39 @@ static void set(struct vmm_overlay *o, uint64_t first, uint64_t end)
 
 /* ---- reading ---- */
 
+/* Does [at, at + *size) begin in this bitmap? *size is cut to the bytes of which the answer is true. */
+static bool begins_in(const uint64_t *bits, uint64_t at, uint64_t *size)
+{
+    const uint64_t first = at / CLUSTER, end = (at + *size - 1) / CLUSTER + 1;
+    const uint64_t run = (first + run_of(bits, first, end)) * CLUSTER - at;
+    if (run < *size)
+        *size = run;
+    return has(bits, first);
+}
+
 static struct vmm_extent overlay_map(struct vmm_disk *disk, uint64_t at, uint64_t size)
 {
     const struct vmm_overlay *o = disk->overlay;
-    const uint64_t first = at / CLUSTER, end = (at + size - 1) / CLUSTER + 1;
-    const uint64_t run = (first + run_of(o, first, end)) * CLUSTER - at;
-    if (run < size)
-        size = run;
-    if (is_set(o, first))
+    if (begins_in(o->bits, at, &size))
         return (struct vmm_extent){.fd = disk->fd, .at = disk->data_at + at, .size = size};
-    if (at >= o->base_size)
-        return (struct vmm_extent){.fd = -1, .size = size};
-    const uint64_t left = o->base_size - at;
-    return (struct vmm_extent){.fd = o->base, .at = at, .size = left < size ? left : size};
+    for (const struct layer *l = o->below; l < o->below + o->n_below && at < l->size; l++) {
+        if (l->size - at < size)
+            size = l->size - at;
+        if (!l->bits || begins_in(l->bits, at, &size))
+            return (struct vmm_extent){.fd = l->fd, .at = l->data_at + at, .size = size};
+    }
+    return (struct vmm_extent){.fd = -1, .size = size};
 }
 
 /* ---- writing ---- */
 
-/* Bring a cluster over from the base. It blocks, for one page, once for a cluster that is not written whole. */
+/* Bring a cluster over from below. It blocks, for one page, once for a cluster that is not written whole. */
 static int copy_up(struct vmm_disk *disk, uint64_t cluster)
 {
     struct vmm_overlay *o = disk->overlay;
-    const uint64_t at = cluster * CLUSTER;
-    const uint64_t in_base = at >= o->base_size            ? 0
-                             : o->base_size - at < CLUSTER ? o->base_size - at
-                                                           : CLUSTER;
-    const int64_t got = vmm_disk_read_whole(o->base, o->cluster, in_base, at);
-    if (got < 0)
-        return (int)got;
-    if ((uint64_t)got < in_base)
-        return -EIO; /* the base has shrunk */
-    memset(o->cluster + in_base, 0, CLUSTER - in_base);
-    const int rc = vmm_disk_write_whole(disk->fd, o->cluster, CLUSTER, disk->data_at + at);
+    int rc = vmm_disk_read_now(disk, cluster * CLUSTER, CLUSTER, o->cluster);
+    if (!rc)
+        rc = vmm_disk_write_whole(disk->fd, o->cluster, CLUSTER, disk->data_at + cluster * CLUSTER);
     if (!rc)
         set(o, cluster, cluster + 1);
     return rc;
@@ -138,7 +153,7 @@ static int overlay_prepare(struct vmm_disk *disk, struct vmm_disk_io *io, uint64
             return rc;
     }
     const uint64_t first = at / CLUSTER, last = (end - 1) / CLUSTER;
-    if (!is_set(o, first) || run_of(o, first, last + 1) <= last - first) {
+    if (!is_set(o, first) || run_of(o->bits, first, last + 1) <= last - first) {
         io->next_allocating = disk->allocating;
         if (disk->allocating)
             disk->allocating->allocating = &io->next_allocating;
@@ -235,8 +250,13 @@ static void overlay_free(struct vmm_overlay *o)
         return;
     if (o->bits)
         munmap(o->bits, o->bitmap_size);
-    if (o->base >= 0)
-        close(o->base);
+    for (struct layer *l = o->below; l < o->below + o->n_below; l++) {
+        if (l->bits)
+            munmap(l->bits, l->bitmap_size);
+        if (l->fd >= 0)
+            close(l->fd);
+    }
+    free(o->below);
     free(o->dirty);
     free(o);
 }
@@ -253,11 +273,16 @@ static void overlay_close(struct vmm_disk *disk)
     overlay_free(o);
 }
 
-/* The bits that are there; most of a bitmap is a hole. */
-static int load_bits(struct vmm_overlay *o, int fd)
+/* A bitmap of `size` bytes, most of which is a hole: room for every size the disk may grow to, touched where bits are. */
+static int load_bits(int fd, uint64_t bitmap_at, uint64_t size, uint64_t **out)
 {
-    const uint64_t end = o->bitmap_at + o->bitmap_size;
-    for (uint64_t at = o->bitmap_at; at < end;) {
+    uint64_t *bits =
+        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (bits == MAP_FAILED)
+        return vmm_error_set(-ENOMEM, "an overlay's bitmap");
+    *out = bits;
+    const uint64_t end = bitmap_at + size;
+    for (uint64_t at = bitmap_at; at < end;) {
         const off_t data = lseek(fd, (off_t)at, SEEK_DATA);
         if (data < 0 && errno == ENXIO)
             return 0;
@@ -266,7 +291,7 @@ static int load_bits(struct vmm_overlay *o, int fd)
         at = (uint64_t)data / BLOCK * BLOCK;
         if (at >= end)
             return 0;
-        const int64_t got = vmm_disk_read_whole(fd, (uint8_t *)o->bits + (at - o->bitmap_at), BLOCK, at);
+        const int64_t got = vmm_disk_read_whole(fd, (uint8_t *)bits + (at - bitmap_at), BLOCK, at);
         if (got != (int64_t)BLOCK)
             return vmm_error_set(got < 0 ? (int)got : -EIO, "reading an overlay's bitmap");
         at += BLOCK;
@@ -274,24 +299,55 @@ static int load_bits(struct vmm_overlay *o, int fd)
     return 0;
 }
 
-static int overlay_open(struct vmm_overlay *o, int base, int fd)
+static int open_below(struct vmm_overlay *o, const vmm_disk_layer *below, uint32_t n)
 {
-    o->base = fcntl(base, F_DUPFD_CLOEXEC, 0);
-    if (o->base < 0)
-        return vmm_error_errno("F_DUPFD_CLOEXEC of a base");
-    /* Room for every size it may grow to; what is not used is not touched. */
-    o->bits = mmap(NULL, o->bitmap_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                   -1, 0);
-    if (o->bits == MAP_FAILED)
-        o->bits = NULL;
-    o->dirty = calloc(o->bitmap_size / BLOCK, 1);
-    if (!o->bits || !o->dirty)
-        return vmm_error_set(-ENOMEM, "an overlay's bitmap");
-    return load_bits(o, fd);
+    o->below = calloc(n, sizeof(*o->below));
+    if (!o->below)
+        return vmm_error_set(-ENOMEM, "an overlay");
+    for (uint32_t i = 0; i < n; i++) {
+        struct layer *l = &o->below[o->n_below++];
+        *l = (struct layer){
+            .size = below[i].size, .data_at = below[i].data_at, .bitmap_size = below[i].bitmap_size};
+        l->fd = fcntl(below[i].fd, F_DUPFD_CLOEXEC, 0);
+        if (l->fd < 0)
+            return vmm_error_errno("F_DUPFD_CLOEXEC of a base");
+        const int rc = l->bitmap_size ? load_bits(l->fd, below[i].bitmap_at, l->bitmap_size, &l->bits) : 0;
+        if (rc)
+            return rc;
+    }
+    return 0;
 }
 
-int vmm_disk_open_overlay(int base, uint64_t base_size, int fd, uint64_t size, uint64_t bitmap_at,
-                          uint64_t bitmap_size, uint64_t data_at, uint32_t alignment, uint32_t flags,
+static int open_layers(struct vmm_overlay *o, const vmm_disk_layer *layers, uint32_t n)
+{
+    o->dirty = calloc(o->bitmap_size / BLOCK, 1);
+    if (!o->dirty)
+        return vmm_error_set(-ENOMEM, "an overlay's bitmap");
+    const int rc = load_bits(layers[0].fd, o->bitmap_at, o->bitmap_size, &o->bits);
+    return rc ? rc : open_below(o, layers + 1, n - 1);
+}
+
+/* The bitmap lies before the data, and has a bit for every cluster. */
+static bool is_overlay(const vmm_disk_layer *l)
+{
+    return l->bitmap_size && !(l->bitmap_at % BLOCK) && !(l->bitmap_size % BLOCK) &&
+           !(l->data_at % CLUSTER) && l->bitmap_size <= l->data_at &&
+           l->bitmap_at <= l->data_at - l->bitmap_size && clusters_of(l->size) <= l->bitmap_size * 8;
+}
+
+static int check_layers(const vmm_disk_layer *layers, uint32_t n)
+{
+    if (n < 2 || layers[n - 1].bitmap_size || layers[n - 1].data_at)
+        return vmm_error_set(-EINVAL, "an overlay without a base");
+    for (uint32_t i = 0; i < n - 1; i++)
+        if (!is_overlay(&layers[i]))
+            return vmm_error_set(
+                -EINVAL, "an overlay whose bitmap of %llu bytes is not for %llu bytes of disk",
+                (unsigned long long)layers[i].bitmap_size, (unsigned long long)layers[i].size);
+    return 0;
+}
+
+int vmm_disk_open_overlay(const vmm_disk_layer *layers, uint32_t n, uint32_t alignment, uint32_t flags,
                           vmm_disk **out)
 {
     static const struct vmm_disk_kind kind = {
@@ -304,20 +360,18 @@ int vmm_disk_open_overlay(int base, uint64_t base_size, int fd, uint64_t size, u
         .resize = overlay_resize,
         .close = overlay_close,
     };
-    if (!bitmap_size || bitmap_at % BLOCK || bitmap_size % BLOCK || data_at % CLUSTER ||
-        bitmap_size > data_at || bitmap_at > data_at - bitmap_size || clusters_of(size) > bitmap_size * 8)
-        return vmm_error_set(-EINVAL, "an overlay whose bitmap of %llu bytes is not for %llu bytes of disk",
-                             (unsigned long long)bitmap_size, (unsigned long long)size);
+    int rc = check_layers(layers, n);
+    if (rc)
+        return rc;
     struct vmm_overlay *o = aligned_alloc(4096, (sizeof(*o) + 4095) / 4096 * 4096);
     if (!o)
         return vmm_error_set(-ENOMEM, "an overlay");
     memset(o, 0, sizeof(*o));
-    o->base_size = base_size;
-    o->bitmap_at = bitmap_at;
-    o->bitmap_size = bitmap_size;
-    int rc = overlay_open(o, base, fd);
+    o->bitmap_at = layers[0].bitmap_at;
+    o->bitmap_size = layers[0].bitmap_size;
+    rc = open_layers(o, layers, n);
     if (!rc)
-        rc = vmm_disk_create(&kind, fd, size, data_at, alignment, flags, out);
+        rc = vmm_disk_create(&kind, layers[0].fd, layers[0].size, layers[0].data_at, alignment, flags, out);
     if (rc) {
         overlay_free(o);
         return rc;

@@ -55,26 +55,6 @@ static struct run next_missing(const struct vmm_undo *undo, uint64_t from, uint6
     return run;
 }
 
-static int read_now(struct vmm_disk *disk, uint64_t at, uint64_t size, uint8_t *to)
-{
-    while (size) {
-        const struct vmm_extent extent = disk->kind->map(disk, at, size);
-        if (extent.fd < 0) {
-            memset(to, 0, extent.size);
-        } else {
-            const int64_t got = vmm_disk_read_whole(extent.fd, to, extent.size, extent.at);
-            if (got < 0)
-                return (int)got;
-            if ((uint64_t)got < extent.size)
-                return -ENODATA; /* the file has shrunk */
-        }
-        to += extent.size;
-        at += extent.size;
-        size -= extent.size;
-    }
-    return 0;
-}
-
 static int keep(struct vmm_undo *undo, struct run run)
 {
     if (undo->n_runs == undo->room) {
@@ -86,7 +66,7 @@ static int keep(struct vmm_undo *undo, struct run run)
         undo->room = room;
     }
     const uint64_t size = size_of(undo->disk, run);
-    int rc = read_now(undo->disk, run.first * CLUSTER, size, undo->buffer);
+    int rc = vmm_disk_read_now(undo->disk, run.first * CLUSTER, size, undo->buffer);
     if (!rc)
         rc = vmm_disk_write_whole(undo->fd, undo->buffer, size, undo->n_kept * CLUSTER);
     if (rc)

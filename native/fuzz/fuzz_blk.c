@@ -49,8 +49,9 @@ static void setup(void)
         vmm_disk *disk;
         files[k] = file_of(SIZE);
         CHECK(pwrite(files[k], pattern, SIZE, 0) == SIZE);
-        CHECK_EQUAL(k == OVERLAY ? vmm_disk_open_overlay(files[k], SIZE, overlay, SIZE, 0, 4096, 8192, 1,
-                                                         VMM_DISK_BLOCKING, &disk)
+        const vmm_disk_layer layers[] = {{.fd = overlay, .size = SIZE, .bitmap_size = 4096, .data_at = 8192},
+                                         {.fd = files[k], .size = SIZE}};
+        CHECK_EQUAL(k == OVERLAY ? vmm_disk_open_overlay(layers, 2, 1, VMM_DISK_BLOCKING, &disk)
                                  : vmm_disk_open_raw(files[k], SIZE, 1, VMM_DISK_BLOCKING, &disk),
                     0);
         const vmm_blk_options options = {.sector = k == LARGE_SECTORS ? 4096 : 512,

@@ -27,12 +27,21 @@ enum vmm_disk_flags {
 int vmm_disk_open_raw(int fd, uint64_t size, uint32_t alignment, uint32_t flags, vmm_disk **out);
 
 /*
- * base, read-only, under what was written since, in fd. Positions in fd (docs/disk-overlay.md): a bitmap of
- * bitmap_size bytes at bitmap_at, the data at data_at; all multiples of 4096. base_size: bytes of the base.
- * -EINVAL: the bitmap has no room for `size` bytes; else what reading the bitmap met.
+ * A file with a disk's bytes from data_at on, for the clusters of 4096 that have a bit in the bitmap at bitmap_at
+ * (docs/disk-overlay.md); all three are multiples of 4096. bitmap_size 0: all of them, and data_at is 0. After
+ * `size` the disk is zeros.
  */
-int vmm_disk_open_overlay(int base, uint64_t base_size, int fd, uint64_t size, uint64_t bitmap_at,
-                          uint64_t bitmap_size, uint64_t data_at, uint32_t alignment, uint32_t flags,
+typedef struct vmm_disk_layer {
+    int32_t fd;
+    uint64_t size, bitmap_at, bitmap_size, data_at;
+} vmm_disk_layer;
+
+/*
+ * What was written, in layers[0], over what is only read: the nearest first, the last of the n a file as it is, which
+ * O_DIRECT does not reach: `alignment` is layers[0]'s. The disk has layers[0].size bytes. Of each descriptor a copy is
+ * kept. -EINVAL: no base, or a bitmap without room for its layer's bytes; else what reading a bitmap met.
+ */
+int vmm_disk_open_overlay(const vmm_disk_layer *layers, uint32_t n, uint32_t alignment, uint32_t flags,
                           vmm_disk **out);
 
 /* A disk that was given to no device. Nothing may be under way. Also records what an overlay has not recorded yet. */

@@ -16,7 +16,9 @@
 #define BITMAP_AT 4096u
 #define BITMAP_SIZE 4096u
 #define DATA_AT (64u << 10)
+#define OVERLAY_SIZE (DATA_AT + (SIZE + 4095) / 4096 * 4096)
 #define SECTOR 512u
+#define GENERATIONS 4
 
 /* ---- a disk and its model ---- */
 
@@ -27,6 +29,8 @@ struct bench {
     bool overlay;
     enum how how;
     int base, fd;
+    int middle[GENERATIONS]; /* overlays between the two, the newest last */
+    unsigned n_middle;
     vmm_disk *disk;
     uint8_t model[SIZE];
     uint8_t base_bytes[BASE_SIZE];
@@ -60,8 +64,15 @@ static inline int temporary(uint64_t size, enum how how)
 static inline void open_disk(struct bench *b)
 {
     const uint32_t flags = b->how == BLOCKING ? VMM_DISK_BLOCKING : 0, alignment = b->how == DIRECT ? 512 : 1;
-    CHECK_EQUAL(b->overlay ? vmm_disk_open_overlay(b->base, BASE_SIZE, b->fd, SIZE, BITMAP_AT, BITMAP_SIZE,
-                                                   DATA_AT, alignment, flags, &b->disk)
+    vmm_disk_layer layers[2 + GENERATIONS];
+    for (unsigned i = 0; i <= b->n_middle; i++)
+        layers[i] = (vmm_disk_layer){.fd = i ? b->middle[b->n_middle - i] : b->fd,
+                                     .size = SIZE,
+                                     .bitmap_at = BITMAP_AT,
+                                     .bitmap_size = BITMAP_SIZE,
+                                     .data_at = DATA_AT};
+    layers[b->n_middle + 1] = (vmm_disk_layer){.fd = b->base, .size = BASE_SIZE};
+    CHECK_EQUAL(b->overlay ? vmm_disk_open_overlay(layers, b->n_middle + 2, alignment, flags, &b->disk)
                            : vmm_disk_open_raw(b->fd, SIZE, alignment, flags, &b->disk),
                 0);
 }
@@ -72,7 +83,7 @@ static inline bool bench_open(struct bench *b, bool overlay, enum how how)
     b->overlay = overlay;
     b->how = how;
     b->base = temporary(BASE_SIZE, BLOCKING);
-    b->fd = temporary(overlay ? DATA_AT + (SIZE + 4095) / 4096 * 4096 : SIZE, how);
+    b->fd = temporary(overlay ? OVERLAY_SIZE : SIZE, how);
     if (b->fd < 0) /* a file system without O_DIRECT */
         return false;
     if (overlay) {
@@ -90,6 +101,8 @@ static inline void bench_close(struct bench *b)
     uint8_t base[BASE_SIZE];
     CHECK(!b->overlay ||
           (pread(b->base, base, BASE_SIZE, 0) == BASE_SIZE && !memcmp(base, b->base_bytes, BASE_SIZE)));
+    for (unsigned i = 0; i < b->n_middle; i++)
+        close(b->middle[i]);
     close(b->base);
     close(b->fd);
 }

@@ -48,9 +48,11 @@ static void fill(struct sector *s, uint32_t block, uint32_t value)
 static vmm_disk *open_disk(bool overlay, int base, int fd, uint32_t flags)
 {
     vmm_disk *disk;
-    CHECK_EQUAL(overlay
-                    ? vmm_disk_open_overlay(base, SIZE, fd, SIZE, BITMAP_AT, 4096, DATA_AT, 1, flags, &disk)
-                    : vmm_disk_open_raw(fd, SIZE, 1, flags, &disk),
+    const vmm_disk_layer layers[] = {
+        {.fd = fd, .size = SIZE, .bitmap_at = BITMAP_AT, .bitmap_size = 4096, .data_at = DATA_AT},
+        {.fd = base, .size = SIZE}};
+    CHECK_EQUAL(overlay ? vmm_disk_open_overlay(layers, 2, 1, flags, &disk)
+                        : vmm_disk_open_raw(fd, SIZE, 1, flags, &disk),
                 0);
     return disk;
 }

@@ -390,13 +390,74 @@ static void test_an_overlay_whose_bitmap_is_too_small_is_refused(void)
 {
     const int fd = temporary(1 << 20, BLOCKING);
     vmm_disk *disk = NULL;
-    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, (4096 * 8 + 1) * 4096ull, 4096, 4096, 8192, 1, 0, &disk),
-                -EINVAL);
-    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, 4096, 8192, 4096, 8192, 1, 0, &disk),
-                -EINVAL); /* over the data */
-    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, 4096, 4096, 100, 8192, 1, 0, &disk), -EINVAL);
-    CHECK_EQUAL(vmm_disk_open_overlay(fd, 0, fd, 4096, UINT64_MAX - 4095, 8192, 8192, 1, 0, &disk), -EINVAL);
+    const vmm_disk_layer base = {.fd = fd, .size = 4096}, good = {fd, 4096, 4096, 4096, 8192};
+    const vmm_disk_layer bad[] = {{fd, (4096 * 8 + 1) * 4096ull, 4096, 4096, 8192},
+                                  {fd, 4096, 8192, 4096, 8192}, /* over the data */
+                                  {fd, 4096, 4096, 100, 8192},
+                                  {fd, 4096, UINT64_MAX - 4095, 8192, 8192}};
+    for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        CHECK_EQUAL(vmm_disk_open_overlay((vmm_disk_layer[]){bad[i], base}, 2, 1, 0, &disk), -EINVAL);
+        CHECK_EQUAL(vmm_disk_open_overlay((vmm_disk_layer[]){good, bad[i], base}, 3, 1, 0, &disk), -EINVAL);
+    }
+    CHECK_EQUAL(vmm_disk_open_overlay(&good, 1, 1, 0, &disk), -EINVAL); /* no base */
+    CHECK_EQUAL(vmm_disk_open_overlay((vmm_disk_layer[]){good, good}, 2, 1, 0, &disk), -EINVAL);
+    CHECK_EQUAL(vmm_disk_open_overlay((vmm_disk_layer[]){good, base}, 2, 1, 0, &disk), 0);
+    vmm_disk_destroy(disk);
     close(fd);
+}
+
+/* A layer that is smaller than what lies on it: zeros follow it, whatever its own base has there. */
+static void test_what_a_layer_is_short_of_is_zeros(void)
+{
+    static uint8_t bytes[4 * 4096], read[4 * 4096];
+    memset(bytes, 0xbb, sizeof(bytes));
+    const int base = temporary(4 * 4096, BLOCKING), lower = temporary(DATA_AT + 2 * 4096, BLOCKING),
+              top = temporary(DATA_AT + 4 * 4096, BLOCKING);
+    CHECK(pwrite(base, bytes, sizeof(bytes), 0) == sizeof(bytes));
+    const vmm_disk_layer layers[] = {{top, 4 * 4096, BITMAP_AT, BITMAP_SIZE, DATA_AT},
+                                     {lower, 4096 + 512, BITMAP_AT, BITMAP_SIZE, DATA_AT},
+                                     {.fd = base, .size = 4 * 4096}};
+    vmm_disk *disk;
+    CHECK_EQUAL(vmm_disk_open_overlay(layers, 3, 1, VMM_DISK_BLOCKING, &disk), 0);
+    memset(bytes + 4096 + 512, 0, sizeof(bytes) - 4096 - 512);
+    CHECK_EQUAL(simple(disk, VMM_DISK_READ, 0, read, sizeof(read)), 0);
+    CHECK(!memcmp(read, bytes, sizeof(read)));
+    memset(bytes + 4096, 0xcc, 512); /* a part of a cluster: the rest of it is copied up */
+    CHECK_EQUAL(simple(disk, VMM_DISK_WRITE, 4096, bytes + 4096, 512), 0);
+    CHECK_EQUAL(simple(disk, VMM_DISK_READ, 0, read, sizeof(read)), 0);
+    CHECK(!memcmp(read, bytes, sizeof(read)));
+    vmm_disk_destroy(disk);
+    close(base);
+    close(lower);
+    close(top);
+}
+
+static void test_layers_read_as_one_disk_and_only_the_last_is_written(enum how how)
+{
+    static struct bench b;
+    static uint8_t before[GENERATIONS][OVERLAY_SIZE], after[OVERLAY_SIZE];
+    seed = 300 + how;
+    if (!bench_open(&b, true, how))
+        return;
+    while (true) {
+        for (int i = 0; i < 40; i++)
+            batch(&b);
+        check_all(&b);
+        if (b.n_middle == GENERATIONS)
+            break;
+        vmm_disk_destroy(b.disk);
+        CHECK(fcntl(b.fd, F_SETFL, 0) == 0); /* what lies below is read through the page cache */
+        CHECK(pread(b.fd, before[b.n_middle], OVERLAY_SIZE, 0) == OVERLAY_SIZE);
+        b.middle[b.n_middle++] = b.fd;
+        b.fd = temporary(OVERLAY_SIZE, how);
+        open_disk(&b);
+        check_all(&b);
+    }
+    for (unsigned i = 0; i < GENERATIONS; i++) {
+        CHECK(pread(b.middle[i], after, OVERLAY_SIZE, 0) == OVERLAY_SIZE);
+        CHECK(!memcmp(before[i], after, OVERLAY_SIZE));
+    }
+    bench_close(&b);
 }
 
 int main(void)
@@ -415,11 +476,13 @@ int main(void)
     for (enum how how = 0; how < HOWS; how++) {
         test_a_part_of_a_cluster_waits_for_the_whole_that_is_under_way(how);
         test_a_file_that_has_shrunk_ends_a_read(how);
+        test_layers_read_as_one_disk_and_only_the_last_is_written(how);
     }
     test_a_file_size_limit_is_an_error();
     test_cancelling_ends_what_is_under_way();
     test_an_overlay_grows_and_does_not_shrink();
     test_an_overlay_whose_bitmap_is_too_small_is_refused();
+    test_what_a_layer_is_short_of_is_zeros();
     puts("disk: ok");
     return 0;
 }

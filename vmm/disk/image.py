@@ -36,6 +36,15 @@ class Image:
             self.close()
             raise
 
+    @classmethod
+    def temporary(cls) -> Image:
+        """An empty file without a name, which nobody else has. Raises :class:`~vmm.errors.HostError`."""
+        image = cls.__new__(cls)
+        with temporary_file() as file:
+            image.fd = os.dup(file.fileno())
+        image.path, image.alignment, image.size, image.block_device = "(temporary)", 1, 0, False
+        return image
+
     def close(self) -> None:
         """Close it. The lock goes with the last descriptor, the native half's included."""
         if self.fd >= 0:
@@ -160,13 +169,18 @@ def read_page(fd: int, at: int) -> bytes:
         return page[: os.preadv(fd, buffers, at)]
 
 
-def temporary_file() -> IO[bytes]:
-    """An empty file without a name, in the directory for temporary files: it goes with its last descriptor.
-    Raises :class:`~vmm.errors.HostError`."""
+def temporary_file(near: str | None = None) -> IO[bytes]:
+    """An empty file without a name, which goes with its last descriptor: in the directory for temporary files, or
+    beside the file ``near`` where that can be. Raises :class:`~vmm.errors.HostError`."""
     import tempfile
 
     try:
-        return tempfile.TemporaryFile(prefix="pyvmm-", buffering=0)
+        if near is not None:
+            try:
+                return tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(near)), buffering=0)
+            except OSError:
+                pass
+        return tempfile.TemporaryFile(buffering=0)
     except OSError as error:
         raise HostError(
             f"no temporary file ({error.strerror}): name a directory with room in TMPDIR", error.errno or 0

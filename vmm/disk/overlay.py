@@ -9,10 +9,13 @@ naming, the guest could have the monitor open any file of the host.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.disk.image import Image, read_page, refuse_formats
 from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAGIC = b"PYVMMOVL"
 VERSION = 1
@@ -40,57 +43,118 @@ class Layout(NamedTuple):
         return self.bitmap_size * 8 * CLUSTER
 
 
-class Overlay:
-    """An overlay and its base, both open and locked. ``fd`` and ``base`` are the files, ``layout`` says where what is.
+class Layer(NamedTuple):
+    """An open file of a disk, and what its header says; ``None``: it has none, and is the disk's bytes as they are."""
 
-    The file is made if there is none, or an empty one. Raises :class:`~vmm.errors.ConfigError`.
+    image: Image
+    layout: Layout | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk that ends here."""
+        return self.layout.size if self.layout else self.image.size
+
+    def check(self) -> int:
+        """CRC-32 of the file's both ends, which change when it is written: of a disk, boot code, partition table and
+        superblocks; of an overlay, its header, the beginning of its bitmap, and the end of its data."""
+        import zlib
+
+        fd, size = self.image.fd, self.image.size
+        return zlib.crc32(os.pread(fd, _SAMPLE, max(size - _SAMPLE, 0)), zlib.crc32(os.pread(fd, _SAMPLE, 0)))
+
+    def native(self) -> tuple[int, int, int, int, int]:
+        """As ``vmm_disk_layer`` has it."""
+        at = self.layout
+        return (self.image.fd, self.size, at.bitmap_at, at.bitmap_size, at.data_at) if at else (
+            self.image.fd, self.size, 0, 0, 0,
+        )  # fmt: skip
+
+
+class Overlay:
+    """An overlay and all that lies under it, open and locked. ``layers``: it, then what is only read, the base last.
+
+    ``path``: made if there is none, or an empty one; ``None``: a file without a name, which goes with the disk.
+    ``between``: overlay files over ``base_path``, the lowest first, only read. Raises
+    :class:`~vmm.errors.ConfigError`.
     """
 
-    def __init__(self, path: str, base_path: str, *, direct: bool = False) -> None:
-        self.path = path
-        self.base = Image(base_path, readonly=True)
+    def __init__(self, path: str | None, base_path: str, *, between: Sequence[str] = (), direct: bool = False) -> None:
+        self.layers: list[Layer] = []
         try:
-            refuse_formats(self.base)
-            if not self.base.size:
-                raise ConfigError(f"disk {base_path} is empty: an overlay needs a base with a size")
-            self.image = Image(path, readonly=False, create=True)
-        except BaseException:
-            self.base.close()
-            raise
-        try:
-            if self.image.block_device:
-                raise ConfigError(f"overlay {path} is a block device: give a file")
-            if not self.image.size:
-                _write(self.image.fd, _new_layout(self.base))
-            self.layout = _read(self.image, self.base)
-            _make_whole(self.image.fd, self.layout)
-            if direct:
-                self.image.close()
-                self.image = Image(path, readonly=False, direct=True)
+            self._stack(base_path, between)
+            self._open(path, direct)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def image(self) -> Image:
+        """The file that is written."""
+        return self.layers[0].image
+
+    @property
+    def layout(self) -> Layout:
+        """What its header says."""
+        layout = self.layers[0].layout
+        assert layout is not None
+        return layout
+
+    def _stack(self, base_path: str, between: Sequence[str]) -> None:
+        """What is only read."""
+        base = Image(base_path, readonly=True)
+        self.layers.append(Layer(base, None))
+        refuse_formats(base)
+        if not base.size:
+            raise ConfigError(f"disk {base_path} is empty: an overlay needs a base with a size")
+        for path in between:
+            below = self.layers[0]
+            self.layers.insert(0, Layer(Image(path, readonly=True), None))
+            layout = _read(self.image, below)
+            if self.image.size < _length(layout):
+                raise ConfigError(f"overlay {path} was cut short: it needs {_length(layout)} bytes, give a whole copy")
+            self.layers[0] = Layer(self.image, layout)
+
+    def _open(self, path: str | None, direct: bool) -> None:
+        """What is written."""
+        below = self.layers[0]
+        image = Image.temporary() if path is None else Image(path, readonly=False, create=True)
+        self.layers.insert(0, Layer(image, None))
+        if image.block_device:
+            raise ConfigError(f"overlay {path} is a block device: give a file")
+        if not image.size:
+            _write(image.fd, _new_layout(below), stable=path is not None)
+        layout = _read(image, below)
+        _make_whole(image.fd, layout)
+        if direct and path is not None:
+            image.close()
+            image = Image(path, readonly=False, direct=True)
+        self.layers[0] = Layer(image, layout)
+
     def grow(self, size: int) -> None:
         """Record another size: before the guest may write there. Raises :class:`~vmm.errors.ConfigError`."""
         if size < self.layout.size:
-            raise ConfigError(f"overlay {self.path} cannot shrink: it holds {self.layout.size} bytes")
+            raise ConfigError(f"overlay {self.image.path} cannot shrink: it holds {self.layout.size} bytes")
         if size > self.layout.size_max:
-            raise ConfigError(f"overlay {self.path} has room for {self.layout.size_max} bytes: make a new one")
-        self.layout = self.layout._replace(size=size)
+            raise ConfigError(f"overlay {self.image.path} has room for {self.layout.size_max} bytes: make a new one")
+        self.layers[0] = Layer(self.image, self.layout._replace(size=size))
         _write(self.image.fd, self.layout)
 
     def close(self) -> None:
-        """Close both files."""
-        self.image.close()
-        self.base.close()
+        """Close all files."""
+        for layer in self.layers:
+            layer.image.close()
 
 
 def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def _new_layout(base: Image) -> Layout:
+def _length(layout: Layout) -> int:
+    """Bytes of the file."""
+    return layout.data_at + _up(layout.size, CLUSTER)
+
+
+def _new_layout(base: Layer) -> Layout:
     bitmap_size = _up(-(-base.size * _GROWTH // (8 * CLUSTER)), CLUSTER)
     return Layout(
         size=base.size,
@@ -98,20 +162,11 @@ def _new_layout(base: Image) -> Layout:
         bitmap_size=bitmap_size,
         data_at=_up(CLUSTER + bitmap_size, _DATA_ALIGNMENT),
         base_size=base.size,
-        base_check=_check_of(base),
+        base_check=base.check(),
     )
 
 
-def _check_of(base: Image) -> int:
-    """CRC-32 of both ends: boot code, partition table and superblocks, which change when a base is written."""
-    import zlib
-
-    return zlib.crc32(
-        os.pread(base.fd, _SAMPLE, max(base.size - _SAMPLE, 0)), zlib.crc32(os.pread(base.fd, _SAMPLE, 0))
-    )
-
-
-def _write(fd: int, layout: Layout) -> None:
+def _write(fd: int, layout: Layout, *, stable: bool = True) -> None:
     """Header, length, and all of it stable. The header lies in one sector: a power cut leaves the old or the new."""
     import mmap
     import struct
@@ -122,14 +177,14 @@ def _write(fd: int, layout: Layout) -> None:
         page[: len(header) + 4] = header + struct.pack("<I", zlib.crc32(header))
         os.pwrite(fd, page, 0)
     _make_whole(fd, layout)
-    os.fsync(fd)
+    if stable:
+        os.fsync(fd)
 
 
 def _make_whole(fd: int, layout: Layout) -> None:
     """As long as its disk, whose end a power cut may have taken with the length; what is missing reads as zeros."""
-    length = layout.data_at + _up(layout.size, CLUSTER)
-    if os.fstat(fd).st_size < length:
-        os.ftruncate(fd, length)
+    if os.fstat(fd).st_size < _length(layout):
+        os.ftruncate(fd, _length(layout))
 
 
 def parse(head: bytes) -> Layout:
@@ -156,14 +211,14 @@ def parse(head: bytes) -> Layout:
     return layout
 
 
-def _read(image: Image, base: Image) -> Layout:
+def _read(image: Image, base: Layer) -> Layout:
     try:
         layout = parse(read_page(image.fd, 0))
     except ValueError as error:
         raise ConfigError(f"overlay {image.path} {error}: give another path, or remove the file") from None
-    if (layout.base_size, layout.base_check) != (base.size, _check_of(base)):
+    if (layout.base_size, layout.base_check) != (base.size, base.check()):
         raise ConfigError(
-            f"overlay {image.path} was made over another disk than {base.path}, or that was written since: "
+            f"overlay {image.path} was made over another disk than {base.image.path}, or that was written since: "
             "give the base it was made over, or remove the overlay to begin anew"
         )
     return layout

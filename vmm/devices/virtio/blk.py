@@ -11,6 +11,8 @@ from vmm.disk.image import temporary_file
 from vmm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.disk.image import Image
     from vmm.disk.overlay import Overlay
 
@@ -21,7 +23,8 @@ _COUNTS = (
 
 class Blk(VirtioDevice):
     """A disk. ``path`` is a raw image or a block device; with ``overlay`` it is only read, and that file holds what
-    the guest writes.
+    the guest writes; with ``temporary``, a file without a name holds it and goes with the machine. ``layers``:
+    overlays over ``path`` and under that file, the lowest first, only read.
 
     ``cache``: ``writeback`` (the host's page cache) or ``none`` (O_DIRECT); either way what a flush was answered for
     is on stable storage. ``sector``: logical, 512 or 4096 bytes. ``iops`` and ``bps``: operations and bytes a second,
@@ -42,6 +45,8 @@ class Blk(VirtioDevice):
         serial: str = "",
         cache: str = "writeback",
         overlay: str | os.PathLike[str] | None = None,
+        layers: Sequence[str] = (),
+        temporary: bool = False,
         sector: int = 512,
         queues: int = 1,
         iops: int = 0,
@@ -54,14 +59,18 @@ class Blk(VirtioDevice):
         self._blk: Any = None
         self._raw: Image | None = None
         self._overlay: Overlay | None = None
-        disk = self._open(overlay, readonly, cache == "none", sector)
+        over = os.fspath(overlay) if overlay else None
+        if over or temporary:
+            disk = self._open_overlay(over, layers, cache == "none", sector)
+        else:
+            disk = self._open_raw(readonly, cache == "none", sector)
         options = ffi.new("vmm_blk_options *")
         options.sector, options.queues, options.readonly = sector, queues, readonly
         options.block_exponent = (4096 // sector).bit_length() - 1  # pages of the host's cache, clusters of an overlay
         options.bytes_per_second, options.operations_per_second = bps, iops
         ffi.buffer(options.serial)[: len(serial)] = serial.encode("ascii")
         out = ffi.new("vmm_blk **")
-        label = os.fspath(overlay) if overlay else self.path
+        label = over or self.path
         try:
             check(lib.vmm_blk_create(vm, self.name.encode(), os.fsencode(label), disk, options, out))
         except BaseException:
@@ -71,27 +80,33 @@ class Blk(VirtioDevice):
         self._blk = out[0]
         self.virtio = lib.vmm_blk_virtio(self._blk)
 
-    def _open(self, overlay: str | os.PathLike[str] | None, readonly: bool, direct: bool, sector: int) -> Any:
+    def _open_raw(self, readonly: bool, direct: bool, sector: int) -> Any:
+        from vmm.disk.image import open_raw
+
         out = ffi.new("vmm_disk **")
+        raw = self._raw = open_raw(self.path, readonly=readonly, direct=direct, sector=sector)
         try:
-            if overlay is None:
-                from vmm.disk.image import open_raw
+            check(lib.vmm_disk_open_raw(raw.fd, raw.size, raw.alignment, 0, out))
+        except BaseException:
+            self._close()
+            raise
+        return out[0]
 
-                raw = self._raw = open_raw(self.path, readonly=readonly, direct=direct, sector=sector)
-                check(lib.vmm_disk_open_raw(raw.fd, raw.size, raw.alignment, 0, out))
-            else:
-                from vmm.disk.overlay import Overlay
+    def _open_overlay(self, path: str | None, between: Sequence[str], direct: bool, sector: int) -> Any:
+        from vmm.disk.overlay import Overlay
 
-                over = self._overlay = Overlay(os.fspath(overlay), self.path, direct=direct)
-                at, base, image = over.layout, over.base, over.image
-                if at.size % sector or sector % image.alignment:
-                    raise ConfigError(
-                        f"disk {self.path} has {at.size} bytes: sector={sector} does not go with that"
-                        if at.size % sector
-                        else f"overlay {image.path}: cache=none needs sector={image.alignment} on its file system"
-                    )
-                where = (at.size, at.bitmap_at, at.bitmap_size, at.data_at)
-                check(lib.vmm_disk_open_overlay(base.fd, base.size, image.fd, *where, image.alignment, 0, out))
+        out = ffi.new("vmm_disk **")
+        over = self._overlay = Overlay(path, self.path, between=between, direct=direct)
+        try:
+            image, size = over.image, over.layout.size
+            if size % sector or sector % image.alignment:
+                raise ConfigError(
+                    f"disk {self.path} has {size} bytes: sector={sector} does not go with that"
+                    if size % sector
+                    else f"overlay {image.path}: cache=none needs sector={image.alignment} on its file system"
+                )
+            layers = ffi.new("vmm_disk_layer[]", [layer.native() for layer in over.layers])
+            check(lib.vmm_disk_open_overlay(layers, len(layers), image.alignment, 0, out))
         except BaseException:
             self._close()
             raise
@@ -109,6 +124,12 @@ class Blk(VirtioDevice):
             lib.vmm_blk_destroy(self._blk)
             self._blk = self.virtio = None
         self._close()
+
+    def files(self) -> list[Image]:
+        """What the disk is made of: the base first; the last takes the guest's writes, unless the disk is read-only."""
+        if self._overlay is not None:
+            return [layer.image for layer in reversed(self._overlay.layers)]
+        return [] if self._raw is None else [self._raw]
 
     @property
     def size(self) -> int:
