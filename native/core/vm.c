@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A machine: /dev/kvm, guest memory, interrupt lines, life cycle. */
+#include "core/lazy.h"
 #include "core/loop.h"
+#include "vmmsnapshot.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -143,6 +145,7 @@ void vmm_vm_destroy(vmm_vm *vm)
 {
     if (!vm)
         return;
+    vmm_lazy_destroy(vm->lazy); /* first: the I/O thread may be waiting for a page */
     vmm_loop_destroy(vm->loop);
     vmm_trace_destroy(vm);
     vmm_debug_deinit(vm);
@@ -348,6 +351,14 @@ int vmm_vm_freeze_memory(vmm_vm *vm, int *fds)
         fds[i] = vm->regions[i].fd;
     }
     return rc;
+}
+
+int64_t vmm_vm_pages_in_use(vmm_vm *vm, uint32_t region, uint64_t *bitmap)
+{
+    if (region >= vm->n_regions)
+        return vmm_error_set(-EINVAL, "there is no memory region %u", region);
+    const struct vmm_region *r = &vm->regions[region];
+    return vmm_pages_find(r->host, r->size, r->fd, r->offset, r->flags & VMM_MEMORY_PRIVATE ? 1 : 0, bitmap);
 }
 
 void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size)

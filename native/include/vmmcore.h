@@ -107,6 +107,10 @@ int vmm_vm_memory_fd(vmm_vm *vm, uint32_t region);
  */
 int vmm_vm_freeze_memory(vmm_vm *vm, int *fds);
 
+/* The pages of a region that are not all zeros, as a bitmap (vmmsnapshot.h); what was never touched is not touched now.
+ * While the machine is paused. Answers how many. -EINVAL: no such region. */
+int64_t vmm_vm_pages_in_use(vmm_vm *vm, uint32_t region, uint64_t *bitmap);
+
 /* The only way from a guest-physical range to a host pointer: NULL unless one region holds all of it. */
 void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size);
 
@@ -372,6 +376,7 @@ enum vmm_stop_reason {
     VMM_STOP_RUN_FAILED = 12,   /* KVM_RUN itself failed (code: errno) */
     VMM_STOP_CALLBACK = 13,     /* a device's own code failed (an exception waits above) */
     VMM_STOP_DEBUG = 14,        /* KVM_EXIT_DEBUG that nobody claimed (code: exception vector) */
+    VMM_STOP_MEMORY = 15,       /* guest memory that was still to come will not (vmmlazy.h) */
 };
 
 /*

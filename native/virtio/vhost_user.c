@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "virtio/vhost_user.h"
+#include "core/lazy.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -202,6 +203,8 @@ static const char *what_happened(int rc)
         return "does not answer";
     case -EPROTO:
         return "refused a request or broke the vhost-user protocol";
+    case -ENOTSUP:
+        return "cannot see this machine's memory, which is private or still to come";
     default:
         return "cannot be talked to";
     }
@@ -261,6 +264,8 @@ static int give_memory(struct vmm_vhost_user *b)
             continue;
         if (m.table.n == MEMORY_REGIONS_MAX)
             return -ENOSPC;
+        if (r->flags & VMM_MEMORY_PRIVATE || (vm->lazy && vmm_lazy_state(vm->lazy) != VMM_LAZY_DONE))
+            return -ENOTSUP; /* the server would see a file that the guest does not write, or that is not full yet */
         fds[m.table.n] = r->fd;
         m.table.regions[m.table.n++] =
             (struct memory_region){.gpa = r->gpa, .size = r->size, .user_address = r->gpa};
