@@ -23,6 +23,7 @@ REASONS: dict[str, tuple[int, str]] = {
     "host-failure": (22, "KVM_RUN failed on the host"),
     "debug": (24, "the guest hit a debug exception nobody claimed"),
     "stalled": (26, "the guest made no progress for as long as it was given (--stall)"),
+    "memory-lost": (28, "guest memory that was still to come will not: its source is gone"),
     "stopped": (0, "the monitor stopped the machine"),
     "timeout": (124, "the time limit passed"),
     "interrupted": (130, "interrupted (SIGINT)"),
