@@ -106,6 +106,7 @@ class Machine:
         self._hooks: Hooks | None = None
         self._starters: list[Any] = []
         self._stoppers: list[Any] = []
+        self._holders: list[Any] = []
         self._closers: list[Any] = []
         self._threads: list[threading.Thread] = []
         self._inside = 0  # vCPU threads that have not left their run loop
@@ -464,10 +465,14 @@ class Machine:
         if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
             self._end()
         self.pause()
+        for hold, _ in self._holders:
+            hold()
         try:
             with self.memory.without_breakpoints():
                 yield
         finally:
+            for _, release in self._holders:
+                release()
             self.resume()
 
     def save(self) -> State:
@@ -763,6 +768,10 @@ class Machine:
     def on_stop(self, stopper: Any) -> None:
         """Have ``stopper()`` called once no vCPU runs any more."""
         self._stoppers.append(stopper)
+
+    def on_still(self, hold: Any, release: Any) -> None:
+        """Have ``hold()`` called before the machine's state is taken or replaced, and ``release()`` after it."""
+        self._holders.append((hold, release))
 
     def on_close(self, closer: Any) -> None:
         """Have ``closer()`` called once the machine's native half is gone."""

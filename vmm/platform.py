@@ -159,6 +159,7 @@ def _attach_pit(machine: Machine) -> None:
     machine.attach(pit, port=layout.SPEAKER, size=1, first=layout.SPEAKER - layout.PIT)
     machine.on_start(pit.start)
     machine.on_stop(pit.stop)
+    machine.on_still(pit.hold, pit.release)
 
 
 def describe(machine: Machine) -> Tables:

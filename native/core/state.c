@@ -286,9 +286,13 @@ static int load_chips(struct vmm_vm *vm, const vmm_chips_state *from)
         return vmm_error_set(-EINVAL, "the state is of a machine with other interrupt controllers or timers");
     if (ioctl(vm->fd, KVM_SET_CLOCK, &clock) < 0)
         return vmm_error_errno("KVM_SET_CLOCK");
-    if (from->has_pit && ioctl(vm->fd, KVM_SET_PIT2, &copy.pit) < 0)
-        return vmm_error_errno("KVM_SET_PIT2");
     return from->has_irqchip ? irqchips(vm, KVM_SET_IRQCHIP, &copy) : 0;
+}
+
+/* Last of all: it runs from here on, and its tick must find the controllers it is for. */
+static int load_pit(struct vmm_vm *vm, const vmm_chips_state *from)
+{
+    return from->has_pit && ioctl(vm->fd, KVM_SET_PIT2, &from->pit) < 0 ? vmm_error_errno("KVM_SET_PIT2") : 0;
 }
 
 /* ---- all of it ---- */
@@ -310,5 +314,5 @@ int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *
     const uint64_t moment = __rdtsc();
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
         rc = load_vcpu(vm->vcpus[i], &vcpus[i], moment);
-    return rc;
+    return rc ? rc : load_pit(vm, chips);
 }

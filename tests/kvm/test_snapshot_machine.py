@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -151,3 +153,24 @@ def test_a_flipped_bit_anywhere_is_refused(flat: Callable[..., Machine], tmp_pat
             Machine.restore(tmp_path / "snap")
         path.write_bytes(content)
     Machine.restore(tmp_path / "snap").close()
+
+
+def pyvmm(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vmm", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
+def test_the_command_goes_on_checks_and_refuses(guest: Callable[[str], str], tmp_path: Path) -> None:
+    with Machine(kernel=guest("hello"), memory="64M") as machine:
+        machine.snapshot(tmp_path / "snap").close()
+    done = pyvmm("restore", tmp_path / "snap")
+    assert (done.returncode, done.stderr) == (33, "")
+    assert "PASS" in done.stdout
+    done = pyvmm("restore", "--check", tmp_path / "snap")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/snap: full, 64 MiB of memory")
+    for wrong in ([tmp_path / "none"], ["--disk", "x.img", tmp_path / "snap"], [tmp_path]):
+        done = pyvmm("restore", *wrong)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("pyvmm: ")

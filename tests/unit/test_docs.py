@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.cli import profile, trace
+from vmm.cli import profile, restore, trace
 from vmm.cli.boot import FLAGS
 from vmm.observe.diagnose import CAUSES
 from vmm.outcome import REASONS
@@ -36,6 +36,7 @@ def _program(page: Path) -> str:
         ("write-a-virtio-device", {"Entropy", "Scratchpad", "answer"}),
         ("debug-with-gdb", {"passes", "outcome", "lost"}),
         ("trace-exits", {"trace", "slowest", "again", "profile"}),
+        ("snapshots", {"fresh", "tuesday", "again"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -64,7 +65,7 @@ def test_manual_page_has_every_flag_and_exit_status() -> None:
     manual = (DOCS / "pyvmm.1").read_text().replace("\\-", "-")
     entries = re.findall(r"^\.TP\n\.BR? (.*)$", manual, re.MULTILINE)
     flags = {word for entry in entries for word in re.findall(r"--[a-z-]+", entry)}
-    others = {flag for parser in (profile._parser(), trace._parser()) for flag in parser._option_string_actions}
+    others = {flag for parser in (profile._parser(), restore._parser(), trace._parser()) for flag in parser._option_string_actions}
     others = {flag for flag in others if flag.startswith("--")}
     assert flags == {*FLAGS, *others, "--config", "--verbose", "--help", "--version", "--json", "--kvm"}
     statuses = {entry.split()[0]: entry for entry in entries if entry[0].isdigit()}

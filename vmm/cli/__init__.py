@@ -19,6 +19,7 @@ COMMANDS = {
     "boot": "boot a kernel, or a Linux that pyvmm gets for itself",
     "doctor": "say what this host's KVM is and can do",
     "profile": "boot, and say where the guest spends its time",
+    "restore": "go on from a snapshot, with the console on the terminal",
     "run": "run a command in a Linux guest, and exit with its status",
     "trace": "boot and show every exit by name, or show what was saved",
 }

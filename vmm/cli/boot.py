@@ -168,11 +168,19 @@ def run(argv: list[str], watch: Watch | None = None) -> int:
 
 
 def once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None = None) -> tuple[Outcome, str]:
-    """One run with ``end`` at the console; answers how it ended and what a person should read about that."""
-    from vmm.console_host import PeerGone, serve
+    """:func:`serve_once` of a new machine."""
     from vmm.machine import Machine
 
-    with Machine(config) as machine:
+    return serve_once(Machine(config), end, verbose, watch)
+
+
+def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None = None) -> tuple[Outcome, str]:
+    """Run a machine with ``end`` at its console, and close it; answers how it ended and what a person should read
+    about that."""
+    from vmm.console_host import PeerGone, serve
+
+    config = made.config
+    with made as machine:
         machine.on_message = end.say
         machine.load()
         if verbose:

@@ -47,7 +47,7 @@ class Pit(Device):
         self._clock = clock
         self._min_period = max(int(min_period * NS), SHORTEST_NS)
         self._changed = threading.Condition()  # guards all below; held while the line is pulsed
-        self._running = False
+        self._running = self._held = False
         self._thread: threading.Thread | None = None
         self._power_on()
 
@@ -62,6 +62,8 @@ class Pit(Device):
     def service(self) -> float | None:
         """Pulse the line if that is due. Answers the seconds until it is next; ``None``: nothing is programmed."""
         with self._changed:
+            if self._held:
+                return None
             now, channel = self._clock(), self._channels[0]
             due = channel.next_rise()
             if due is not None and due <= now and self._may_pulse(now):
@@ -90,6 +92,17 @@ class Pit(Device):
             self._running = True
             self._thread = threading.Thread(target=self._run, name="pit", daemon=True)
             self._thread.start()
+
+    def hold(self) -> None:
+        """No tick until :meth:`release`: what drives interrupt controllers must not while their state is taken."""
+        with self._changed:
+            self._held = True
+
+    def release(self) -> None:
+        """Ticks again; the one that fell due meanwhile comes now."""
+        with self._changed:
+            self._held = False
+            self._changed.notify()
 
     def stop(self) -> None:
         """Stop the thread and wait for it; counters go on. Not to be called from the line."""

@@ -183,6 +183,17 @@ def test_a_tick_due_when_saved_is_delivered_once_after_loading() -> None:
     assert third.run_until(third.now + 50 * MS) == 0
 
 
+def test_a_tick_that_falls_due_while_held_comes_after_release() -> None:
+    rig = Rig()
+    rig.program(0, 4, 1193)
+    rig.pit.hold()
+    rig.now += 5 * MS
+    assert rig.pit.service() is None
+    assert rig.line.edges == 0
+    rig.pit.release()
+    assert rig.run_until(rig.now + MS) == 1
+
+
 class Counting(FakeLine):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,71 @@
+"""``pyvmm restore``: go on from a snapshot, and exit as the guest ended."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vmm.cli import boot, command_parser
+from vmm.config import FIELDS
+from vmm.snapshot.origin import PLACES, USES
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = command_parser(
+        "restore",
+        description="Go on from the snapshot in DIR, which is not changed: it can be restored again.\n\n"
+        "Memory is read when it is looked at. Disks that the guest can write are the snapshot's copies, with a\n"
+        "temporary overlay that goes with the machine; --disk puts others in their place.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR", help="the snapshot: of pyvmm snapshot, or Machine.snapshot")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the snapshot and all it is built on with its checksums"
+    )
+    parser.add_argument("--no-check", action="store_true", help="do not compare its memory before it is used")
+    for flag, (name, how) in boot.FLAGS.items():
+        if name in (*USES, *PLACES) and name != "reboot":
+            parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Restore; answers the exit status."""
+    given = vars(_parser().parse_args(argv))
+    if given["check"]:
+        return _check(given["directory"])
+    fields: dict[str, Any] = {**boot.DEFAULTS}
+    fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
+    from vmm.console_host import open_end
+    from vmm.machine import Machine
+
+    machine = Machine.restore(given["directory"], check=not given["no_check"], **fields)
+    try:
+        end = open_end(machine.config.console)
+    except BaseException:
+        machine.close()
+        raise
+    try:
+        outcome, report = boot.serve_once(machine, end, given["verbose"])
+    finally:
+        end.close()
+    if report:
+        sys.stderr.write(report)
+    return outcome.status
+
+
+def _check(directory: str) -> int:
+    from vmm.snapshot import read
+
+    with read(directory) as snapshot:
+        snapshot.check()
+        held = sum(region.pages_held for layer in snapshot.layers for region in layer.regions)
+        kind = f"differential, {len(snapshot.layers) - 1} under it" if snapshot.parent else "full"
+        print(f"{directory}: {kind}, {snapshot.size >> 20} MiB of memory, {held * 4 >> 10} MiB held: whole")
+    return 0
