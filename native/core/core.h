@@ -94,7 +94,7 @@ struct vmm_vm {
     pthread_mutex_t dirty_lock;
     uint32_t *msrs; /* what state.c saves: asked for once */
     uint32_t n_msrs;
-    struct vmm_lazy *lazy; /* NULL: no page is still to come */
+    struct vmm_lazy *lazy;  /* NULL: no page is still to come */
     struct vmm_line *lines; /* VMM_MAX_LINES, filled on demand */
     struct vmm_bus bus;
     struct vmm_loop *loop; /* the I/O thread; NULL until a device needs it; written once, under lock */

@@ -65,7 +65,11 @@ def test_manual_page_has_every_flag_and_exit_status() -> None:
     manual = (DOCS / "pyvmm.1").read_text().replace("\\-", "-")
     entries = re.findall(r"^\.TP\n\.BR? (.*)$", manual, re.MULTILINE)
     flags = {word for entry in entries for word in re.findall(r"--[a-z-]+", entry)}
-    others = {flag for parser in (profile._parser(), restore._parser(), trace._parser()) for flag in parser._option_string_actions}
+    others = {
+        flag
+        for parser in (profile._parser(), restore._parser(), trace._parser())
+        for flag in parser._option_string_actions
+    }
     others = {flag for flag in others if flag.startswith("--")}
     assert flags == {*FLAGS, *others, "--config", "--verbose", "--help", "--version", "--json", "--kvm"}
     statuses = {entry.split()[0]: entry for entry in entries if entry[0].isdigit()}
