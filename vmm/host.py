@@ -47,6 +47,7 @@ class Findings:
     ``native``: guest kernel code runs on the processor (False: KVM emulates it, instruction by instruction).
     ``missing``: instructions KVM cannot execute at CPL 0. ``syscall_broken``: SYSCALL from CPL 3 stays at CPL 3.
     ``vmcall_loops``: a hypercall never returns. ``cpuid_forced``: feature names the guest sees although hidden.
+    ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Findings:
         "native",
         "pio_us",
         "syscall_broken",
+        "tsc_fixed",
         "vmcall_loops",
     )
 
@@ -66,6 +68,7 @@ class Findings:
         self.missing: list[str] = []
         self.syscall_broken = False
         self.vmcall_loops = False
+        self.tsc_fixed = False
         self.cpuid_forced: list[str] = []
 
     @property

@@ -33,6 +33,7 @@ def test_the_report_says_what_the_probes_find(report: dict[str, Any]) -> None:
     assert report["guest_kernel_code"] == ("native" if found.native else "emulated")
     assert report["missing_instructions"] == found.missing
     assert report["cpuid_forced"] == found.cpuid_forced
+    assert report["tsc_fixed"] == found.tsc_fixed
     assert (report["syscall_broken"], report["vmcall_loops"]) == (found.syscall_broken, found.vmcall_loops)
 
 
@@ -66,11 +67,11 @@ def test_each_departure_has_a_consequence() -> None:
     assert consequences(found) == []
     found.native, found.instruction_ns = False, 600.0
     found.missing = ["popcnt", "xsave"]
-    found.syscall_broken = found.vmcall_loops = True
+    found.syscall_broken = found.vmcall_loops = found.tsc_fixed = True
     found.cpuid_forced = ["avx2"]
     said = consequences(found)
-    assert len(said) == 5
-    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2"):
+    assert len(said) == 6
+    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC"):
         assert sum(words in text for text in said) == 1, words
 
 

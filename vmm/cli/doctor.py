@@ -53,6 +53,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     report["syscall_broken"] = found.syscall_broken
     report["vmcall_loops"] = found.vmcall_loops
     report["cpuid_forced"] = found.cpuid_forced
+    report["tsc_fixed"] = found.tsc_fixed
     report["consequences"] = consequences(found)
     return report
 
@@ -76,6 +77,10 @@ def consequences(found: host.Findings) -> list[str]:
     if found.cpuid_forced:
         said.append(
             f"CPUID cannot hide {', '.join(found.cpuid_forced)}: Linux is told by clearcpuid= on its command line"
+        )
+    if found.tsc_fixed:
+        said.append(
+            "the TSC of a guest cannot be set: after a roll-back or a restore its clock jumps ahead, as after a pause"
         )
     return said
 

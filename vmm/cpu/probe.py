@@ -137,7 +137,7 @@ def probe(kvm: str = "/dev/kvm") -> host.Findings:
         guest.close()
     _instructions(kvm, found)
     _cpuid(kvm, found)
-    for one in (_syscall, _vmcall):
+    for one in (_syscall, _vmcall, _tsc):
         guest = TinyGuest(kvm)  # each may end in a state no vCPU comes back from
         try:
             one(guest, found)
@@ -222,3 +222,11 @@ def _syscall(guest: TinyGuest, found: host.Findings) -> None:
 def _vmcall(guest: TinyGuest, found: host.Findings) -> None:
     guest.enter(b"\xb8\x63\x00\x00\x00\x0f\x01\xc1" + _OUT_DONE)  # an unknown hypercall is answered -ENOSYS
     found.vmcall_loops = guest.run(0.02) == "timeout"
+
+
+def _tsc(guest: TinyGuest, found: host.Findings) -> None:
+    far = 1 << 62
+    index, value = ffi.new("uint32_t[]", [0x10]), ffi.new("uint64_t[]", [far])
+    check(lib.vmm_vcpu_set_msrs(guest.vcpu, index, value, 1))
+    check(lib.vmm_vcpu_get_msrs(guest.vcpu, index, value, 1))
+    found.tsc_fixed = value[0] < far
