@@ -3,7 +3,8 @@
 ::
 
     guest-physical
-    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved, ACPI tables in 0xe_0000..0xf_ffff)
+    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved: ACPI tables from 0xe_0000,
+                      the generation ID's page at 0xf_f000)
     0x0010_0000  RAM  kernel from here
     0xc000_0000  hole: device windows          <- LOW_RAM_END
     0xc000_0000    virtio-mmio registers
@@ -27,7 +28,8 @@ MEMORY_MIN = 1 * MIB
 MEMORY_MAX = 1 << 46  # physical address bits of every x86-64 KVM host
 
 ACPI_START = 0xE0000
-ACPI_SIZE = 0x20000
+ACPI_SIZE = 0x1F000
+GENERATION_ID = ACPI_START + ACPI_SIZE  # a page of its own, below 1 MiB: every memory map reserves it
 
 VIRTIO_MMIO_START = LOW_RAM_END
 VIRTIO_MMIO_STRIDE = 0x1000
@@ -58,6 +60,7 @@ RESET = PM_TIMER + 4  # 1 byte
 GSI_PIT = 0
 GSI_I8042 = 1
 GSI_COM1 = 4
+GSI_EVENTS = 7  # ACPI's Generic Event Device; a parallel port's otherwise
 GSI_RTC = 8
 GSI_SCI = 9
 GSI_FIRST_FREE = 16  # I/O APIC inputs the ISA devices do not use: 16..23

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vmm.cpu.debug import Debugger, Point, Stop
     from vmm.cpu.vcpu import Exit
     from vmm.devices.device import Device, State
+    from vmm.devices.generation_id import GenerationId
     from vmm.devices.pci import PciHost
     from vmm.devices.virtio.blk import Blk
     from vmm.devices.virtio.device import VirtioDevice
@@ -76,6 +77,7 @@ class Machine:
     memory: GuestMemory
     bus: Bus
     console: Console
+    generation_id: GenerationId
 
     def __init__(
         self,
@@ -527,22 +529,73 @@ class Machine:
 
     @classmethod
     def restore(
-        cls, path: str | os.PathLike[str], *, check: bool = True, kvm: str = KVM_PATH, **fields: Any
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        identity: str = "new",
+        check: bool = True,
+        kvm: str = KVM_PATH,
+        **fields: Any,
     ) -> Machine:
         """A new machine that goes on from a snapshot: :meth:`start` it.
 
         Its memory is the snapshot's, read when it is looked at, until the guest writes it; the snapshot is not
         changed, and may be restored again. ``check`` compares every byte with its checksum first. ``fields`` may say
-        anew how the machine is used and where its disks and networks are. Raises
-        :class:`~vmm.errors.SnapshotError` when it is damaged or of another version, :class:`~vmm.errors.HostError`
-        when this host lacks what the guest was told it has.
+        anew how the machine is used and where its disks and networks are. ``identity``: ``"new"``, another machine
+        than the one that was saved (``docs/clones.md``), or ``"same"``, that one, of which there is no other then.
+
+        Raises :class:`~vmm.errors.SnapshotError` when it is damaged or of another version,
+        :class:`~vmm.errors.HostError` when this host lacks what the guest was told it has.
         """
+        from vmm.snapshot import identity as identities
         from vmm.snapshot.restoring import prepare
 
+        renewed = identities.asked(identity)
         with prepare(path, check=check) as prepared:
-            machine = cls(prepared.origin.config(**prepared.with_disks(fields)), kvm=kvm, origin=prepared.origin)
+            config = prepared.origin.config(**prepared.with_disks(fields))
+            if renewed:
+                config = identities.another(config, fields)
+            machine = cls(config, kvm=kvm, origin=prepared.origin)
             prepared.finish(machine)
+            if renewed:
+                identities.renew(machine)
             return machine
+
+    def clone(
+        self,
+        n: int = 1,
+        *,
+        prepare: Callable[[Machine, int], object] | None = None,
+        fields: Callable[[int], dict[str, Any]] | None = None,
+    ) -> list[Machine]:
+        """``n`` new machines that go on from where this one is: :meth:`start` them. This one is held meanwhile.
+
+        They share its memory and the contents of its disks until somebody writes, and outlive it. What a clone writes
+        to disks goes with it. Each has an identity of its own: ``docs/clones.md``. ``fields(index)`` may say anew how
+        a clone is used and where its networks are, which is needed for taps and sockets; ``prepare(clone, index)`` is
+        called before it runs.
+
+        Raises :class:`~vmm.errors.ConfigError` for a network that cannot be there twice,
+        :class:`~vmm.errors.StateError` for a machine with a share or on huge pages; there is no clone then.
+        """
+        from vmm.snapshot.clones import Mould
+
+        clones: list[Machine] = []
+        with self._still():
+            mould = Mould(self, n)
+        with mould:
+            try:
+                for index in range(n):
+                    config = mould.config(fields(index) if fields else {})
+                    clones.append(type(self)(config, kvm=self._kvm_path, origin=mould.origin))
+                    mould.finish(clones[-1])
+                    if prepare:
+                        prepare(clones[-1], index)
+            except BaseException:
+                for clone in clones:
+                    clone.close()
+                raise
+        return clones
 
     def checkpoint(self) -> Checkpoint:
         """Keep the machine's state, memory and disks as they are now, for :meth:`rollback`.

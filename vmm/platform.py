@@ -29,6 +29,7 @@ def create_devices(machine: Machine) -> None:
     """Create and attach what every machine has."""
     from vmm.devices.acpi_pm import PmTimer, PowerManagement, ResetRegister
     from vmm.devices.debug_exit import DebugExit
+    from vmm.devices.generation_id import GenerationId
     from vmm.devices.i8042 import I8042
     from vmm.devices.native import NativeUart
     from vmm.devices.post import Post
@@ -51,6 +52,9 @@ def create_devices(machine: Machine) -> None:
     machine.attach(power, port=layout.PM_BASE, size=6, gsi=layout.GSI_SCI)
     machine.attach(PmTimer(), port=layout.PM_TIMER, size=4)
     machine.attach(ResetRegister(machine.stop_callback(_RESET), RESET_VALUE), port=layout.RESET, size=1)
+    machine.generation_id = GenerationId(machine.memory, layout.GENERATION_ID, layout.GSI_EVENTS)
+    machine.generation_id.line = machine.line(layout.GSI_EVENTS)
+    machine.devices.append(machine.generation_id)  # memory alone: on no bus
     if machine.merge_ticks:
         _attach_pit(machine)
     if machine.config.virtio == "pci":
@@ -201,6 +205,7 @@ def load_image(machine: Machine) -> Entry:
         )  # fmt: skip
         for gpa, data in blobs:
             machine.memory.write(gpa, data)
+        machine.generation_id.place()
     return boot.load(
         machine.memory,
         image=machine.image,

@@ -28,6 +28,7 @@ def described() -> acpi.Tables:
         acpi.pvpanic_node(0x505),
     ]
     tables.add_pci_host(ecam=0xE0000000, ports=0xCF8, window=(0xC1000000, 0x1F000000), pins={1: 17, 2: 18, 31: 23})
+    tables.add_generation_id(0x1_000FF000, gsi=7)
     return tables
 
 
@@ -199,6 +200,24 @@ def test_without_power_off_there_is_no_s5() -> None:
     tables = described()
     tables.s5 = None
     assert b"_S5_" not in Guest(tables).dsdt
+
+
+def test_an_edge_of_its_line_notifies_the_driver_of_the_generation_id() -> None:
+    dsdt = Guest(described()).dsdt
+    assert aml.name("ADDR", [0x000FF000, 1]) in dsdt
+    happened = aml.if_(aml.equal(aml.arg(0), 7), aml.notify("\\_SB.VGEN", 0x80))
+    assert aml.method("_EVT", happened, args=1, serialized=True) in dsdt
+    assert aml.resources(aml.interrupt(7)) in dsdt, "edge-triggered, active high"
+
+
+def test_one_event_device_serves_every_line() -> None:
+    tables = described()
+    tables.on_event(22, aml.notify("\\_SB.COM1", 1))
+    dsdt = Guest(tables).dsdt
+    assert dsdt.count(b"ACPI0013") == 1
+    assert aml.resources(aml.interrupt(7), aml.interrupt(22)) in dsdt
+    tables.events.clear()
+    assert b"ACPI0013" not in Guest(tables).dsdt
 
 
 def test_mcfg_names_its_buses() -> None:

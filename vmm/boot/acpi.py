@@ -70,6 +70,7 @@ class Tables:
     - ``reset``: (port, value); writing the byte resets the machine.
     - ``rtc``: there is a CMOS RTC at 0x70; ``century``: its index of the century byte.
     - ``i8042``: there is a keyboard controller.
+    - ``events``: set by :meth:`on_event`: what the guest runs at the edge of an interrupt line.
     - ``overrides``: set by :meth:`override` for ISA lines that do not reach the I/O APIC input of their own
       number, edge-triggered and active high. None is needed for KVM's default routing: the PIT's
       line 0 reaches input 0.
@@ -79,6 +80,7 @@ class Tables:
         "century",
         "cmdline",
         "dsdt",
+        "events",
         "extra",
         "i8042",
         "overrides",
@@ -96,6 +98,7 @@ class Tables:
 
     def __init__(self) -> None:
         self.dsdt: list[aml.Term] = []
+        self.events: dict[int, list[aml.Term]] = {}
         self.extra: list[bytes] = []
         self.cmdline: list[str] = []
         self.virtio_mmio: list[str] = []
@@ -136,6 +139,15 @@ class Tables:
         self.dsdt += [pci_host_node(ports, window, pins), board_node(ecam, PCI_BUS_SIZE)]
         self.add(mcfg(ecam, last_bus=0))
         self.reserved.append((ecam, PCI_BUS_SIZE))
+
+    def add_generation_id(self, address: int, gsi: int) -> None:
+        """The generation ID (16 bytes) at ``address``, whose change an edge of ``gsi`` announces."""
+        self.dsdt.append(generation_id_node(address))
+        self.on_event(gsi, aml.notify("\\_SB.VGEN", 0x80))
+
+    def on_event(self, gsi: int, *terms: aml.Term) -> None:
+        """The guest runs ``terms`` at each rising edge of the line ``gsi``, which is for events alone."""
+        self.events.setdefault(_fits(gsi, 32, "GSI"), []).extend(terms)
 
     def override(self, irq: int, gsi: int, *, level: bool = False, active_low: bool = False) -> None:
         """ISA line ``irq`` (0 to 15) reaches the I/O APIC at ``gsi``, with this trigger mode and polarity."""
@@ -313,7 +325,8 @@ def _madt_entries(tables: Tables, apic_ids: Sequence[int], io_apic: int, io_apic
 
 def _dsdt(tables: Tables, cpus: int) -> bytes:
     processors = (cpu_node(uid) for uid in range(cpus))
-    terms = aml.scope("\\_SB", *processors, *tables.dsdt)
+    events = [event_node(tables.events)] if tables.events else []
+    terms = aml.scope("\\_SB", *processors, *tables.dsdt, *events)
     if tables.s5 is not None:
         # 7.4.2: SLP_TYPa, SLP_TYPb, reserved. Sleep states that are not named do not exist.
         terms += aml.name("\\_S5", [_fits(tables.s5, 3, "SLP_TYP of S5"), tables.s5, 0, 0])
@@ -419,4 +432,29 @@ def pvpanic_node(port: int) -> aml.Term:
         aml.name("_HID", "QEMU0001"),
         aml.name("_STA", 0xF),  # present, enabled, shown, working
         aml.name("_CRS", aml.resources(aml.io(port, 1))),
+    )
+
+
+def event_node(events: dict[int, list[aml.Term]]) -> aml.Term:
+    """The Generic Event Device (5.6.9): GSI -> what is done when it happens. No register says what happened, so each
+    line has one meaning; a full ACPI machine may have the device beside its fixed events."""
+    happened = [aml.if_(aml.equal(aml.arg(0), gsi), *terms) for gsi, terms in sorted(events.items())]
+    return aml.device(
+        "GED",
+        aml.name("_HID", "ACPI0013"),
+        aml.name("_UID", 0),
+        aml.name("_CRS", aml.resources(*(aml.interrupt(gsi) for gsi in sorted(events)))),
+        aml.method("_EVT", *happened, args=1, serialized=True),
+    )
+
+
+def generation_id_node(address: int) -> aml.Term:
+    """The virtual machine generation ID at ``address``, known to drivers by its compatible id (Microsoft's "Virtual
+    Machine Generation ID", 2018). Its value 0x80 of Notify says that the ID is another one now."""
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", "PVMM0001"),
+        aml.name("_CID", "VM_Gen_Counter"),
+        aml.name("_DDN", "VM_Gen_Counter"),
+        aml.name("ADDR", [address & 0xFFFFFFFF, address >> 32]),
     )

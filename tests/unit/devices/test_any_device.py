@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vmm.devices.acpi_pm import PmTimer, PowerManagement, ResetRegister
 from vmm.devices.debug_exit import DebugExit
+from vmm.devices.generation_id import GenerationId
 from vmm.devices.i8042 import I8042
 from vmm.devices.pit import Pit
 from vmm.devices.post import Post
@@ -42,6 +43,19 @@ def nothing(*arguments: Any) -> None:
     pass
 
 
+class Bytes:
+    """Memory for a device that looks at some."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(0x2000)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        return bytes(self.content[gpa : gpa + size])
+
+    def write(self, gpa: int, data: bytes) -> None:
+        self.content[gpa : gpa + len(data)] = data
+
+
 # device, and the offsets a guest may use (one past the end included)
 DEVICES: dict[str, tuple[Callable[[Clock], Device], list[int]]] = {
     "uart": (lambda clock: Uart(FakeConsole(room=5)), list(range(9))),
@@ -53,6 +67,7 @@ DEVICES: dict[str, tuple[Callable[[Clock], Device], list[int]]] = {
     "debug-exit": (lambda clock: DebugExit(nothing), list(range(4))),
     "post": (lambda clock: Post(4), [0, 1]),
     "pvpanic": (lambda clock: Pvpanic(nothing), [0, 1]),
+    "generation-id": (lambda clock: GenerationId(Bytes(), 0x1000, 7), [0, 1]),
     "pit": (lambda clock: Pit(clock=clock), [0, 1, 2, 3, 0x21, 0x22]),
 }
 

@@ -1,0 +1,172 @@
+"""Clones: machines that go on from where another one is, which share its memory and disks until somebody writes.
+
+The memory of the original is frozen, once: it and its clones have private pages over the same file. What an original
+has written since is in no file. Clones then get copies of those pages, or all of memory in use is written to another
+file, which they share: whichever takes less memory.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.errors import ConfigError, StateError
+from vmm.snapshot import identity
+from vmm.snapshot.origin import Origin, describe
+from vmm.snapshot.regions import PAGE, Ram, checksums_size, pages_not_zero, words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+
+    from vmm.config import MachineConfig
+    from vmm.machine import Machine
+    from vmm.memory import GuestMemory
+    from vmm.parts import Net
+
+# How it is used that goes for a clone as well; a debugger's port and the console's place are the original's.
+_USES = ("timeout", "stall", "symbols", "reboot")
+
+
+class Mould:
+    """A machine as it is now, which is held meanwhile, for ``n`` clones: ``origin`` and :meth:`config` for each, then
+    :meth:`finish`. :meth:`close` it when they are made. Raises StateError for a machine that cannot be cloned."""
+
+    def __init__(self, machine: Machine, n: int) -> None:
+        if n < 1:
+            raise ConfigError(f"{n} clones: ask for one at least")
+        if machine.config.huge_pages:
+            raise StateError("memory on huge pages is not shared with clones: leave huge_pages off")
+        self._fds: list[int] = []
+        self._disks: Any = None
+        self._config = machine.config
+        self._state = machine.save()  # before memory: devices let go of what they have in flight
+        try:
+            files, self._changed = self._share(machine.memory, n)
+            self.origin = Origin(describe(machine), files=files)
+            if machine.config.disks:
+                from vmm.snapshot.disks import FrozenDisks
+
+                self._disks = FrozenDisks(machine.config.disks, machine.disks)
+        except BaseException:
+            self.close()
+            raise
+
+    def config(self, given: Mapping[str, Any]) -> MachineConfig:
+        """What a clone is, with the fields ``given`` for it. Raises :class:`~vmm.errors.ConfigError`."""
+        places: dict[str, Any] = {name: getattr(self._config, name) for name in _USES}
+        if self._disks is not None:
+            places["disks"] = self._disks.disks
+        if "nets" not in given:
+            places["nets"] = tuple(_apart(index, net) for index, net in enumerate(self._config.nets))
+        config = identity.another(self.origin.config(**{**places, **given}), given)
+        if config.vsock is not None and "vsock" not in given:
+            config = config.with_(vsock=config.vsock.with_(path=f"{config.vsock.path}.{config.vsock.cid}"))
+        return config
+
+    def finish(self, clone: Machine) -> None:
+        """Have a machine that was made with ``origin`` take up the rest."""
+        for gpa, data in self._changed:
+            clone.memory.write(gpa, data)
+        try:
+            clone.load_state(self._state)
+        except ValueError as error:
+            raise StateError(f"devices that were added to a machine are not cloned with it ({error})") from None
+        for index, (was, net) in enumerate(zip(self._config.nets, clone.config.nets, strict=True)):
+            if was.hostfwd and not net.hostfwd:
+                clone.notes.append(f"net {index}: ports of the host go on leading to the original, not to this clone")
+        identity.renew(clone)
+
+    def _share(self, memory: GuestMemory, n: int) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
+        """The files that clones start from, and what each writes over them."""
+        if not memory.private:
+            return memory.freeze(), []
+        rams = [Ram(*region) for region in memory.backing()]
+        changed = [run for ram in rams for run in _changed(ram)]
+        if n * sum(size for _, size in changed) <= sum(map(_held, rams)):
+            files = [(self._keep(os.dup(ram.fd)), ram.offset) for ram in rams]
+            return files, [(gpa, memory.read(gpa, size)) for gpa, size in changed]
+        return [(self._keep(_copied(ram)), 0) for ram in rams], []
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def close(self) -> None:
+        """No more clones: those there are have what they need."""
+        while self._fds:
+            os.close(self._fds.pop())
+        if self._disks is not None:
+            self._disks.close()
+
+    def __enter__(self) -> Mould:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _apart(index: int, net: Net) -> Net:
+    """A network that can be there twice. Raises :class:`~vmm.errors.ConfigError` where it cannot."""
+    if net.backend != "user":
+        other = f'fields=lambda clone: {{"nets": Net("{net.backend}", {net.backend}=...)}}'
+        raise ConfigError(
+            f"net {index} is the {net.backend} {getattr(net, net.backend)}, the original's: name others, {other}"
+        )
+    apart: Net = net.with_(hostfwd=())
+    return apart
+
+
+# ---- memory ----
+
+_OWN = bytes((flags & 0xC0 != 0) and not flags & 0x20 for flags in range(256))
+
+
+def _changed(ram: Ram) -> Iterator[tuple[int, int]]:
+    """Runs ``(gpa, size)`` of the pages of a private mapping that are this machine's own: it wrote them.
+
+    By the kernel's page tables (Documentation/admin-guide/mm/pagemap.rst): present or swapped (bits 63, 62), and not
+    the file's (61).
+    """
+    first = int(ffi.cast("uintptr_t", ffi.from_buffer(ram.view))) // PAGE
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entries = os.pread(pagemap.fileno(), ram.size // PAGE * 8, first * 8)
+    if len(entries) != ram.size // PAGE * 8:
+        raise OSError("/proc/self/pagemap ends early")
+    own = entries[7::8].translate(_OWN)
+    at = own.find(1)
+    while at >= 0:
+        end = own.find(0, at)
+        end = len(own) if end < 0 else end
+        yield ram.gpa + at * PAGE, (end - at) * PAGE
+        at = own.find(1, end)
+
+
+def _held(ram: Ram) -> int:
+    """Bytes of a region that are in its file."""
+    held, at, end = 0, ram.offset, ram.offset + ram.size
+    while at < end:
+        try:
+            at = os.lseek(ram.fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: no more
+            break
+        hole = min(os.lseek(ram.fd, at, os.SEEK_HOLE), end)
+        held += max(hole - at, 0)
+        at = hole
+    return held
+
+
+def _copied(ram: Ram) -> int:
+    """A new file with all there is in a region."""
+    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, ram.size)
+        sums = ffi.new("uint32_t[]", checksums_size(ram.size) // 4)
+        check(lib.vmm_pages_write(fd, 0, ffi.from_buffer(ram.view), ram.size, words(pages_not_zero(ram)), sums))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -1,0 +1,66 @@
+"""What must not be the same in two machines: the generation ID, hardware addresses, the context id of sockets.
+
+A copy of a machine gets others. What the guest makes of them is its own business: the generation ID and the context id
+are announced to it, and Linux acts on both; a hardware address it reads when its driver starts, and never again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from vmm.config import MachineConfig
+    from vmm.machine import Machine
+
+KINDS = ("new", "same")
+
+_CID_FIRST, _CID_END = 3, 0xFFFFFFFF  # of guests: virtio 1.2, 5.10.4
+
+
+def asked(kind: str) -> bool:
+    """Whether a copy is to be another machine. Raises :class:`~vmm.errors.ConfigError` for a kind there is not."""
+    if kind not in KINDS:
+        raise ConfigError(f"there is no identity {kind!r}: a copy has a new one or the same")
+    return kind == "new"
+
+
+def another(config: MachineConfig, given: Mapping[str, Any]) -> MachineConfig:
+    """``config`` with random hardware addresses and context id, but for those in ``given``, the fields said anew."""
+    nets = tuple(net if net.mac and "nets" in given else net.with_(mac=random_mac()) for net in config.nets)
+    vsock = config.vsock
+    if vsock is not None and "vsock" not in given:
+        vsock = vsock.with_(cid=random_cid())
+    return config.with_(nets=nets, vsock=vsock)
+
+
+def renew(machine: Machine) -> None:
+    """Let a machine that has taken up another's state, and does not run yet, be the one its configuration names.
+
+    A socket device sees to itself: it compares its context id with the one it finds in the state.
+    """
+    from vmm.devices.virtio.net import DEVICE_ID, parse_mac
+
+    machine.generation_id.renew()
+    interfaces = [device for device in machine.virtio if device.device_id == DEVICE_ID]
+    for device, net in zip(interfaces, machine.config.nets, strict=True):
+        device.set_config(0, parse_mac(net.mac))  # virtio 1.2, 5.1.4: mac comes first
+
+
+def random_mac() -> str:
+    """A locally administered unicast address (IEEE 802, 8.2) of 46 random bits."""
+    import os
+
+    octets = os.urandom(6)
+    return bytes([octets[0] & 0xFC | 0x02, *octets[1:]]).hex(":")
+
+
+def random_cid() -> int:
+    """A context id a guest may have."""
+    import random
+
+    return random.SystemRandom().randrange(_CID_FIRST, _CID_END)
