@@ -74,7 +74,7 @@ class Request:
     def _answer(self) -> None:
         lib.vmm_virtio_answer(self._device.virtio, self.queue, self._chain, self._filled)
         if self.deferred and lib.vmm_virtio_flush(self._device.virtio, self.queue):
-            self._device.kick(self.queue)
+            lib.vmm_virtio_ring(self._device.virtio, self.queue)  # taken on the I/O thread: after a save, not in it
 
 
 class VirtioModel(VirtioDevice):
