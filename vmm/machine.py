@@ -24,6 +24,7 @@ from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
     import os
+    import socket
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from vmm.observe.watch import Sample, Watch
     from vmm.snapshot import Snapshot
     from vmm.snapshot.checkpoint import Checkpoint
+    from vmm.snapshot.lazy import LazyMemory
     from vmm.snapshot.origin import Origin
     from vmm.snapshot.series import Series
     from vmm.trace_rings import TraceRings
@@ -56,6 +58,7 @@ IRQCHIP, PIT = 1, 2
 _REASONS = {
     2: "power-off", 3: "reset", 4: "debug-exit", 5: "panic", 6: "triple-fault", 7: "emulation-failure",
     8: "entry-failure", 9: "halt", 10: "reset", 11: "unknown-exit", 12: "host-failure", 14: "debug",
+    15: "memory-lost",
 }  # fmt: skip
 _STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CALLBACK = 1, 2, 3, 4, 5, 13
 _HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated", 4: "stalled"}
@@ -118,6 +121,8 @@ class Machine:
         self._started_at = 0.0
         self._checkpoints: list[Checkpoint] = []
         self._series: Series | None = None
+        self.lazy: LazyMemory | None = None
+        """Memory that was still to come when the machine was restored (``later``)."""
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
@@ -477,6 +482,10 @@ class Machine:
                 release()
             self.resume()
 
+    def _have_all_memory(self) -> None:
+        if self.lazy:
+            self.lazy.complete()
+
     def save(self) -> State:
         """Everything but memory and the contents of disks, as a plain value. The machine is held meanwhile."""
         from vmm.cpu import state as processors
@@ -523,6 +532,7 @@ class Machine:
         """
         from vmm.snapshot.series import Series
 
+        self._have_all_memory()
         with self._still():
             self._series = self._series or Series(self)
             return self._series.write(path, differential)
@@ -530,10 +540,11 @@ class Machine:
     @classmethod
     def restore(
         cls,
-        path: str | os.PathLike[str],
+        source: str | os.PathLike[str] | socket.socket,
         *,
         identity: str = "new",
         check: bool = True,
+        later: bool = False,
         kvm: str = KVM_PATH,
         **fields: Any,
     ) -> Machine:
@@ -544,19 +555,23 @@ class Machine:
         anew how the machine is used and where its disks and networks are. ``identity``: ``"new"``, another machine
         than the one that was saved (``docs/clones.md``), or ``"same"``, that one, of which there is no other then.
 
+        ``later``: memory is the machine's own, and pages come by userfaultfd when they are touched, before that those
+        of the recorded working set (:attr:`lazy`, :mod:`vmm.snapshot.working_set`). They come over a socket if
+        ``source`` is one, connected to a :class:`vmm.snapshot.serving.PageServer`; it stays the caller's.
+
         Raises :class:`~vmm.errors.SnapshotError` when it is damaged or of another version,
-        :class:`~vmm.errors.HostError` when this host lacks what the guest was told it has.
+        :class:`~vmm.errors.HostError` when this host lacks what the guest was told it has, or userfaultfd.
         """
         from vmm.snapshot import identity as identities
         from vmm.snapshot.restoring import prepare
 
         renewed = identities.asked(identity)
-        with prepare(path, check=check) as prepared:
+        with prepare(source, check=check, later=later) as prepared:
             config = prepared.origin.config(**prepared.with_disks(fields))
             if renewed:
                 config = identities.another(config, fields)
             machine = cls(config, kvm=kvm, origin=prepared.origin)
-            prepared.finish(machine)
+            machine.lazy = prepared.finish(machine)
             if renewed:
                 identities.renew(machine)
             return machine
@@ -581,6 +596,7 @@ class Machine:
         from vmm.snapshot.clones import Mould
 
         clones: list[Machine] = []
+        self._have_all_memory()
         with self._still():
             mould = Mould(self, n)
         with mould:
@@ -606,6 +622,7 @@ class Machine:
         """
         from vmm.snapshot.checkpoint import Checkpoint
 
+        self._have_all_memory()
         with self._still():
             self.load()
             checkpoint = Checkpoint(self)

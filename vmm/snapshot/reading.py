@@ -238,6 +238,14 @@ def _parent(value: Any) -> tuple[bytes | None, str]:
     return parent["id"], parent["path"]
 
 
+def parse_regions(path: str, value: Any) -> tuple[Region, ...]:
+    """Regions from records that did not come from a directory. Raises :class:`~vmm.errors.SnapshotError`."""
+    try:
+        return _regions(_exactly({"memory": value}, memory=list)["memory"])
+    except ValueError as error:
+        raise SnapshotError(f"{path} has records that contradict themselves ({error})") from None
+
+
 def _regions(value: list[Any]) -> tuple[Region, ...]:
     """Regions as the records have them: ascending, whole pages, one behind the other in the file."""
     if not 0 < len(value) <= REGIONS_MAX:

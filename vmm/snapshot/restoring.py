@@ -11,26 +11,24 @@ from vmm.snapshot.reading import Snapshot, read
 from vmm.snapshot.series import VERSION
 
 if TYPE_CHECKING:
+    import socket
     from types import TracebackType
 
     from vmm.machine import Machine
+    from vmm.snapshot.lazy import LazyMemory
 
 
 class Prepared:
-    """An open snapshot, checked, for one machine to be made of it: ``origin`` first, then :meth:`finish`."""
+    """What one machine is made of: ``origin`` first, then :meth:`finish`. ``files`` is the memory under it, if any."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-        state = snapshot.state
+    def __init__(self, name: str, state: Any, files: list[tuple[int, int]] | None) -> None:
+        self._name = name
         if not isinstance(state, dict) or state.keys() != {"version", "description", "machine", "disks"}:
-            raise SnapshotError(f"{snapshot.path} is no snapshot of a machine")
+            raise SnapshotError(f"{name} is no snapshot of a machine")
         if state["version"] != VERSION:
-            raise SnapshotError(f"{snapshot.path} is of version {state['version']}: this pyvmm reads {VERSION}")
+            raise SnapshotError(f"{name} is of version {state['version']}: this pyvmm reads {VERSION}")
         self._disks, self._machine_state = state["disks"], state["machine"]
-        base = snapshot.layers[0]
-        self.origin = Origin(
-            state["description"], files=[(base.memory_fd, region.offset) for region in snapshot.regions]
-        )
+        self.origin = Origin(state["description"], files=files)
 
     def with_disks(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields, with the snapshot's disks where none are given."""
@@ -39,22 +37,33 @@ class Prepared:
         from vmm.snapshot.disks import restore_disks
 
         try:
-            disks = restore_disks(self._disks, os.path.abspath(self._snapshot.path))
+            disks = restore_disks(self._disks, os.path.abspath(self._name))
         except ValueError as error:
-            raise SnapshotError(f"{self._snapshot.path}: {error}") from None
+            raise SnapshotError(f"{self._name}: {error}") from None
         return {**fields, "disks": disks}
 
-    def finish(self, machine: Machine) -> None:
-        """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot."""
+    def finish(self, machine: Machine) -> LazyMemory | None:
+        """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot.
+
+        Answers its memory, where that is still to come.
+        """
         try:
-            self._snapshot.overlay(machine.memory.view)
+            later = self.fill(machine)
             machine.load_state(self._machine_state)
         except ValueError as error:
             machine.close()
-            raise SnapshotError(f"{self._snapshot.path} does not fit: {error}") from None
+            raise SnapshotError(f"{self._name} does not fit: {error}") from None
         except BaseException:
             machine.close()
             raise
+        return later
+
+    def fill(self, machine: Machine) -> LazyMemory | None:
+        """Bring the memory, or have it come."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Once the machine is made, or could not be."""
 
     def __enter__(self) -> Prepared:
         return self
@@ -62,19 +71,80 @@ class Prepared:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+
+class _Mapped(Prepared):
+    """Memory is the full snapshot's file, mapped privately, with what the differentials have copied over it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        fd = snapshot.layers[0].memory_fd
+        super().__init__(snapshot.path, snapshot.state, [(fd, region.offset) for region in snapshot.regions])
+
+    def fill(self, machine: Machine) -> None:
+        self._snapshot.overlay(machine.memory.view)
+
+    def close(self) -> None:
         self._snapshot.close()
 
 
-def prepare(path: str | os.PathLike[str], *, check: bool = True) -> Prepared:
+class _Later(Prepared):
+    """Memory of the machine's own, whose pages come from the file when they are touched, or before that."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        super().__init__(snapshot.path, snapshot.state, None)
+
+    def fill(self, machine: Machine) -> LazyMemory:
+        from vmm.snapshot import working_set
+        from vmm.snapshot.lazy import LazyMemory
+
+        memory = LazyMemory(machine.native, machine.memory)
+        memory.want_snapshot(self._snapshot)
+        memory.prefetch(working_set.load(self._snapshot))
+        memory.start()
+        return memory
+
+    def close(self) -> None:
+        self._snapshot.close()
+
+
+class _Remote(Prepared):
+    """Memory of the machine's own, whose pages come over a socket (:mod:`vmm.snapshot.serving`)."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        from vmm.snapshot.serving import receive
+
+        self._connection = connection
+        state, self._regions = receive(connection)
+        super().__init__("what the server sends", state, None)
+
+    def fill(self, machine: Machine) -> LazyMemory:
+        from vmm.snapshot.lazy import LazyMemory
+
+        memory = LazyMemory(machine.native, machine.memory)
+        for number, region in enumerate(self._regions):
+            memory.want(number, region)
+        memory.connect(self._connection)
+        memory.start()
+        return memory
+
+
+def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = True, later: bool = False) -> Prepared:
     """Open a snapshot to make a machine of it, every byte compared with its checksum if ``check``.
 
-    Raises :class:`~vmm.errors.SnapshotError`.
+    ``later``: memory comes by userfaultfd, where it is touched; first the pages of the recorded working set. Without,
+    it is mapped. A socket, which stays the caller's, is one to a :class:`vmm.snapshot.serving.PageServer`: memory comes
+    later. Raises :class:`~vmm.errors.SnapshotError`.
     """
-    snapshot = read(path)
+    if not isinstance(source, (str, os.PathLike)):
+        return _Remote(source)
+    snapshot = read(source)
     try:
         if check:
             snapshot.check(files=False)  # disks are checked as they are opened
-        return Prepared(snapshot)
+        return _Later(snapshot) if later else _Mapped(snapshot)
     except BaseException:
         snapshot.close()
         raise

@@ -1,0 +1,128 @@
+"""Memory that comes while the machine runs: pages of a snapshot, or of another process, when they are touched.
+
+What it rests on, and the protocol of the socket, are in ``native/include/vmmlazy.h``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, ffi, lib
+from vmm.errors import SnapshotError, StateError
+from vmm.snapshot.regions import words
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from vmm.memory import GuestMemory
+    from vmm.snapshot.reading import Snapshot
+    from vmm.snapshot.regions import Region
+
+_STATES = {
+    lib.VMM_LAZY_IDLE: "idle",
+    lib.VMM_LAZY_SERVING: "serving",
+    lib.VMM_LAZY_LOST: "lost",
+    lib.VMM_LAZY_DONE: "done",
+    lib.VMM_LAZY_ABANDONED: "abandoned",
+}
+
+
+class LazyMemory:
+    """The memory of a machine, still to come. It lasts as long as the machine.
+
+    Say which pages are wanted (:meth:`want_snapshot`, :meth:`want`), :meth:`start`, and let the machine run: whoever
+    touches a wanted page waits for it. The thread that does waits with the GIL, if it has it: what serves pages must be
+    native code (all of this is) or another process.
+
+    ``vm`` is the native machine, ``memory`` its memory. Raises :class:`~vmm.errors.HostError` where the host does not
+    allow it, with what to change, and for memory that is private or in huge pages.
+    """
+
+    def __init__(self, vm: Any, memory: GuestMemory) -> None:
+        self._memory = memory
+        out = ffi.new("vmm_lazy **")
+        check(lib.vmm_lazy_create(vm, out))
+        self.native: Any = out[0]
+
+    def want_snapshot(self, snapshot: Snapshot) -> None:
+        """Have the memory of ``snapshot`` come from its file. The pages of differentials are copied at once."""
+        layers = snapshot.layers
+        for number, region in enumerate(layers[0].regions):
+            later = int.from_bytes(region.held, "little")
+            for layer in layers[1:]:
+                later &= ~int.from_bytes(layer.regions[number].held, "little")
+            self.want(number, region._replace(held=later.to_bytes(len(region.held), "little")))
+            check(lib.vmm_lazy_from_file(self.native, number, layers[0].memory_fd, region.offset))
+        snapshot.overlay(self._memory.view)
+
+    def want(self, number: int, region: Region) -> None:
+        """Mark the pages that ``region`` holds as wanted, in the machine's region of that number.
+
+        Raises :class:`~vmm.errors.SnapshotError` if that is another one.
+        """
+        if self._memory.regions[number : number + 1] != [(region.gpa, region.size)]:
+            raise SnapshotError(
+                f"the machine has no memory {region.gpa:#x}+{region.size:#x}, of which pages would come"
+            )
+        check(lib.vmm_lazy_want(self.native, number, words(region.held)))
+
+    def start(self) -> None:
+        """From now on touching a wanted page waits."""
+        check(lib.vmm_lazy_start(self.native))
+
+    def connect(self, source: socket.socket) -> None:
+        """Have pages come from a stream socket; also in place of one that was lost. The socket stays the caller's."""
+        check(lib.vmm_lazy_connect(self.native, source.fileno()))
+
+    def prefetch(self, gpas: Sequence[int]) -> None:
+        """Fetch these pages in this order while nobody waits for another."""
+        check(lib.vmm_lazy_prefetch(self.native, ffi.new("uint64_t[]", list(gpas)), len(gpas)))
+
+    def fetch_rest(self) -> None:
+        """And then all others."""
+        lib.vmm_lazy_fetch_rest(self.native)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until every page is here, or ``timeout`` seconds are over: whether it is.
+
+        Raises :class:`~vmm.errors.StateError` when pages are missing for good.
+        """
+        milliseconds = -1 if timeout is None else int(timeout * 1000)
+        found = lib.vmm_lazy_wait(self.native, milliseconds)
+        if found < 0:
+            raise StateError("guest memory that was still to come will not")
+        return bool(found)
+
+    def complete(self) -> None:
+        """Fetch everything now. Raises :class:`~vmm.errors.StateError` when that cannot be: the source is gone."""
+        self.fetch_rest()
+        while not self.wait(0.1):
+            if self.state == "lost":
+                raise StateError("guest memory is still to come and its source is gone: connect it to another")
+
+    def abandon(self, why: str) -> None:
+        """Give up: the machine stops with ``why`` as its message, and the outcome ``memory-lost``."""
+        lib.vmm_lazy_abandon(self.native, why.encode())
+
+    @property
+    def state(self) -> str:
+        """``idle``, ``serving``, ``lost`` (the guest waits), ``done`` or ``abandoned``."""
+        return _STATES[lib.vmm_lazy_state(self.native)]
+
+    @property
+    def fd(self) -> int:
+        """An eventfd that is readable after each change of :attr:`state`."""
+        return int(lib.vmm_lazy_fd(self.native))
+
+    def touched(self) -> list[int]:
+        """The wanted pages that were waited for, in that order: addresses."""
+        count = lib.vmm_lazy_order(self.native, ffi.NULL, 0)
+        gpas = ffi.new("uint64_t[]", count)
+        return list(gpas[0 : min(count, lib.vmm_lazy_order(self.native, gpas, count))])
+
+    def statistics(self) -> dict[str, int]:
+        """Pages: wanted, missing, that came unasked or twice; faults, and the nanoseconds they took from a file."""
+        stats = ffi.new("vmm_lazy_stats *")
+        lib.vmm_lazy_get_stats(self.native, stats)
+        return {name: int(getattr(stats, name)) for name, _ in ffi.typeof("vmm_lazy_stats").fields}

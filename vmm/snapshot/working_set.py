@@ -1,0 +1,60 @@
+"""The pages a restored machine touched first, kept with the snapshot for the next time."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vmm.errors import HostError, SnapshotError
+from vmm.snapshot import records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.snapshot.reading import Snapshot
+
+NAME = "working-set"
+_PAGE_SHIFT = 12
+
+
+def save(snapshot: Snapshot, gpas: Sequence[int]) -> None:
+    """Keep the addresses of pages, in order, in the snapshot's directory; all at once, in place of what was there.
+
+    Raises :class:`~vmm.errors.HostError`.
+    """
+    from array import array
+
+    pages = array("Q", [gpa >> _PAGE_SHIFT for gpa in gpas]).tobytes()
+    path = snapshot.file_path(NAME)
+    new = f"{path}.{os.urandom(6).hex()}"
+    try:
+        with open(new, "xb") as file:
+            file.write(records.pack({"snapshot": snapshot.id, "pages": pages}))
+        os.replace(new, path)
+    except OSError as error:
+        raise HostError(f"cannot keep the working set {path} ({error.strerror})", errno=error.errno or 0) from error
+
+
+def load(snapshot: Snapshot) -> list[int]:
+    """The addresses that were kept; none if there are none, or they are another snapshot's.
+
+    Raises :class:`~vmm.errors.SnapshotError` when the file is damaged.
+    """
+    from array import array
+
+    path = snapshot.file_path(NAME)
+    try:
+        with open(snapshot.file_fd(NAME), "rb") as file:
+            found, _ = records.unpack(path, file.read(records.SIZE_MAX))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise SnapshotError(f"cannot read {path} ({error.strerror})") from None
+    pages = found.get("pages")
+    if found.keys() != {"snapshot", "pages"} or not isinstance(pages, bytes) or len(pages) % 8:
+        raise SnapshotError(f"{path} is no working set: remove it")
+    if found["snapshot"] != snapshot.id:
+        return []
+    numbers = array("Q")
+    numbers.frombytes(pages)
+    return [number << _PAGE_SHIFT for number in numbers if number < 1 << 52 - _PAGE_SHIFT]
