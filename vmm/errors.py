@@ -24,6 +24,16 @@ class SnapshotError(ConfigError):
     """A snapshot cannot be used or made: damaged, of another format, its parent another one than it was."""
 
 
+class MigrationError(VmmError):
+    """A machine did not move: the other side refused, the link was lost, it was cancelled.
+
+    It runs where it ran, unless ``undecided``: then it is held here, and nobody knows here whether it runs there (see
+    ``docs/migration.md``).
+    """
+
+    undecided = False
+
+
 class HostError(VmmError):
     """The host said no: /dev/kvm missing or forbidden, a capability absent, an ioctl refused.
 

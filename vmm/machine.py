@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.blk import Blk
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.hooks import Access, Hook, Hooks
+    from vmm.migrate.source import Migrated, Migration
     from vmm.observe.diagnose import Diagnosis
     from vmm.observe.profile import Profile
     from vmm.observe.stack import Frame
@@ -123,10 +124,13 @@ class Machine:
         self._series: Series | None = None
         self.lazy: LazyMemory | None = None
         """Memory that was still to come when the machine was restored (``later``)."""
+        self.migration: Migration | None = None
+        """The one under way, to be cancelled."""
+        self._left = False
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
-            for step in BOOT_STEPS:
+            for step in BOOT_STEPS[: ARRIVAL if origin is not None and origin.arriving else None]:
                 step(self)
         except BaseException:
             self.close()
@@ -181,9 +185,8 @@ class Machine:
 
         create_devices(self)
 
-    def _create_vcpus(self) -> None:
+    def _choose_cpuid(self) -> None:
         from vmm.cpu.cpuid import CpuidTable
-        from vmm.cpu.vcpu import Vcpu
 
         limit = int(lib.vmm_vm_check_extension(self._vm, 66)) or 1  # KVM_CAP_MAX_VCPUS
         if self.config.cpus > limit:
@@ -191,6 +194,10 @@ class Machine:
         self.cpuid = CpuidTable(self._vm, self.config.cpus, hypercalls=not self.host.vmcall_loops)
         if self._origin is not None:
             self.cpuid.become(self._origin.cpuid)
+
+    def _create_vcpus(self) -> None:
+        from vmm.cpu.vcpu import Vcpu
+
         for number in range(self.config.cpus):
             self.vcpus.append(Vcpu(self._vm, number, self.memory, self.cpuid))
 
@@ -205,6 +212,15 @@ class Machine:
         self.command_line = origin.command_line
         if origin.state is not None:
             self.load_state(origin.state)
+
+    def arrive(self, state: State) -> None:
+        """The rest of a machine that was made from an ``arriving`` :class:`~vmm.snapshot.origin.Origin`, once its
+        memory is there: devices and processors, with this state."""
+        if self._origin is None or not self._origin.arriving:
+            raise StateError("this machine is not on its way here")
+        self._origin.state = state
+        for step in BOOT_STEPS[ARRIVAL:]:
+            step(self)
 
     # ---- composing ----
 
@@ -367,6 +383,8 @@ class Machine:
         with self._lock:
             if self._threads:
                 raise StateError("the machine runs already")
+            if self._left:
+                raise StateError("the machine has moved: it runs elsewhere")
             self.load()
             if self.outcome is not None:
                 check(lib.vmm_vm_rearm(self._vm))
@@ -640,6 +658,28 @@ class Machine:
         with self._still():
             checkpoint.restore()
 
+    def migrate(self, destination: str, **how: Any) -> Migrated:
+        """Move to another process, ``"unix:PATH"`` or ``"tcp:HOST:PORT"``, where :func:`vmm.migrate.receive` waits.
+
+        ``how`` is what :class:`vmm.migrate.Migration` takes. The machine ends here, with the outcome ``migrated``.
+        Raises :class:`~vmm.errors.MigrationError` when it does not get there.
+        """
+        from vmm.migrate.source import Migration
+
+        with self._lock:
+            if self.migration is not None:
+                raise StateError("the machine is on its way already: cancel that first")
+            self.migration = Migration(self, destination, **how)
+        try:
+            return self.migration.run()
+        finally:
+            self.migration = None
+
+    def left(self) -> None:
+        """It goes on elsewhere: end here, wherever it stands."""
+        self._left = True
+        lib.vmm_vm_stop(self._open_vm(), _STOP_HOST, 0)
+
     def forget(self, checkpoint: Checkpoint) -> None:
         """A checkpoint was closed."""
         if checkpoint in self._checkpoints:
@@ -757,6 +797,8 @@ class Machine:
         code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
         native = lib.vmm_vm_stop_reason(self._vm, code, number)
         reason = _HOST_REASONS.get(code[0], "stopped") if native == _STOP_HOST else _REASONS.get(native, "stopped")
+        if self._left:
+            reason = "migrated"
         vcpu_number = int(number[0]) if number[0] < len(self.vcpus) else None
         vcpu = self.vcpus[vcpu_number or 0]
         outcome = Outcome(
@@ -802,6 +844,10 @@ class Machine:
             self._run_closers()
             return
         self._refuse_own_thread()
+        if (migration := self.migration) is not None:
+            with contextlib.suppress(StateError):  # it is handed over
+                migration.cancel()
+            migration.wait()
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
             self._end()
@@ -869,9 +915,11 @@ BOOT_STEPS = [
     Machine._open_kvm,
     Machine._map_memory,
     Machine._remedy_host,
+    Machine._choose_cpuid,
     Machine._create_devices,
     Machine._create_vcpus,
     Machine._go_on,
 ]
+ARRIVAL = BOOT_STEPS.index(Machine._create_devices)  # what comes after the memory of a machine that moves here
 
 __all__ = ["BOOT_STEPS", "HostError", "Machine"]

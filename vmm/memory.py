@@ -211,7 +211,7 @@ class DirtyLog:
             bitmap = ffi.new("uint64_t[]", words)
             if check(lib.vmm_dirty_take(self._log, number, bitmap, words)):
                 bits = int.from_bytes(ffi.buffer(bitmap), "little")
-                ranges += [(gpa + first * PAGE, n * PAGE) for first, n in _runs(bits)]
+                ranges += [(gpa + first * PAGE, n * PAGE) for first, n in runs_of(bits)]
         return ranges
 
     def close(self) -> None:
@@ -221,7 +221,7 @@ class DirtyLog:
             self._log = None
 
 
-def _runs(bits: int) -> Iterator[tuple[int, int]]:
+def runs_of(bits: int) -> Iterator[tuple[int, int]]:
     """``(first, length)`` of the runs of ones, from the lowest bit up."""
     text = f"{bits:b}"[::-1]
     at = text.find("1")

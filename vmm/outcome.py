@@ -25,12 +25,13 @@ REASONS: dict[str, tuple[int, str]] = {
     "stalled": (26, "the guest made no progress for as long as it was given (--stall)"),
     "memory-lost": (28, "guest memory that was still to come will not: its source is gone"),
     "stopped": (0, "the monitor stopped the machine"),
+    "migrated": (0, "the machine moved, and goes on elsewhere"),
     "timeout": (124, "the time limit passed"),
     "interrupted": (130, "interrupted (SIGINT)"),
     "terminated": (143, "terminated (SIGTERM)"),
 }
 
-GOOD_ENDS = frozenset({"power-off", "reset", "debug-exit", "stopped"})
+GOOD_ENDS = frozenset({"power-off", "reset", "debug-exit", "stopped", "migrated"})
 
 
 class Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ class Image:
 
     def __init__(self, path: str, *, readonly: bool, direct: bool = False, create: bool = False) -> None:
         self.path = path
+        self.readonly = readonly
         self.alignment = 1
         self.fd = _open(path, readonly, create)
         try:
@@ -43,7 +45,20 @@ class Image:
         with temporary_file() as file:
             image.fd = os.dup(file.fileno())
         image.path, image.alignment, image.size, image.block_device = "(temporary)", 1, 0, False
+        image.readonly = False
         return image
+
+    def unlock(self) -> None:
+        """Let others have it: a machine that moves. Nothing is read or written here any more."""
+        import fcntl
+        import struct
+
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
+    def lock(self) -> None:
+        """Have it again. Raises :class:`~vmm.errors.ConfigError` where another machine has it."""
+        _lock(self.fd, self.path, self.readonly)
 
     def close(self) -> None:
         """Close it. The lock goes with the last descriptor, the native half's included."""

@@ -24,16 +24,24 @@ PLACES = ("disks", "nets", "vsock")
 class Origin:
     """What a new machine becomes. ``description`` is :func:`describe`'s, ``state`` :meth:`vmm.Machine.save`'s.
 
-    ``files``, one ``(fd, offset)`` for each region, is the memory (:class:`vmm.memory.GuestMemory`). Without ``state``
-    the machine is made, with memory of its own, and whoever made it fills that and calls
-    :meth:`vmm.Machine.load_state`. Raises :class:`~vmm.errors.SnapshotError` for a description that cannot be.
+    ``files``, one ``(fd, offset)`` for each region, is the memory (:class:`vmm.memory.GuestMemory`). Without
+    ``state`` the machine is made, with memory of its own, and whoever made it fills that and calls
+    :meth:`vmm.Machine.load_state`. ``arriving``: it is made as far as its memory, before anybody lets go of its disks
+    and networks; :meth:`vmm.Machine.arrive` makes the rest. Raises :class:`~vmm.errors.SnapshotError` for a
+    description that cannot be.
     """
 
     def __init__(
-        self, description: State, state: State | None = None, files: Sequence[tuple[int, int]] | None = None
+        self,
+        description: State,
+        state: State | None = None,
+        files: Sequence[tuple[int, int]] | None = None,
+        *,
+        arriving: bool = False,
     ) -> None:
         self.state = state
         self.files = files
+        self.arriving = arriving
         try:
             self._read(description)
         except (KeyError, TypeError, AttributeError) as error:

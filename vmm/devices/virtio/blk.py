@@ -165,6 +165,19 @@ class Blk(VirtioDevice):
         Raises :class:`~vmm.errors.HostError`."""
         check(lib.vmm_blk_sync(self._blk))
 
+    def let_go(self) -> None:
+        """Put all of it on stable storage and give its locks up, for the machine to go on elsewhere; it is held.
+        Raises :class:`~vmm.errors.HostError`."""
+        if not self.readonly:
+            self.sync()
+        for image in self.files():
+            image.unlock()
+
+    def take_back(self) -> None:
+        """Go on here after :meth:`let_go`. Raises :class:`~vmm.errors.ConfigError` while another machine has it."""
+        for image in self.files():
+            image.lock()
+
     def checkpoint(self) -> DiskUndo | None:
         """A way back to what the disk holds now; ``None`` for a disk that is read-only."""
         return None if self.readonly else DiskUndo(self)

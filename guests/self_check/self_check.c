@@ -1,0 +1,159 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Checks its own memory and clocks without a pause, at CPL 3, where the guest runs at full speed on every KVM. Whoever
+ * stops it, copies it and lets it go on elsewhere, or goes back to a moment before, must not be noticed.
+ *
+ * Each page has a number of its own in every word, made of its place and of how often it was written; a round looks at
+ * a page, and writes it for the next time. The clocks go forward, by no more than a pause may take, and agree.
+ * It prints "round N" as it goes, and ends, passed, when a byte comes. Command line:
+ *   pages=N     it writes (256)
+ *   ballast=N   pages that are written once, and looked at one a round (0)
+ *   rate=N      pages a second it writes; 0: as many as it can (0)
+ *   jump=N      milliseconds that kvmclock may go forward between two looks at it (4000)
+ *   tsc_jump=N  the same of the TSC (4000)
+ */
+#include "cpu.h"
+
+enum { PAGE = 4096, WORDS = PAGE / sizeof(uint64_t), LOOK_EVERY = 64, CLOCKS_AGREE_NS = 1000000 };
+enum { PAGES_AT = 16 << 20, MSR_KVMCLOCK = 0x4b564d01, LEAF_KVM = 0x40000001, FEATURE_KVMCLOCK = 1 << 3 };
+
+/* Linux, Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW */
+static volatile struct {
+    uint32_t version, padding;
+    uint64_t tsc_timestamp, system_time;
+    uint32_t tsc_to_system_mul;
+    int8_t tsc_shift;
+    uint8_t flags, rest[2];
+} clock_page __attribute__((aligned(64)));
+
+static bool has_clock;
+static uint64_t pages, ballast, rate, jump_ns, tsc_jump_ns;
+static uint64_t *const memory = (uint64_t *)PAGES_AT;
+
+static uint64_t scaled(uint64_t ticks)
+{
+    const int8_t shift = clock_page.tsc_shift;
+    ticks = shift < 0 ? ticks >> -shift : ticks << shift;
+    return (uint64_t)(((unsigned __int128)ticks * clock_page.tsc_to_system_mul) >> 32);
+}
+
+/* Both clocks at one moment: nanoseconds of kvmclock, and ticks. */
+static uint64_t both(uint64_t *tsc)
+{
+    uint32_t version;
+    uint64_t ns;
+    do {
+        version = clock_page.version;
+        __asm__ volatile("lfence" ::: "memory");
+        *tsc = rdtsc();
+        ns = clock_page.system_time + scaled(*tsc - clock_page.tsc_timestamp);
+        __asm__ volatile("lfence" ::: "memory");
+    } while ((version & 1) || version != clock_page.version);
+    return ns;
+}
+
+/*
+ * kvmclock stands still while the guest does, the TSC only where KVM lets its value be set: so the first may fall behind
+ * the second, and never get ahead of it.
+ */
+static void check_clocks(void)
+{
+    static uint64_t last_tsc, last_ns;
+    uint64_t tsc, ns = 0;
+    if (has_clock)
+        ns = both(&tsc);
+    else
+        tsc = rdtsc();
+    if (last_tsc) {
+        CHECK(tsc >= last_tsc);
+        CHECK(ns >= last_ns);
+    }
+    if (last_tsc && has_clock) {
+        CHECK(ns - last_ns < jump_ns);
+        CHECK(scaled(tsc - last_tsc) < tsc_jump_ns);
+        CHECK(ns - last_ns < scaled(tsc - last_tsc) + CLOCKS_AGREE_NS);
+    }
+    last_tsc = tsc;
+    last_ns = ns;
+}
+
+static uint64_t number(uint64_t page, uint64_t times)
+{
+    return (page + 1) * 0x9e3779b97f4a7c15ull ^ times * 0xc2b2ae3d27d4eb4full;
+}
+
+static void write_page(uint64_t page, uint64_t times)
+{
+    const uint64_t value = number(page, times);
+    for (unsigned i = 0; i < WORDS; i++)
+        memory[page * WORDS + i] = value;
+}
+
+static void check_page(uint64_t page, uint64_t times)
+{
+    const uint64_t value = number(page, times);
+    for (unsigned i = 0; i < WORDS; i++)
+        CHECK_EQ(memory[page * WORDS + i], value);
+}
+
+static bool told_to_end(void)
+{
+    return inb(PORT_SERIAL + 5) & 1;
+}
+
+static uint64_t run(uint64_t unused)
+{
+    (void)unused;
+    for (uint64_t page = 0; page < pages; page++)
+        write_page(page, 0);
+    for (uint64_t page = 0; page < ballast; page++)
+        write_page(pages + page, 0);
+    const uint64_t began = rdtsc();
+    print("round 0\n");
+    for (uint64_t round = 0, written = 0;; round++) {
+        for (uint64_t page = 0; page < pages; page++, written++) {
+            check_page(page, round);
+            write_page(page, round + 1);
+            if (page % LOOK_EVERY == 0)
+                check_clocks();
+            while (rate && has_clock && scaled(rdtsc() - began) / 1000 * rate / 1000000 < written) {
+                __asm__ volatile("pause");
+                check_clocks();
+            }
+        }
+        if (ballast)
+            check_page(pages + round % ballast, 0);
+        if (((round + 1) & round) == 0 || round % 256 == 0) {
+            print("round %lu\n", (unsigned long)(round + 1));
+            if (told_to_end())
+                break;
+        } else if (round % 8 == 0 && told_to_end()) {
+            break;
+        }
+    }
+    return 0;
+}
+
+static bool find_clock(void)
+{
+    uint32_t eax = LEAF_KVM, ebx, ecx = 0, edx;
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+    if (!(eax & FEATURE_KVMCLOCK))
+        return false;
+    wrmsr(MSR_KVMCLOCK, (uintptr_t)&clock_page | 1);
+    return clock_page.tsc_to_system_mul != 0;
+}
+
+void guest_main(void)
+{
+    cpu_init();
+    pages = argument("pages", 256);
+    ballast = argument("ballast", 0);
+    rate = argument("rate", 0);
+    jump_ns = argument("jump", 4000) * 1000000ull;
+    tsc_jump_ns = argument("tsc_jump", 4000) * 1000000ull;
+    has_clock = find_clock();
+    print("clock %u\n", has_clock);
+    user_ports(true);
+    enter_user(run, 0, RFLAGS_FIXED);
+}

@@ -1,0 +1,191 @@
+"""Machines that move to another process: their guest checks its memory and clocks all along, and finds nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vmm import migrate
+from vmm.errors import ConfigError, MigrationError, StateError
+from vmm.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+CHECKING = "pages=512 ballast=1024 rate=20000 tsc_jump=20000 jump=20000"
+
+
+class Arriving:
+    """A machine awaited on a thread of its own."""
+
+    def __init__(self, address: str, **how: Any) -> None:
+        self.receiver = migrate.Receiver(address, **how)
+        self.address = self.receiver.address
+        self._came: list[Machine | BaseException] = []
+        self._thread = threading.Thread(target=self._receive)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        try:
+            with self.receiver:
+                self._came.append(self.receiver.receive(30))
+        except BaseException as error:
+            self._came.append(error)
+
+    def result(self) -> Machine | BaseException:
+        self._thread.join(40)
+        return self._came[0]
+
+    def machine(self) -> Machine:
+        came = self.result()
+        if isinstance(came, BaseException):
+            raise came
+        return came
+
+
+@pytest.fixture
+def running(guest: Callable[[str], str]) -> Iterator[Callable[..., Machine]]:
+    """Makes a running machine whose guest checks itself; all that came of it are closed in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(words: str = CHECKING, **fields: Any) -> Machine:
+            machine = stack.enter_context(
+                Machine(**{"kernel": guest("self_check"), "memory": "64M", "append": words, **fields})
+            )
+            machine.start()
+            machine.console.expect(rb"round 2\n", 30)
+            return machine
+
+        yield make
+
+
+def has_passed(machine: Machine) -> bool:
+    """Tell the guest to end; whether it found nothing wrong."""
+    machine.console.send(b"q")
+    outcome = machine.wait(30)
+    return outcome.code == 0x10 and machine.console.tail().endswith(b"PASS\n")
+
+
+def test_a_guest_finds_nothing_wrong_through_twenty_moves(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running()
+    for n in range(20):
+        there = Arriving(f"unix:{tmp_path}/{n}")
+        moved = machine.migrate(there.address)
+        assert moved.rounds >= 1 and moved.downtime < 5
+        assert machine.wait().reason == "migrated" and machine.wait().status == 0
+        machine.close()
+        machine = there.machine()
+        time.sleep(0.05)
+    with machine:
+        assert has_passed(machine)
+
+
+def test_over_tcp(running: Callable[..., Machine]) -> None:
+    machine = running()
+    there = Arriving("tcp:127.0.0.1:0")
+    machine.migrate(there.address)
+    with there.machine() as moved:
+        assert has_passed(moved)
+    assert machine.wait().reason == "migrated"
+    with pytest.raises(StateError, match="moved"):
+        machine.start()
+
+
+def test_only_pages_that_hold_something_are_sent(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running("pages=64 rate=100", memory="256M")
+    there = Arriving(f"unix:{tmp_path}/there")
+    assert machine.migrate(there.address).bytes < 4 << 20
+    there.machine().close()
+
+
+def test_a_guest_that_writes_faster_than_the_link_is_held_back(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running("pages=2048 tsc_jump=20000 jump=20000")
+    there = Arriving(f"unix:{tmp_path}/there")
+    seen: list[migrate.Progress] = []
+    moved = machine.migrate(there.address, bandwidth=20 << 20, downtime=0.1, progress=seen.append)
+    assert min(progress.share for progress in seen) < 1
+    assert seen[-1].remaining < 2 << 20
+    assert moved.rounds > 2
+    with there.machine() as machine:
+        assert has_passed(machine)
+
+
+def test_a_cancelled_machine_goes_on_here(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running("pages=2048")
+    there = Arriving(f"unix:{tmp_path}/there")
+
+    def cancel(progress: migrate.Progress) -> None:
+        if progress.sent > 1 << 20:
+            threading.Thread(target=machine.migration.cancel).start()
+
+    with pytest.raises(MigrationError, match="cancelled"):
+        machine.migrate(there.address, bandwidth=2 << 20, downtime=0.01, progress=cancel)
+    assert isinstance(there.result(), MigrationError)
+    assert machine.running and not machine.paused
+    assert has_passed(machine)
+
+
+def test_a_destination_that_cannot_have_it_says_why(running: Callable[..., Machine], tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    machine = running(disks=[f"{disk}"])
+    there = Arriving(f"unix:{tmp_path}/there", disks=[f"{tmp_path}/nothing"])
+    with pytest.raises(MigrationError, match=r"other side says: disk .*nothing: there is no such file"):
+        machine.migrate(there.address)
+    assert isinstance(there.result(), MigrationError)
+    with pytest.raises(ConfigError, match="in use"):
+        Machine(kernel=machine.config.kernel, disks=[f"{disk}"])
+    assert has_passed(machine)
+
+
+def test_a_disk_is_the_machines_wherever_it_is(running: Callable[..., Machine], tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    machine = running(disks=[f"{disk}"])
+    there = Arriving(f"unix:{tmp_path}/there")
+    machine.migrate(there.address)
+    with there.machine() as moved:
+        machine.close()
+        with pytest.raises(ConfigError, match="in use"):
+            Machine(kernel=machine.config.kernel, disks=[f"{disk}"])
+        assert has_passed(moved)
+
+
+def test_who_is_not_known_cannot_name_files_here(running: Callable[..., Machine], tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    machine = running(disks=[f"{disk}"])
+    refused: list[str] = []
+    there = Arriving("tcp:127.0.0.1:0", on_refused=refused.append)
+    with pytest.raises(MigrationError, match="nobody says where they are"):
+        machine.migrate(there.address)
+    assert refused
+    there.receiver.close()
+    assert has_passed(machine)
+
+
+def test_a_machine_that_ends_on_its_way_does_not_arrive(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running("pages=2048")
+    there = Arriving(f"unix:{tmp_path}/there")
+
+    def end(progress: migrate.Progress) -> None:
+        machine.console.send(b"q")
+
+    with pytest.raises(MigrationError, match="ended"):
+        machine.migrate(there.address, bandwidth=2 << 20, downtime=0.01, progress=end)
+    assert isinstance(there.result(), MigrationError)
+    assert machine.wait().code == 0x10
+
+
+def test_nobody_there(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running()
+    with pytest.raises(MigrationError, match="cannot connect"):
+        machine.migrate(f"unix:{tmp_path}/nobody")
+    with pytest.raises(ConfigError, match="is no address"):
+        machine.migrate("http://there")
+    assert has_passed(machine)

@@ -1,0 +1,41 @@
+"""A machine moves to another process, on this host or another: docs/migration.md.
+
+    machine.migrate("unix:/run/there")                 # here: it ends here, with the outcome "migrated"
+    machine = migrate.receive("unix:/run/there")       # there: it runs
+
+``wire`` is the frames, ``address`` the connections, ``fence`` decides who owns the machine when a side dies or the link
+does; ``source`` and ``destination`` are the two sides, ``postcopy`` the pages that come later.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmm.errors import MigrationError as MigrationError
+    from vmm.migrate.address import Tls as Tls
+    from vmm.migrate.destination import Receiver as Receiver
+    from vmm.migrate.destination import receive as receive
+    from vmm.migrate.source import Migrated as Migrated
+    from vmm.migrate.source import Migration as Migration
+    from vmm.migrate.source import Progress as Progress
+
+_HOME = {
+    "Migrated": "vmm.migrate.source",
+    "Migration": "vmm.migrate.source",
+    "MigrationError": "vmm.errors",
+    "Progress": "vmm.migrate.source",
+    "Receiver": "vmm.migrate.destination",
+    "Tls": "vmm.migrate.address",
+    "receive": "vmm.migrate.destination",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vmm.migrate' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,175 @@
+"""Where the other side is: ``unix:PATH`` or ``tcp:HOST:PORT``, perhaps with TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmm.errors import ConfigError, MigrationError
+
+if TYPE_CHECKING:
+    import ssl
+
+PREFACE = b"PYVMM MIGRATION\n"  # in the clear, before TLS: who listens for something else finds it out at once
+CONNECT_SECONDS = 10.0
+
+
+class Tls(NamedTuple):
+    """Files in PEM: this side's ``certificate`` and ``key``, and the ``authority`` that the other side's must be of.
+
+    Both sides show a certificate. What it is issued for is not compared with a host's name: the authority is to
+    certify those who may have machines, and nobody else.
+    """
+
+    certificate: str
+    key: str
+    authority: str
+
+    def context(self, *, server: bool) -> ssl.SSLContext:
+        """For one side. Raises :class:`~vmm.errors.ConfigError` for files that cannot be used."""
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+            context.load_verify_locations(self.authority)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"TLS: {error}: give certificate, key and authority in PEM that fit") from error
+        return context
+
+
+class Address(NamedTuple):
+    """A parsed address; ``port`` is -1 for a UNIX socket."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Raises :class:`~vmm.errors.ConfigError`."""
+        kind, _, rest = text.partition(":")
+        if kind == "unix" and rest:
+            return cls(rest, -1)
+        host, colon, port = rest.rpartition(":")
+        if kind == "tcp" and colon and port.isascii() and port.isdigit() and int(port) < 65536:
+            return cls(host.strip("[]"), int(port))
+        raise ConfigError(f"{text!r} is no address for a migration: write unix:PATH or tcp:HOST:PORT")
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"unix:{self.host}" if self.port < 0 else f"tcp:{host}:{self.port}"
+
+
+def connect(address: Address, tls: Tls | None, *, given: int | None = None) -> socket.socket:
+    """A connection to who listens there. ``given`` is a descriptor to hand over, on a UNIX socket.
+
+    Raises :class:`~vmm.errors.MigrationError`.
+    """
+    context = tls.context(server=False) if tls else None
+    connection: socket.socket | None = None
+    try:
+        if address.port < 0:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(CONNECT_SECONDS)
+            connection.connect(address.host)
+            socket.send_fds(connection, [PREFACE], [] if given is None else [given])
+        else:
+            connection = socket.create_connection((address.host, address.port), CONNECT_SECONDS)
+            _keep(connection)
+            connection.sendall(PREFACE)
+        return context.wrap_socket(connection) if context else connection
+    except OSError as error:
+        if connection is not None:
+            connection.close()
+        raise MigrationError(f"cannot connect to {address}: {error.strerror or error}") from error
+
+
+def _keep(connection: socket.socket) -> None:
+    """Frames go out at once; a peer whose host is gone is found out within half a minute."""
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5),
+    ):
+        connection.setsockopt(level, option, value)
+
+
+class Listener:
+    """Listens for one source. A context manager; a UNIX socket is its owner's alone, and removed in the end."""
+
+    def __init__(self, address: Address, tls: Tls | None) -> None:
+        self._context = tls.context(server=True) if tls else None
+        family = socket.AF_UNIX if address.port < 0 else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if address.port < 0:
+                self._bind_unix(address.host)
+            else:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self._socket.bind((address.host, address.port))
+                address = address._replace(port=self._socket.getsockname()[1])
+            self._socket.listen(4)
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
+        self.address = address
+
+    def _bind_unix(self, path: str) -> None:
+        mask = os.umask(0o177)
+        try:
+            self._socket.bind(path)
+        finally:
+            os.umask(mask)
+
+    def accept(self, timeout: float | None) -> tuple[socket.socket, int | None]:
+        """The next connection and the descriptor that came with it, which is the caller's.
+
+        Raises ``TimeoutError``, or :class:`~vmm.errors.MigrationError` for one that is no migration: accept again.
+        """
+        self._socket.settimeout(timeout)
+        connection, _ = self._socket.accept()
+        fds: list[int] = []
+        try:
+            connection.settimeout(CONNECT_SECONDS)
+            if self.address.port < 0:
+                preface, fds, _, _ = socket.recv_fds(connection, len(PREFACE), 1)
+            else:
+                _keep(connection)
+                preface = b""
+            while len(preface) < len(PREFACE):
+                part = connection.recv(len(PREFACE) - len(preface))
+                if not part:
+                    break
+                preface += part
+            if preface != PREFACE:
+                raise MigrationError("somebody connected who is not a machine that moves")
+            if self._context:
+                connection = self._context.wrap_socket(connection, server_side=True)
+        except (OSError, MigrationError) as error:
+            connection.close()
+            for fd in fds:
+                os.close(fd)
+            if isinstance(error, MigrationError):
+                raise
+            raise MigrationError(f"a connection was refused: {error}") from error
+        return connection, fds[0] if fds else None
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Stop listening. Twice is fine."""
+        if self._socket.fileno() < 0:
+            return
+        self._socket.close()
+        if self.address.port < 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.address.host)

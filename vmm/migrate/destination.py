@@ -1,0 +1,250 @@
+"""The side that gets the machine. Everything that comes is checked: the other side may be anybody."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import ConfigError, MigrationError, VmmError
+from vmm.migrate import wire
+from vmm.migrate.address import Address, Listener, Tls
+from vmm.migrate.fence import TOKEN, Fence
+from vmm.migrate.wire import Channel, Kind, LinkLost
+from vmm.snapshot.origin import PLACES, USES, Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.machine import Machine
+
+HELLO_SECONDS = 10.0
+_HELLO = {"version": int, "description": dict, "regions": list, "how": str, "token": bytes, "fence": str | None}
+
+
+class Receiver:
+    """Listens at ``address`` for one machine. A context manager.
+
+    ``fields`` say how the machine is used here and where its disks and networks are, as with
+    :meth:`vmm.Machine.restore`. Over TCP without TLS anybody can connect, and cannot name files of this host: the
+    machine's disks, networks, shares and sockets must be given. ``on_refused`` is told why a connection was no use.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        kvm: str = "/dev/kvm",
+        patience: float = wire.PATIENCE,
+        on_refused: Callable[[str], object] | None = None,
+        **fields: Any,
+    ) -> None:
+        self._fields = fields
+        self._kvm = kvm
+        self._patience = patience
+        self._on_refused = on_refused
+        parsed = Address.parse(address)
+        self._trusted = parsed.port < 0 or tls is not None
+        self._listener = Listener(parsed, tls)
+
+    @property
+    def address(self) -> str:
+        """Where it listens; with the port that was chosen, if 0 was given."""
+        return str(self._listener.address)
+
+    def receive(self, timeout: float | None = None) -> Machine:
+        """Wait for a machine, and answer it, running.
+
+        Who is refused before anything was sent is forgotten. Raises :class:`~vmm.errors.MigrationError` when a machine
+        that was on its way does not come, ``TimeoutError`` after ``timeout`` seconds without one.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            try:
+                arrival = Arrival(self, *self._listener.accept(left))
+            except MigrationError as error:
+                if self._on_refused:
+                    self._on_refused(str(error))
+                continue
+            return arrival.run()
+
+    def close(self) -> None:
+        """Stop listening. Twice is fine."""
+        self._listener.close()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def receive(address: str, timeout: float | None = None, **how: Any) -> Machine:
+    """Wait at ``address`` for a machine, and answer it, running. ``how``: what :class:`Receiver` takes."""
+    with Receiver(address, **how) as receiver:
+        return receiver.receive(timeout)
+
+
+class Arrival:
+    """One machine that comes over one connection; made once it was accepted.
+
+    ``fd`` is the descriptor that came along, and is taken. Raises :class:`~vmm.errors.MigrationError`, and has told
+    the other side why.
+    """
+
+    def __init__(self, receiver: Receiver, connection: Any, fd: int | None) -> None:
+        self._receiver = receiver
+        self._patience = receiver._patience
+        self._channel = Channel(connection)
+        self._machine: Machine | None = None
+        self._fence: Fence | None = None
+        self.how = ""
+        with self._refusing():
+            self._greet(fd)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Any:
+        """What goes wrong is the other side's to know; and what has come is given up."""
+        try:
+            yield
+        except LinkLost:
+            self._give_up()
+            raise
+        except (VmmError, ValueError, OverflowError) as error:
+            with contextlib.suppress(MigrationError):
+                self._channel.send_value(Kind.REFUSE, str(error))
+            self._give_up()
+            raise error if isinstance(error, MigrationError) else MigrationError(str(error)) from error
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        # The machine first: its disks are the source's again before that hears of it by the end of the link.
+        if self._machine is not None:
+            self._machine.close()
+        self._close()
+
+    def _close(self) -> None:
+        self._channel.close()
+        if self._fence is not None:
+            self._fence.close()
+
+    # ---- greeting ----
+
+    def _greet(self, fd: int | None) -> None:
+        try:
+            hello = _checked(self._channel.receive(Kind.HELLO, timeout=HELLO_SECONDS).value)
+            if hello["token"]:
+                self._fence, fd = self._join(hello, fd), None
+        finally:
+            if fd is not None:
+                os.close(fd)
+        self.how = hello["how"]
+        self._machine = self._prepare(hello)
+        self._channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
+
+    def _join(self, hello: dict[str, Any], fd: int | None) -> Fence:
+        if fd is not None:
+            return Fence.adopt(fd, hello["token"])
+        if hello["fence"] is None:
+            raise MigrationError("a fence is spoken of and none is given")
+        return Fence.open(hello["fence"], hello["token"])
+
+    def _prepare(self, hello: dict[str, Any]) -> Machine:
+        """The machine with nothing but memory: whether it can be here is known before much was sent."""
+        from vmm.machine import Machine
+
+        receiver, description = self._receiver, hello["description"]
+        config = description.get("config")
+        if not isinstance(config, dict) or config.keys() & set(USES):
+            raise MigrationError("the machine is not described")
+        fields = dict(receiver._fields)
+        if not receiver._trusted:
+            _refuse_places(config, fields)
+        origin = Origin(description, arriving=True)
+        machine = Machine(origin.config(**fields), kvm=receiver._kvm, origin=origin)
+        if hello["regions"] != [list(region) for region in machine.memory.regions]:
+            machine.close()
+            raise MigrationError("the machine's memory lies elsewhere than this pyvmm puts it: take one of its version")
+        return machine
+
+    # ---- coming ----
+
+    def run(self) -> Machine:
+        """The machine, running."""
+        with self._refusing():
+            state = self._fill()
+            assert self._machine is not None
+            self._machine.arrive(state)
+            self._channel.send(Kind.READY)
+            self._take()
+            self._machine.start()
+        with contextlib.suppress(MigrationError):  # it is ours, whether the other side hears of it or not
+            self._channel.send(Kind.TAKEN)
+        self._close()
+        return self._machine
+
+    def _fill(self) -> Any:
+        """Memory as it comes; answers the state that ends it."""
+        assert self._machine is not None
+        memory, channel = self._machine.memory, self._channel
+        while True:
+            frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.ROUND, Kind.STATE)
+            if frame.kind == Kind.STATE:
+                return frame.value
+            if frame.kind == Kind.ROUND:
+                channel.send(Kind.SEEN)
+            elif frame.kind == Kind.PAGES:
+                memory.write(frame.address, frame.payload)
+            else:
+                self._clear(frame.address, int.from_bytes(frame.payload, "little"))
+
+    def _clear(self, gpa: int, size: int) -> None:
+        assert self._machine is not None
+        if size > wire.DATA_MAX:
+            raise MigrationError(f"{size} bytes of zeros in one frame: {wire.DATA_MAX} are the most")
+        if self._machine.memory.read(gpa, size) != bytes(size):  # else it would get pages for nothing
+            self._machine.memory.fill(gpa, size)
+
+    def _take(self) -> None:
+        """Become its owner, or raise: then it never runs here."""
+        fence = self._fence
+        try:
+            self._channel.receive(Kind.YOURS)
+        except LinkLost as lost:
+            # Without a fence a broken link is not told from a dead source: it may go on there.
+            if fence is None or not fence.lock_within(self._patience) or not fence.take():
+                raise LinkLost(f"{lost}: the machine stays where it was") from None
+            return
+        if fence is not None and not (fence.lock_within(self._patience) and fence.take()):
+            raise MigrationError("the source took the machine back")
+
+
+def _checked(hello: Any) -> dict[str, Any]:
+    if not isinstance(hello, dict):
+        raise MigrationError("the other side does not say what is coming")
+    if hello.get("version") != wire.VERSION:
+        raise MigrationError(
+            f"the other side speaks version {hello.get('version')!r} of the protocol, this one {wire.VERSION}: "
+            "take the same pyvmm on both"
+        )
+    if hello.keys() != _HELLO.keys() or not all(isinstance(hello[name], kind) for name, kind in _HELLO.items()):
+        raise MigrationError("the other side does not say what is coming as it should")
+    if hello["how"] not in ("precopy", "postcopy") or len(hello["token"]) not in (0, TOKEN):
+        raise MigrationError("the other side wants something that this pyvmm does not know")
+    return hello
+
+
+def _refuse_places(config: dict[str, Any], fields: dict[str, Any]) -> None:
+    if config.get("shares"):
+        raise ConfigError("the machine has a share, which names a directory here: that takes TLS or a UNIX socket")
+    for name in PLACES:
+        if config.get(name) and name not in fields:
+            raise ConfigError(
+                f"the machine has {name}, and nobody says where they are on this host: give {name} to who receives it, "
+                "or use TLS or a UNIX socket"
+            )

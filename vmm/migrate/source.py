@@ -1,0 +1,421 @@
+"""The side that has the machine: its memory goes over while it runs, then it is held for a moment, then it is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmm.errors import MigrationError, StateError, VmmError
+from vmm.memory import runs_of
+from vmm.migrate import fence as record
+from vmm.migrate import wire
+from vmm.migrate.address import Address, Tls, connect
+from vmm.migrate.fence import Fence
+from vmm.migrate.wire import Channel, Kind
+from vmm.snapshot.origin import describe
+from vmm.snapshot.regions import Ram, pages_not_zero
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from vmm.machine import Machine
+    from vmm.memory import DirtyLog, GuestMemory
+
+    Runs = Iterable[tuple[int, int]]
+
+HANDOVER = 0.05  # seconds of a downtime that are not memory: the state, devices made there, three messages
+ROUNDS_MAX = 60  # rounds after which a guest that is held back ever more is held for good
+WORTH_IT = 0.7  # a round that leaves less than this of the last one's remainder gets on
+STEP = 0.2  # what the guest's share of time is cut by, of what it had
+SHARE_MIN = 0.02  # of its time is what the guest keeps in any case
+SLICE = 0.05  # seconds in which a guest that is held back runs and stands once
+_ZEROS = bytes(wire.DATA_MAX)
+
+
+class Progress(NamedTuple):
+    """How far it is. Bytes, bytes a second, seconds; ``share`` is what the guest has of its time."""
+
+    phase: str
+    round: int
+    sent: int
+    remaining: int
+    rate: float
+    dirty_rate: float
+    downtime: float
+    share: float
+
+
+class Migrated(NamedTuple):
+    """How it went: ``rounds`` over memory while the guest ran, ``bytes`` sent, seconds it was held and in all."""
+
+    rounds: int
+    bytes: int
+    downtime: float
+    seconds: float
+
+
+class Cancelled(MigrationError):
+    """Somebody wanted the machine to stay."""
+
+
+class Migration:
+    """One machine on its way to ``destination``. :meth:`run` it once; :meth:`cancel` from any thread.
+
+    ``downtime``: seconds the guest may be held in the end. ``bandwidth``: bytes a second while the guest runs, or
+    ``None``. ``postcopy``: the machine goes first and its memory after it. ``fence``: a path that both sides see, by
+    which death of one is told from a broken link; a UNIX socket needs none. ``progress`` is called with a
+    :class:`Progress` some times a second; what it raises cancels. ``patience``: seconds for the other side after the
+    handover.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        destination: str,
+        *,
+        postcopy: bool = False,
+        tls: Tls | None = None,
+        downtime: float = 0.3,
+        bandwidth: int | None = None,
+        fence: str | None = None,
+        progress: Callable[[Progress], object] | None = None,
+        patience: float = wire.PATIENCE,
+    ) -> None:
+        self._machine = machine
+        self._address = Address.parse(destination)
+        self._postcopy = postcopy
+        self._tls = tls
+        self._downtime = downtime
+        self._bandwidth = bandwidth
+        self._fence_path = fence
+        self._progress = progress
+        self._patience = patience
+        self._fence: Fence | None = None
+        self._channel: Channel | None = None
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._gone = False  # given away: no way back
+        self._over = threading.Event()
+        self._shown_at = 0.0
+
+    # ---- the whole ----
+
+    def run(self) -> Migrated:
+        """Move the machine. It has ended here then, with the outcome ``migrated``.
+
+        Raises :class:`~vmm.errors.MigrationError`; the machine runs here as before, unless the error is ``undecided``:
+        then it is held, for a person to :meth:`~vmm.Machine.resume` or to :meth:`~vmm.Machine.stop`.
+        """
+        began = time.monotonic()
+        try:
+            self._open()
+            rounds, downtime = self._move()
+            assert self._channel is not None
+            return Migrated(rounds, self._channel.sent, downtime, time.monotonic() - began)
+        finally:
+            self._over.set()
+            if self._channel is not None:
+                self._channel.close()
+            if self._fence is not None:
+                self._fence.close()
+
+    def cancel(self) -> None:
+        """Have the machine stay; returns when that is so. Raises :class:`~vmm.errors.StateError` if it is too late."""
+        with self._lock:
+            if self._gone:
+                raise StateError("the machine was handed over: it cannot be called back")
+            self._cancelled = True
+        if not self._over.wait(1.0) and self._channel is not None:
+            self._channel.interrupt()  # it is in the middle of sending to somebody who does not read
+        self._over.wait()
+
+    def wait(self) -> None:
+        """Until it is over, one way or the other."""
+        self._over.wait()
+
+    def _open(self) -> None:
+        machine = self._machine
+        if not machine.running or self._ended():
+            raise StateError("a machine that does not run cannot move: start it, or take a snapshot")
+        for disk in machine.config.disks:
+            if disk.temporary:
+                raise StateError(
+                    f"disk {disk.path} is written to a file without a name, which cannot move: give overlay="
+                )
+        local = self._address.port < 0
+        self._fence = Fence.make(self._fence_path) if self._fence_path or local else None
+        given = self._fence.another() if self._fence and local else None
+        try:
+            connection = connect(self._address, self._tls, given=given)
+        finally:
+            if given is not None:
+                import os
+
+                os.close(given)
+        self._channel = Channel(connection, bandwidth=self._bandwidth)
+        self._channel.send_value(
+            Kind.HELLO,
+            {
+                "version": wire.VERSION,
+                "description": describe(machine),
+                "regions": [list(region) for region in machine.memory.regions],
+                "how": "postcopy" if self._postcopy else "precopy",
+                "token": self._fence.token if self._fence else b"",
+                "fence": None if local else self._fence_path,
+            },
+        )
+        self._channel.receive(Kind.ACCEPT)
+
+    def _move(self) -> tuple[int, float]:
+        assert self._channel is not None
+        with contextlib.ExitStack() as stack:
+            log = self._open_log()
+            stack.callback(log.close)
+            with Brake(self._machine) as brake:
+                rounds = _Rounds(self, self._channel, self._machine.memory, log, brake).run()
+            return rounds, self._hand_over(log)
+
+    def _open_log(self) -> DirtyLog:
+        self._machine.pause()
+        try:
+            return self._machine.memory.dirty_log()
+        finally:
+            self._machine.resume()
+
+    # ---- along the way ----
+
+    def _ended(self) -> bool:
+        return bool(select.select([self._machine.stop_fd], [], [], 0)[0])
+
+    def check(self) -> None:
+        """Raise if it is to go no further."""
+        if self._cancelled:
+            raise Cancelled("the migration was cancelled; the machine runs here")
+        if self._ended():
+            raise MigrationError("the machine ended before it was moved")
+
+    def show(self, progress: Progress, *, always: bool = False) -> None:
+        """Tell whoever wants to know."""
+        now = time.monotonic()
+        if self._progress is not None and (always or now - self._shown_at >= 0.1):
+            self._shown_at = now
+            self._progress(progress)
+
+    # ---- the handover ----
+
+    def _hand_over(self, log: DirtyLog) -> float:
+        channel, machine = self._channel, self._machine
+        assert channel is not None
+        began = time.monotonic()
+        machine.pause()
+        try:
+            channel.unlimited()
+            # Devices let go of what they have in flight, and write memory for it: before the last pages.
+            state = machine.save()
+            for disk in machine.disks:
+                disk.let_go()
+            log.collect()
+            send_runs(channel, machine.memory, log.take())
+            channel.send_value(Kind.STATE, state)
+            channel.receive(Kind.READY)
+            with self._lock:
+                self.check()
+                self._gone = True
+        except BaseException as error:
+            self._stay(error)
+            raise
+        self._give()
+        machine.left()
+        return time.monotonic() - began
+
+    def _stay(self, error: BaseException) -> None:
+        """The machine was held and goes on: nobody else has it, or will."""
+        if self._fence is not None:
+            self._fence.keep()
+        self._goodbye(error)
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                for disk in self._machine.disks:
+                    disk.take_back()
+                break
+            except VmmError as refused:  # the other side has not let go of it yet
+                if time.monotonic() > deadline:
+                    raise _undecided(f"{refused}; the machine is held here") from error
+                time.sleep(0.05)
+        self._machine.resume()
+
+    def _goodbye(self, error: BaseException) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(VmmError):
+                self._channel.send_value(Kind.ABORT, str(error) or type(error).__name__)
+            self._channel.close()
+
+    def _give(self) -> None:
+        """The machine is the other's. From here on only the fence can give it back."""
+        assert self._channel is not None
+        if self._fence is not None:
+            self._fence.give()
+        try:
+            self._channel.send(Kind.YOURS)
+            self._channel.receive(Kind.TAKEN, timeout=self._patience)
+            return
+        except MigrationError as error:
+            lost = error
+        if self._fence is None:
+            raise _undecided(
+                f"{lost}, just after the machine was handed over: if it does not run at {self._address}, resume it "
+                "here, else stop it here"
+            )
+        if not self._was_taken(self._fence):
+            self._gone = False
+            self._stay(lost)
+            raise MigrationError(f"the other side died before it took the machine, which runs here ({lost})")
+
+    def _was_taken(self, fence: Fence) -> bool:
+        deadline = time.monotonic() + self._patience
+        while time.monotonic() < deadline:
+            if fence.state == record.TAKEN:
+                return True
+            if fence.try_lock():  # nobody can take it any more
+                return fence.state == record.TAKEN
+            time.sleep(0.02)
+        raise _undecided(
+            f"the destination at {self._address} has the machine's lock and does nothing with it: "
+            "end it and resume the machine here, or stop it here"
+        )
+
+
+class _Rounds:
+    """Memory while the guest writes it: again and again what was written meanwhile, until little is left."""
+
+    def __init__(
+        self, migration: Migration, channel: Channel, memory: GuestMemory, log: DirtyLog, brake: Brake
+    ) -> None:
+        self.migration = migration
+        self.channel = channel
+        self.memory = memory
+        self.log = log
+        self.brake = brake
+        self.round = 0
+        self.rate = 0.0
+        self.dirty_rate = 0.0
+
+    def run(self) -> int:
+        """Answers how many rounds it took."""
+        runs = resident(self.memory)
+        remaining, before = _bytes(runs), 0
+        while True:
+            self.round += 1
+            left_before, before = before, remaining
+            seconds = self._send(runs, remaining)
+            dirtied = self.log.collect() * wire.PAGE
+            self.dirty_rate = dirtied / seconds
+            remaining = dirtied
+            self._show(remaining, always=True)
+            if self._expected(remaining) <= self.migration._downtime or self.round >= ROUNDS_MAX:
+                return self.round
+            if self.round > 1 and remaining > WORTH_IT * left_before:
+                self.brake.press()
+            runs = self.log.take()
+
+    def _expected(self, remaining: int) -> float:
+        return remaining / self.rate + HANDOVER if self.rate else 0.0
+
+    def _send(self, runs: list[tuple[int, int]], remaining: int) -> float:
+        began, sent = time.monotonic(), self.channel.sent
+
+        def each(done: int) -> None:
+            self.migration.check()
+            self._show(remaining - done)
+
+        self.migration.check()
+        send_runs(self.channel, self.memory, runs, each)
+        self.channel.send(Kind.ROUND)
+        self.channel.receive(Kind.SEEN)  # it is there, not only in a buffer on the way
+        seconds = max(time.monotonic() - began, 1e-6)
+        if self.channel.sent - sent > wire.DATA_MAX or not self.rate:
+            self.rate = (self.channel.sent - sent) / seconds
+        return seconds
+
+    def _show(self, remaining: int, *, always: bool = False) -> None:
+        self.migration.show(
+            Progress(
+                "memory", self.round, self.channel.sent, remaining, self.rate, self.dirty_rate,
+                self._expected(remaining), self.brake.share,
+            ),
+            always=always,
+        )  # fmt: skip
+
+
+class Brake:
+    """Holds a guest back that writes faster than the link takes it: it stands for a part of every slice of time."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.share = 1.0
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def press(self) -> None:
+        """Leave the guest less of its time."""
+        self.share = max(self.share * (1 - STEP), SHARE_MIN)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._hold, name="brake", daemon=True)
+            self._thread.start()
+
+    def _hold(self) -> None:
+        while not self._end.is_set():
+            self._machine.pause()
+            try:
+                self._end.wait(SLICE * (1 - self.share))
+            finally:
+                self._machine.resume()
+            self._end.wait(SLICE * self.share)
+
+    def __enter__(self) -> Brake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def resident(memory: GuestMemory) -> list[tuple[int, int]]:
+    """The runs ``(gpa, size)`` of pages that hold something. What was never touched is not touched now."""
+    runs = []
+    for region in memory.backing():
+        ram = Ram(*region)
+        bits = int.from_bytes(pages_not_zero(ram), "little")
+        runs += [(ram.gpa + first * wire.PAGE, n * wire.PAGE) for first, n in runs_of(bits)]
+    return runs
+
+
+def send_runs(channel: Channel, memory: GuestMemory, runs: Runs, each: Callable[[int], object] | None = None) -> None:
+    """Send these parts of memory; ``each`` is called with the bytes done, after every frame."""
+    done = 0
+    for gpa, size in runs:
+        for at in range(gpa, gpa + size, wire.DATA_MAX):
+            # A copy: the guest writes meanwhile, and the checksum is to be of what is sent.
+            data = memory.read(at, min(wire.DATA_MAX, gpa + size - at))
+            if data == _ZEROS[: len(data)]:
+                channel.send(Kind.ZEROS, len(data).to_bytes(8, "little"), address=at)
+            else:
+                channel.send(Kind.PAGES, data, address=at)
+            done += len(data)
+            if each:
+                each(done)
+
+
+def _bytes(runs: Runs) -> int:
+    return sum(size for _, size in runs)
+
+
+def _undecided(text: str) -> MigrationError:
+    error = MigrationError(text)
+    error.undecided = True
+    return error
