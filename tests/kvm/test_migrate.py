@@ -108,7 +108,7 @@ def test_a_guest_that_writes_faster_than_the_link_is_held_back(running: Callable
     machine = running("pages=512 rate=8000 tsc_jump=20000 jump=20000")
     there = Arriving(f"unix:{tmp_path}/there")
     seen: list[migrate.Progress] = []
-    moved = machine.migrate(there.address, bandwidth=16 << 20, downtime=0.1, progress=seen.append)
+    moved = machine.migrate(there.address, bandwidth=16 << 20, downtime=0.06, progress=seen.append)
     assert min(progress.share for progress in seen) < 1
     assert seen[-1].remaining < 1 << 20
     assert moved.rounds > 2
