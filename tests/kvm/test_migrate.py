@@ -12,6 +12,7 @@ import pytest
 from vmm import migrate
 from vmm.errors import ConfigError, MigrationError, StateError
 from vmm.machine import Machine
+from vmm.migrate import source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,16 +105,37 @@ def test_only_pages_that_hold_something_are_sent(running: Callable[..., Machine]
     there.machine().close()
 
 
-def test_a_guest_that_writes_faster_than_the_link_is_held_back(running: Callable[..., Machine], tmp_path: Path) -> None:
-    machine = running("pages=512 rate=8000 tsc_jump=20000 jump=20000")
+def test_a_guest_that_writes_faster_than_the_link_is_held_back(
+    running: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "ROUNDS_MAX", 6)
+    machine = running("pages=64 tsc_jump=20000 jump=20000")
     there = Arriving(f"unix:{tmp_path}/there")
-    seen: list[migrate.Progress] = []
-    moved = machine.migrate(there.address, bandwidth=16 << 20, downtime=0.06, progress=seen.append)
-    assert min(progress.share for progress in seen) < 1
-    assert seen[-1].remaining < 1 << 20
-    assert moved.rounds > 2
+    shares: list[float] = []
+    moved = machine.migrate(
+        there.address, bandwidth=1 << 20, downtime=0.06, progress=lambda progress: shares.append(progress.share)
+    )
+    assert moved.rounds == 6
+    assert shares == sorted(shares, reverse=True) and 0.3 < shares[-1] < 1
     with there.machine() as machine:
         assert has_passed(machine)
+
+
+def test_the_brake_leaves_a_guest_less_of_its_time_until_it_is_let_go(running: Callable[..., Machine]) -> None:
+    machine = running("pages=64")
+
+    with source.Brake(machine) as brake:
+        for _ in range(30):
+            brake.press()
+        assert brake.share == source.SHARE_MIN
+        ran = held = 0
+        for _ in range(100):
+            time.sleep(0.005)
+            held += machine.paused
+            ran += not machine.paused
+        assert held > 4 * ran
+    assert not machine.paused
+    assert has_passed(machine)
 
 
 def test_a_cancelled_machine_goes_on_here(running: Callable[..., Machine], tmp_path: Path) -> None:
