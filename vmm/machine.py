@@ -862,6 +862,8 @@ class Machine:
             self._series.close()
         for device in self.devices:
             device.reset()
+        if self.lazy is not None:
+            self.lazy.close()
         if hasattr(self, "memory"):
             self.memory.close()
         vm, self._vm = self._vm, None

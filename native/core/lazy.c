@@ -76,7 +76,7 @@ struct vmm_lazy {
 
     /* The thread's own. */
     int stream;
-    bool from_file;
+    bool from_file, lost;
     uint8_t *input;
     size_t n_input;
 };
@@ -286,6 +286,7 @@ static void lose(struct vmm_lazy *l, const char *why)
         close(l->stream);
     l->stream = -1;
     l->from_file = false;
+    l->lost = true;
     l->n_input = 0;
     pthread_mutex_lock(&l->lock);
     const bool serving = l->state == VMM_LAZY_SERVING;
@@ -384,7 +385,7 @@ static void take_stream(struct vmm_lazy *l)
     if (l->stream >= 0)
         close(l->stream);
     l->stream = fd;
-    l->from_file = false;
+    l->from_file = l->lost = false;
     l->n_input = 0;
     for (uint64_t page = 0;; page++) {
         pthread_mutex_lock(&l->lock);
@@ -510,8 +511,9 @@ static void *serve(void *opaque)
     for (bool more = true;;) {
         struct pollfd fds[] = {{.fd = l->wake_fd, .events = POLLIN},
                                {.fd = l->uffd, .events = POLLIN},
-                               {.fd = l->stream, .events = POLLIN}};
-        if (poll(fds, 3, more ? 0 : -1) < 0)
+                               {.fd = l->stream, .events = POLLIN},
+                               {.fd = l->lost ? l->vm->stop_fd : -1, .events = POLLIN}};
+        if (poll(fds, 4, more ? 0 : -1) < 0)
             continue;
         if (fds[0].revents)
             drain_fd(l->wake_fd);
@@ -525,6 +527,8 @@ static void *serve(void *opaque)
             serve_faults(l);
         if (fds[2].revents && l->stream == fds[2].fd)
             receive(l);
+        if (fds[3].revents && l->lost) /* a vCPU that waits for a page cannot leave */
+            abandon(l, "the machine was stopped while the source of its memory was gone");
         more = fetch_ahead(l);
     }
     let_go(l);

@@ -29,7 +29,8 @@ typedef struct vmm_lazy vmm_lazy;
 enum vmm_lazy_state {
     VMM_LAZY_IDLE = 0, /* not started */
     VMM_LAZY_SERVING = 1,
-    VMM_LAZY_LOST = 2,      /* the source failed: who needs a page waits, for vmm_lazy_connect or _abandon */
+    VMM_LAZY_LOST =
+        2, /* the source failed: who needs a page waits, for vmm_lazy_connect, _abandon, or a stop */
     VMM_LAZY_DONE = 3,      /* every page is here */
     VMM_LAZY_ABANDONED = 4, /* pages are missing for good; the machine was stopped */
 };

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 
@@ -397,6 +398,27 @@ static void test_abandoning_stops_the_machine_and_lets_waiters_go(void)
     vmm_vm_destroy(vm);
 }
 
+static void test_a_machine_that_is_stopped_while_its_source_is_gone_waits_no_more(void)
+{
+    vmm_vm *vm = machine_create();
+    vm->stop_fd = eventfd(0, EFD_CLOEXEC);
+    const int empty = memfd_create("empty", MFD_CLOEXEC);
+    vmm_lazy *l = from_file(vm, empty);
+    pthread_t thread;
+    CHECK_EQUAL(pthread_create(&thread, NULL, read_word, machine_at(vm, 0x6000, 8)), 0);
+    for (int i = 0; i < 2000 && vmm_lazy_state(l) != VMM_LAZY_LOST; i++)
+        poll(NULL, 0, 1);
+    CHECK_EQUAL(vmm_lazy_state(l), VMM_LAZY_LOST);
+    vmm_vm_stop(vm, VMM_STOP_HOST, 7);
+    pthread_join(thread, NULL);
+    uint64_t code;
+    uint32_t vcpu;
+    CHECK_EQUAL(vmm_vm_stop_reason(vm, &code, &vcpu), VMM_STOP_HOST); /* the first reason stays */
+    CHECK_EQUAL(vmm_lazy_wait(l, -1), -ECANCELED);
+    close(empty);
+    vmm_vm_destroy(vm);
+}
+
 static void test_the_end_of_the_machine_lets_waiters_go(void)
 {
     vmm_vm *vm = machine_create();
@@ -446,6 +468,7 @@ int main(void)
     test_a_server_that_breaks_the_protocol_is_lost();
     test_pages_can_be_asked_for_and_installed_by_hand();
     test_abandoning_stops_the_machine_and_lets_waiters_go();
+    test_a_machine_that_is_stopped_while_its_source_is_gone_waits_no_more();
     test_the_end_of_the_machine_lets_waiters_go();
     test_memory_that_cannot_come_later_is_refused();
     close(fd);

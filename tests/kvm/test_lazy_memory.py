@@ -106,6 +106,42 @@ def test_the_pages_touched_first_are_fetched_first_the_next_time(path: Path) -> 
         assert memory.statistics()["faults"] < 50  # not one for each page: only what was not recorded
 
 
+def test_the_command_records_a_working_set_and_uses_it(path: Path) -> None:
+    found = []
+    for flags in (["--record"], ["--later"], ["--record"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vmm", "restore", *flags, str(path / "whole")], capture_output=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (33, b"")
+        with snapshot.read(path / "whole") as whole:
+            found.append(working_set.load(whole))
+    assert set(range(FIRST, END, PAGE)) <= set(found[0])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_closed_machine_still_tells_what_it_touched_and_nothing_else(path: Path) -> None:
+    machine, memory = restore(path / "whole")
+    with machine:
+        assert added_up(machine) == TOTAL
+    assert len(memory.touched()) >= PAGES
+    with pytest.raises(StateError, match="closed"):
+        memory.statistics()
+
+
+def test_a_machine_can_be_stopped_while_its_source_is_gone(path: Path) -> None:
+    with server(path / "top", path / "door") as process, call(path / "door") as connection:
+        machine, memory = restore(connection)
+        with machine:
+            machine.start()
+            while memory.statistics()["faults"] < PAGES // 4:
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            while memory.state != "lost":
+                time.sleep(0.01)
+            machine.stop()
+            assert machine.wait(30).reason == "stopped"
+
+
 def test_a_working_set_of_another_snapshot_is_none_and_a_damaged_one_is_refused(path: Path) -> None:
     with snapshot.read(path / "whole") as whole, snapshot.read(path / "base") as base:
         working_set.save(whole, [FIRST])

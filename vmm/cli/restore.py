@@ -28,6 +28,16 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="only compare the snapshot and all it is built on with its checksums"
     )
     parser.add_argument("--no-check", action="store_true", help="do not compare its memory before it is used")
+    parser.add_argument(
+        "--later",
+        action="store_true",
+        help="have pages come when they are touched (userfaultfd), first those that --record has recorded",
+    )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="as --later, and keep in DIR which pages were touched first, for the next time",
+    )
     for flag, (name, how) in boot.FLAGS.items():
         if name in (*USES, *PLACES) and name != "reboot":
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
@@ -44,8 +54,14 @@ def run(argv: list[str]) -> int:
     fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
     from vmm.console_host import open_end
     from vmm.machine import Machine
+    from vmm.snapshot import read, working_set
 
-    machine = Machine.restore(given["directory"], check=not given["no_check"], **fields)
+    directory, recorded = given["directory"], given["record"]
+    if recorded:
+        with read(directory) as snapshot:
+            working_set.forget(snapshot)
+    later = given["later"] or recorded
+    machine = Machine.restore(directory, check=not given["no_check"], later=later, **fields)
     try:
         end = open_end(machine.config.console)
     except BaseException:
@@ -57,6 +73,9 @@ def run(argv: list[str]) -> int:
         end.close()
     if report:
         sys.stderr.write(report)
+    if recorded and machine.lazy:
+        with read(directory) as snapshot:
+            working_set.save(snapshot, machine.lazy.touched())
     return outcome.status
 
 

@@ -43,7 +43,20 @@ class LazyMemory:
         self._memory = memory
         out = ffi.new("vmm_lazy **")
         check(lib.vmm_lazy_create(vm, out))
-        self.native: Any = out[0]
+        self._native: Any = out[0]
+        self._touched: list[int] = []
+
+    @property
+    def native(self) -> Any:
+        """The ``vmm_lazy``. Raises :class:`~vmm.errors.StateError` once the machine is closed."""
+        if self._native is None:
+            raise StateError("the machine is closed")
+        return self._native
+
+    def close(self) -> None:
+        """Called by the machine before its native half goes."""
+        self.touched()
+        self._native = None
 
     def want_snapshot(self, snapshot: Snapshot) -> None:
         """Have the memory of ``snapshot`` come from its file. The pages of differentials are copied at once."""
@@ -116,10 +129,12 @@ class LazyMemory:
         return int(lib.vmm_lazy_fd(self.native))
 
     def touched(self) -> list[int]:
-        """The wanted pages that were waited for, in that order: addresses."""
-        count = lib.vmm_lazy_order(self.native, ffi.NULL, 0)
-        gpas = ffi.new("uint64_t[]", count)
-        return list(gpas[0 : min(count, lib.vmm_lazy_order(self.native, gpas, count))])
+        """The wanted pages that were waited for, in that order: addresses. Also after the machine was closed."""
+        if self._native is not None:
+            count = lib.vmm_lazy_order(self._native, ffi.NULL, 0)
+            gpas = ffi.new("uint64_t[]", count)
+            self._touched = list(gpas[0 : min(count, lib.vmm_lazy_order(self._native, gpas, count))])
+        return list(self._touched)
 
     def statistics(self) -> dict[str, int]:
         """Pages: wanted, missing, that came unasked or twice; faults, and the nanoseconds they took from a file."""

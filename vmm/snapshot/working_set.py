@@ -35,6 +35,14 @@ def save(snapshot: Snapshot, gpas: Sequence[int]) -> None:
         raise HostError(f"cannot keep the working set {path} ({error.strerror})", errno=error.errno or 0) from error
 
 
+def forget(snapshot: Snapshot) -> None:
+    """Remove what was kept: a machine that is to be recorded anew must not have it fetched."""
+    import contextlib
+
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(snapshot.file_path(NAME))
+
+
 def load(snapshot: Snapshot) -> list[int]:
     """The addresses that were kept; none if there are none, or they are another snapshot's.
 
