@@ -3,19 +3,13 @@
  * Interrupts of virtio-rng, taken while the processor halts: one cause for each request, no more. Which kind, decide
  * the transport and "msix=1": MSI-X, a vector for the queue; INTx; or the level-triggered line of virtio-mmio. With
  * "masked=1" (MSI-X) the entry is masked while a request is done, and the interrupt comes when it no longer is.
+ * "requests=N": so many (8).
  */
 #include "interrupts.h"
 #include "pci.h"
 #include "virtio.h"
 
-enum {
-    VECTOR_QUEUE = VECTOR_FREE,
-    VECTOR_CONFIG,
-    REQUESTS = 8,
-    BYTES = 64,
-    QUEUE_ENTRY = 1,
-    CONFIG_ENTRY = 0
-};
+enum { VECTOR_QUEUE = VECTOR_FREE, VECTOR_CONFIG, BYTES = 64, QUEUE_ENTRY = 1, CONFIG_ENTRY = 0 };
 
 static struct virtio_device rng;
 static struct virtqueue queue;
@@ -74,7 +68,8 @@ void guest_main(void)
     virtqueue_start(&rng, 0, 8, 1, false, true, &queue);
     virtio_driver_ok(&rng);
 
-    for (unsigned n = 1; n <= REQUESTS; n++) {
+    const unsigned requests = (unsigned)argument("requests", 8);
+    for (unsigned n = 1; n <= requests; n++) {
         uint32_t written = 0;
         bool done = false;
         start_request();
@@ -97,9 +92,9 @@ void guest_main(void)
         while (virtqueue_take(&queue, &written) < 0)
             let_interrupts_in();
         let_interrupts_in();
-        CHECK_EQ(causes, REQUESTS);
+        CHECK_EQ(causes, requests);
         pci_msix_mask(rng.function, QUEUE_ENTRY, false);
-        while (causes == REQUESTS)
+        while (causes == requests)
             wait_for_interrupt();
     }
 }

@@ -257,10 +257,11 @@ static int chip(struct vmm_vm *vm, unsigned long request, uint32_t id, void *sta
     return 0;
 }
 
+/* The slave first: KVM looks at both whenever one is set, and an input of the slave's would come to the new master. */
 static int irqchips(struct vmm_vm *vm, unsigned long request, vmm_chips_state *chips)
 {
-    int rc = chip(vm, request, KVM_IRQCHIP_PIC_MASTER, &chips->pic[0], sizeof(chips->pic[0]));
-    rc = rc ? rc : chip(vm, request, KVM_IRQCHIP_PIC_SLAVE, &chips->pic[1], sizeof(chips->pic[1]));
+    int rc = chip(vm, request, KVM_IRQCHIP_PIC_SLAVE, &chips->pic[1], sizeof(chips->pic[1]));
+    rc = rc ? rc : chip(vm, request, KVM_IRQCHIP_PIC_MASTER, &chips->pic[0], sizeof(chips->pic[0]));
     return rc ? rc : chip(vm, request, KVM_IRQCHIP_IOAPIC, &chips->ioapic, sizeof(chips->ioapic));
 }
 
