@@ -32,11 +32,15 @@ KINDS = ["raw", "overlay", "temporary"]
 
 
 class Guest:
-    """A machine with these disks, and a driver of each."""
+    """A machine with these disks, and a driver of each; ``kernel`` never runs."""
 
-    def __init__(self, disks: Sequence[Disk]) -> None:
+    kernel: str
+
+    def __init__(self, disks: Sequence[Disk], machine: Machine | None = None) -> None:
         self.disks = list(disks)
-        self.machine = Machine(memory="64M", rng=False, disks=self.disks)
+        self.machine = machine or Machine(
+            memory="64M", rng=False, disks=self.disks, kernel=self.kernel, kind="flat", mode="long"
+        )
         self.blks = [blk for blk in self.machine.virtio if isinstance(blk, Blk)]
         self.drivers = [
             VirtioDriver.of(self.machine, blk, arena=((2 + index) << 20, (3 + index) << 20))
@@ -44,6 +48,11 @@ class Guest:
         ]
         for driver in self.drivers:
             driver.start()
+
+    @classmethod
+    def restored(cls, path: Path) -> Guest:
+        machine = Machine.restore(path)
+        return cls(machine.config.disks, machine)
 
     def __enter__(self) -> Guest:
         return self
@@ -64,6 +73,13 @@ class Guest:
     def save(self, directory: Path) -> list[State]:
         directory.mkdir()
         return save_disks(self.disks, self.blks, str(directory))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("kernel") / "halt.bin"
+    path.write_bytes(b"\xf4")
+    Guest.kernel = str(path)
 
 
 @pytest.fixture
@@ -113,7 +129,7 @@ def test_what_a_restored_machine_writes_stays_in_the_directory_that_is_given(ima
         with Guest(restored) as again:
             again.write(5, b"kept" + bytes(508))
             then = again.content()
-    assert flattened(tmp_path / "snapshot" / "disk0.img", tmp_path / "work" / "disk0.ovl") == then
+    assert flattened(tmp_path / "snapshot" / "disk0-0.img", tmp_path / "work" / "disk0.ovl") == then
 
 
 @settings(max_examples=examples(8), deadline=None, suppress_health_check=list(HealthCheck))
@@ -193,7 +209,25 @@ def test_a_disk_that_is_referred_to_and_has_changed_is_refused_by_name(
         restore_disks(states, str(tmp_path / "snapshot"))
 
 
-@settings(max_examples=examples(30), deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_machine_goes_on_from_a_snapshot_with_its_disks(image: Path, tmp_path: Path) -> None:
+    with Guest([disk_of("raw", image)]) as guest:
+        guest.write(3, b"before" + bytes(506))
+        then = guest.content()
+        guest.machine.snapshot(tmp_path / "first").close()
+    with Guest.restored(tmp_path / "first") as guest:
+        assert guest.content() == then
+        guest.write(4, b"second" + bytes(506))
+        later = guest.content()
+        guest.machine.snapshot(tmp_path / "second").close()
+        with Guest.restored(tmp_path / "first") as beside:
+            assert beside.content() == then
+    shutil.rmtree(tmp_path / "first")  # each snapshot can go without the others
+    image.unlink()
+    with Guest.restored(tmp_path / "second") as guest:
+        assert guest.content() == later
+
+
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_copy_with_any_bit_flipped_or_cut_anywhere_is_refused(
     image: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -203,8 +237,9 @@ def test_a_copy_with_any_bit_flipped_or_cut_anywhere_is_refused(
     shutil.copy(image, folder / "disk.img")
     with Guest([disk_of(kind, folder / "disk.img")]) as guest:
         guest.write(7, b"x" * 4096)
-        states = guest.save(folder / "snapshot")
-    path = folder / "snapshot" / ("disk0.img" if kind == "raw" else "disk0-1.ovl")
+        guest.machine.snapshot(folder / "snapshot").close()
+    path = folder / "snapshot" / ("disk0-0.img" if kind == "raw" else "disk0-1.ovl")
+    path.chmod(0o600)
     size = path.stat().st_size
     at = data.draw(st.integers(0, size - 1))
     if data.draw(st.booleans()):
@@ -215,11 +250,13 @@ def test_a_copy_with_any_bit_flipped_or_cut_anywhere_is_refused(
             byte = file.read(1)[0]
             file.seek(at)
             file.write(bytes([byte ^ 1 << data.draw(st.integers(0, 7))]))
-    with pytest.raises(SnapshotError, match="is damaged"):
-        restore_disks(states, str(folder / "snapshot"))
+    with pytest.raises(SnapshotError, match=f"is damaged: its {path.name} is not what was written"):
+        Machine.restore(folder / "snapshot")
     path.unlink()
     with pytest.raises(SnapshotError, match="cannot be read"):
-        restore_disks(states, str(folder / "snapshot"))
+        Machine.restore(folder / "snapshot")
+    with pytest.raises(SnapshotError, match="is missing"):
+        Machine.restore(folder / "snapshot", check=False)
 
 
 VALUE = st.recursive(st.none() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3))
@@ -255,12 +292,13 @@ def test_a_record_does_not_lead_out_of_its_snapshot(image: Path, tmp_path: Path)
 def test_a_full_host_while_saving_leaves_the_machine_as_it_is(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pwrite(*_: object) -> int:
+    def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     with Guest([disk_of("raw", image)]) as guest:
         with monkeypatch.context() as patched:
-            patched.setattr(os, "pwrite", pwrite)
+            patched.setattr(os, "pwrite", full)
+            patched.setattr(os, "copy_file_range", full)
             with pytest.raises(HostError, match="No space left on device: make room"):
                 guest.save(tmp_path / "snapshot")
         assert everything(tmp_path / "snapshot") == {}

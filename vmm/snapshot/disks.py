@@ -5,7 +5,7 @@ afterwards: a machine that is made from it gets an overlay over it, of its own. 
 snapshot may be restored any number of times, also at the same time.
 
 What a snapshot refers to (bases of overlays, read-only disks) is known again by size, time of the last write and inode.
-What it holds is known by its checksum.
+What it holds has its checksum among its records (docs/snapshot-format.md).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vmm.disk.image import temporary_file
 from vmm.errors import HostError, SnapshotError
 from vmm.parts import Disk
+from vmm.snapshot.reading import RECORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.blk import Blk
     from vmm.disk.image import Image
 
-BLOCK = 65536
-_PIECE = 16 * BLOCK
-_ZEROS = bytes(BLOCK)
+_PIECE = 1 << 20
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int): linux/fs.h
 _OPTIONS = ("serial", "cache", "sector", "queues", "iops", "bps")
 
@@ -58,16 +57,9 @@ def changed_since(path: str, known: State) -> str:
     return "" if now["mtime_ns"] == known["mtime_ns"] else "was written since"
 
 
-def checksum(path: str) -> int:
-    """CRC-32 of a file's blocks of 64 KiB that are not zeros, each after its number: holes and zeros are the same.
-    Raises ``OSError``."""
-    with open(path, "rb", buffering=0) as file:
-        return _copy(file.fileno(), None)
-
-
-def copy_disk(source: str | int, to: str | int) -> int:
+def copy_disk(source: str | int, to: str | int) -> None:
     """Copy a disk's file or block device to a new file ``to`` (or a descriptor of an empty one), and see to it that the
-    copy is on stable storage; its directory is the caller's to sync. Answers the :func:`checksum`.
+    copy is on stable storage; its directory is the caller's to sync.
 
     Of a descriptor the position is not used, and O_DIRECT does not matter. Raises
     :class:`~vmm.errors.HostError` when the host fails, or when somebody writes the source meanwhile; a new file is
@@ -78,7 +70,7 @@ def copy_disk(source: str | int, to: str | int) -> int:
     try:
         fd = os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666) if isinstance(to, str) else to
         try:
-            return _copy_into(f"/proc/self/fd/{source}" if isinstance(source, int) else source, fd)
+            _copy_into(f"/proc/self/fd/{source}" if isinstance(source, int) else source, fd)
         except BaseException:
             if isinstance(to, str):
                 os.unlink(to)
@@ -92,16 +84,17 @@ def copy_disk(source: str | int, to: str | int) -> int:
         raise HostError(f"copying a disk{where}: {error.strerror}{fix}", error.errno or 0) from error
 
 
-def _copy_into(source: str, to: int) -> int:
+def _copy_into(source: str, to: int) -> None:
     file = os.open(source, os.O_RDONLY | os.O_CLOEXEC)  # opened anew: its own flags
     try:
         before = identity(file)
         os.ftruncate(to, before["size"])
-        crc = _copy(file, None if _reflink(file, to) else to)
+        if not _reflink(file, to):
+            for start, end in _data(file, before["size"]):
+                _copy_range(file, to, start, end)
         os.fsync(to)
         if identity(file) != before or os.fstat(to).st_size != before["size"]:
             raise HostError("a disk was written while it was copied: pause its machine, and nobody else may write it")
-        return crc
     finally:
         os.close(file)
 
@@ -117,63 +110,57 @@ def _reflink(source: int, to: int) -> bool:
     return True
 
 
-def _copy(source: int, to: int | None) -> int:
-    """The checksum of ``source``; what is not zeros is written to ``to`` on the way."""
-    import zlib
-
-    crc = 0
-    for number, block in _blocks(source):
-        crc = zlib.crc32(block, zlib.crc32(number.to_bytes(8, "little"), crc))
-        at, rest = number * BLOCK, memoryview(block)
-        while to is not None and rest:
-            n = os.pwrite(to, rest, at)
-            at, rest = at + n, rest[n:]
-    return crc
-
-
-def _blocks(fd: int) -> Iterator[tuple[int, bytes]]:
-    """The blocks that are not zeros, and their numbers; the file's last may be short."""
-    for start, end in _data(fd, os.lseek(fd, 0, os.SEEK_END)):
-        for at in range(start, end, _PIECE):
-            piece = os.pread(fd, min(_PIECE, end - at), at)
-            for i in range(0, len(piece), BLOCK):
-                block = piece[i : i + BLOCK]
-                if block != _ZEROS[: len(block)]:
-                    yield (at + i) // BLOCK, block
-
-
 def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where there is something: from and to, at the edges of blocks, in order, nothing twice."""
+    """Where there is something, from and to, in order."""
     import errno
 
     done = 0
     while done < size:
         try:
             start = os.lseek(fd, done, os.SEEK_DATA)
-            hole = os.lseek(fd, start, os.SEEK_HOLE)
+            done = min(size, os.lseek(fd, start, os.SEEK_HOLE))
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing from here to the end
                 return
             if error.errno != errno.EINVAL:
                 raise
-            start, hole = done, size  # a block device does not say
-        done = min(size, -(-hole // BLOCK) * BLOCK)
-        yield start // BLOCK * BLOCK, done
+            start, done = done, size  # a block device does not say
+        yield start, done
+
+
+def _copy_range(source: int, to: int, at: int, end: int) -> None:
+    """Within the kernel where it can, else through here; MiBs of zeros become holes then."""
+    try:
+        while at < end and (n := os.copy_file_range(source, to, end - at, at, at)):
+            at += n
+    except OSError:
+        pass  # two file systems, or one that cannot; a real error comes again
+    while at < end and (piece := os.pread(source, min(_PIECE, end - at), at)):
+        if not piece.strip(b"\0"):
+            at += len(piece)
+            continue
+        rest = memoryview(piece)
+        while rest:
+            n = os.pwrite(to, rest, at)
+            at, rest = at + n, rest[n:]
 
 
 # ---- snapshots ----
 
 
 def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) -> list[State]:
-    """A record for each of a paused machine's disks: its files, the base first. Copied into ``directory``, a new one,
-    are what the guest can write, and what no one could find again, having no name: ``disk0.img``, or ``disk0-1.ovl``
-    for an overlay, the first over its base. Raises :class:`~vmm.errors.HostError`."""
+    """A record for each of a paused machine's disks: its files, the base first.
+
+    Copied into ``directory``, a new one, is what the guest can write, and what nobody could find again, having no
+    name: ``disk0-0.img`` or, over a base, ``disk0-1.ovl``. A file of another snapshot, on which the machine began, is
+    linked there (or copied): no snapshot needs another's directory. Raises :class:`~vmm.errors.HostError`.
+    """
     return [
         {
             "version": 1,
             "readonly": int(disk.readonly),
             "options": {name: getattr(disk, name) for name in _OPTIONS},
-            "files": _save(index, disk, blk, directory),
+            "files": list(_save(index, disk, blk, directory)),
         }
         for index, (disk, blk) in enumerate(zip(disks, devices, strict=True))
     ]
@@ -182,10 +169,10 @@ def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) ->
 def restore_disks(states: Sequence[State], directory: str, writable: str | None = None) -> list[Disk]:
     """The disks of a machine that goes on from what :func:`save_disks` put into ``directory``, which it does not
     write: what its guest writes goes to overlays ``disk0.ovl`` in the directory ``writable``, or, without one, to files
-    that go with the machine.
+    that go with the machine. That the directory's files are what was written has been checked.
 
-    Raises :class:`~vmm.errors.SnapshotError`, naming the disk, when a file the snapshot holds is damaged or one it
-    refers to has changed; ``ValueError`` for what is no record of a disk.
+    Raises :class:`~vmm.errors.SnapshotError`, naming the disk, when a file that is referred to has changed;
+    ``ValueError`` for what is no record of a disk.
     """
     return [_restore(index, _parsed(state), directory, writable) for index, state in enumerate(states)]
 
@@ -195,20 +182,38 @@ def _has_name(image: Image) -> bool:
     return os.fstat(image.fd).st_nlink > 0
 
 
-def _save(index: int, disk: Disk, blk: Blk, directory: str) -> list[State]:
-    files = blk.files()
-    if not disk.readonly:
+def _save(index: int, disk: Disk, blk: Blk, directory: str) -> Iterator[State]:
+    *below, last = blk.files()
+    if below:
         blk.sync()  # an overlay's bitmap is in memory until then
-    saved = []
-    for level, image in enumerate(files):
-        written = level == len(files) - 1 and not disk.readonly
-        if written or not _has_name(image):
-            name = f"disk{index}-{level}.ovl" if level else f"disk{index}.img"
-            crc = copy_disk(image.fd, os.path.join(directory, name))
-            saved.append({"file": name, "size": os.stat(os.path.join(directory, name)).st_size, "crc": crc})
-        else:
-            saved.append({"path": os.path.abspath(image.path), **identity(image.fd)})
-    return saved
+    for level, image in enumerate([*below, last]):
+        name = f"disk{index}-{level}.{'ovl' if level else 'img'}"
+        to = os.path.join(directory, name)
+        if (image is last and not disk.readonly) or not _has_name(image):
+            copy_disk(image.fd, to)
+        elif not _is_snapshots(image):
+            yield {"path": os.path.abspath(image.path), **identity(image.fd)}
+            continue
+        elif not _link(image, to):
+            copy_disk(image.fd, to)
+        yield {"file": name}
+
+
+def _is_snapshots(image: Image) -> bool:
+    """Whether a file lies in a snapshot."""
+    return os.path.exists(os.path.join(os.path.dirname(os.path.abspath(image.path)), RECORDS))
+
+
+def _link(image: Image, to: str) -> bool:
+    """Give a file that nobody writes another name. False: another file system, or another file has its name now."""
+    try:
+        os.link(image.path, to)
+    except OSError:
+        return False
+    if os.path.samestat(os.stat(to), os.fstat(image.fd)):
+        return True
+    os.unlink(to)
+    return False
 
 
 def _restore(index: int, state: State, directory: str, writable: str | None) -> Disk:
@@ -230,12 +235,8 @@ def _found(file: State, directory: str) -> str:
             raise SnapshotError(f"disk {file['path']} {changed}: the snapshot refers to it, give it back as it was")
         return str(file["path"])
     path = os.path.join(directory, file["file"])
-    try:
-        good = os.stat(path).st_size == file["size"] and checksum(path) == file["crc"]
-    except OSError as error:
-        raise SnapshotError(f"disk {path} of the snapshot cannot be read: {error.strerror}") from error
-    if not good:
-        raise SnapshotError(f"disk {path} of the snapshot is damaged: take the snapshot from another copy")
+    if not os.path.exists(path):
+        raise SnapshotError(f"disk {path} of the snapshot is missing: take the snapshot from another copy")
     return path
 
 
@@ -249,7 +250,7 @@ def _parsed(state: State) -> State:
         if isinstance(file, dict) and "path" in file:
             _require(file, path=str, size=int, mtime_ns=int, inode=int)
         else:
-            _require(file, file=str, size=int, crc=int)
+            _require(file, file=str)
             if file["file"] != os.path.basename(file["file"]):
                 raise ValueError("a disk's record names a copy outside the snapshot")
     if not state["files"] or (state["readonly"] and len(state["files"]) > 1):
@@ -287,8 +288,9 @@ class FrozenDisks:
     def _freeze(self, disk: Disk, blk: Blk) -> Disk:
         if disk.readonly:
             return disk
-        blk.sync()  # an overlay's bitmap is in memory until then
         *below, written = blk.files()
+        if below:
+            blk.sync()
         base, *layers = [
             *(image.path if _has_name(image) else self._hold(image) for image in below),
             self._copy(written),

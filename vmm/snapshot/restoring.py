@@ -143,7 +143,7 @@ def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = Tru
     snapshot = read(source)
     try:
         if check:
-            snapshot.check(files=False)  # disks are checked as they are opened
+            snapshot.check()
         return _Later(snapshot) if later else _Mapped(snapshot)
     except BaseException:
         snapshot.close()

@@ -12,18 +12,30 @@ from hypothesis import strategies as st
 
 from vmm.errors import HostError
 from vmm.snapshot import disks
-from vmm.snapshot.disks import BLOCK, changed_since, checksum, copy_disk, identity
+from vmm.snapshot.disks import changed_since, copy_disk, identity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+BLOCK = 65536
 EXTENT = st.tuples(st.integers(0, 40 * BLOCK), st.integers(1, 3 * BLOCK), st.integers(0, 255))
+
+
+@pytest.fixture(params=["kernel", "here"])
+def copier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies made by the kernel, and by ourselves, where that cannot."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    if request.param == "here":
+        monkeypatch.setattr(os, "copy_file_range", refuse)
 
 
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(EXTENT, max_size=6), st.integers(0, 43 * BLOCK))
-def test_a_copy_has_the_bytes_the_size_and_the_checksum_of_its_source(
-    tmp_path: Path, extents: list[tuple[int, int, int]], size: int
+def test_a_copy_has_the_bytes_and_the_size_of_its_source(
+    tmp_path: Path, copier: None, extents: list[tuple[int, int, int]], size: int
 ) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     copy.unlink(missing_ok=True)
@@ -32,30 +44,11 @@ def test_a_copy_has_the_bytes_the_size_and_the_checksum_of_its_source(
             file.seek(at)
             file.write(bytes([byte]) * n)
         file.truncate(size)
-    crc = copy_disk(str(source), str(copy))
+    copy_disk(str(source), str(copy))
     assert copy.read_bytes() == source.read_bytes()
-    assert crc == checksum(str(source)) == checksum(str(copy))
-    full = tmp_path / "without-holes"
-    full.write_bytes(source.read_bytes())
-    assert checksum(str(full)) == crc
 
 
-@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 20 * BLOCK * 8 - 1))
-def test_one_bit_changes_the_checksum(tmp_path: Path, bit: int) -> None:
-    path = tmp_path / "disk.img"
-    if not path.exists():
-        path.write_bytes(bytes(BLOCK) * 8 + os.urandom(5 * BLOCK) + bytes(7 * BLOCK))
-    before = checksum(str(path))
-    with open(path, "r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ 1 << bit % 8]))
-    assert checksum(str(path)) != before
-
-
-def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
+def test_a_hole_stays_a_hole(tmp_path: Path, copier: None) -> None:
     with open(tmp_path / "source", "wb") as file:
         file.truncate(1 << 30)
         file.seek(512 << 20)
@@ -104,7 +97,7 @@ def test_a_source_that_is_written_meanwhile_is_refused_and_no_copy_is_left(
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_full_host_leaves_no_copy(tmp_path: Path) -> None:
+def test_a_full_host_leaves_no_copy(tmp_path: Path, copier: None) -> None:
     import resource
     import signal
 
@@ -124,21 +117,19 @@ def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path, monkeypatch
     """The host's file system need not be one: a reflink is then what the file system would do."""
     source, copy = tmp_path / "source", tmp_path / "copy"
     source.write_bytes(os.urandom(BLOCK))
-    written: list[int] = []
-    put = os.pwrite
+    shared: list[int] = []
 
     def reflink(of: int, to: int) -> bool:
-        os.sendfile(to, of, 0, BLOCK)
+        shared.append(os.sendfile(to, of, 0, BLOCK))
         return True
 
-    def pwrite(fd: int, data: bytes, at: int) -> int:
-        written.append(at)
-        return put(fd, data, at)
+    def never(*_: object) -> None:
+        raise AssertionError("copied although it is shared")
 
     monkeypatch.setattr(disks, "_reflink", reflink)
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    assert copy_disk(str(source), str(copy)) == checksum(str(source))
-    assert copy.read_bytes() == source.read_bytes() and not written
+    monkeypatch.setattr(disks, "_copy_range", never)
+    copy_disk(str(source), str(copy))
+    assert copy.read_bytes() == source.read_bytes() and shared == [BLOCK]
 
 
 def test_a_file_is_known_again_until_something_happens_to_it(tmp_path: Path) -> None:
