@@ -16,7 +16,7 @@ from vmm.errors import HostError, VmmError
 if TYPE_CHECKING:
     from vmm.config import MachineConfig
 
-COMPLETE, SYSCALL = 1, 2  # enum vmm_compat_flags
+COMPLETE, SYSCALL, SHADOW = 1, 2, 4  # enum vmm_compat_flags
 
 # The capabilities a machine is built on (linux/kvm.h), and what each is for.
 NEEDED = {
@@ -47,7 +47,8 @@ class Findings:
     ``native``: guest kernel code runs on the processor (False: KVM emulates it, instruction by instruction).
     ``missing``: instructions KVM cannot execute at CPL 0. ``syscall_broken``: SYSCALL from CPL 3 stays at CPL 3.
     ``vmcall_loops``: a hypercall never returns. ``cpuid_forced``: feature names the guest sees although hidden.
-    ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it.
+    ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it. ``shadowed``: KVM goes on with page tables
+    as they were before the host wrote them.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Findings:
         "missing",
         "native",
         "pio_us",
+        "shadowed",
         "syscall_broken",
         "tsc_fixed",
         "vmcall_loops",
@@ -69,6 +71,7 @@ class Findings:
         self.syscall_broken = False
         self.vmcall_loops = False
         self.tsc_fixed = False
+        self.shadowed = False
         self.cpuid_forced: list[str] = []
 
     @property
@@ -104,20 +107,23 @@ class Findings:
 class Remedies:
     """What one machine does about its host: native flags, and whether guest kernel code is ``emulated``."""
 
-    __slots__ = ("emulated", "remedies", "vmcall_loops")
+    __slots__ = ("emulated", "remedies", "tsc_fixed", "vmcall_loops")
 
     def __init__(self, found: Findings | None, mode: str) -> None:
         forced = mode == "on"
         self.remedies = 0
-        self.vmcall_loops = self.emulated = False
+        self.vmcall_loops = self.emulated = self.tsc_fixed = False
         if mode == "off" or found is None:
             return
         self.emulated = not found.native
         self.vmcall_loops = forced or found.vmcall_loops
+        self.tsc_fixed = forced or found.tsc_fixed
         if forced or found.missing:
             self.remedies |= COMPLETE
         if forced or found.syscall_broken:
             self.remedies |= SYSCALL
+        if forced or found.shadowed:
+            self.remedies |= SHADOW
 
 
 def check(kvm: str, config: MachineConfig) -> Remedies:
@@ -147,7 +153,7 @@ def _cache_file(kvm: str) -> str:
         tag = f"{device.st_rdev:x}-{int(device.st_ctime)}"
     except OSError:
         tag = "none"
-    return os.path.join(cache_folder(), f"host-1-{boot}-{tag}")
+    return os.path.join(cache_folder(), f"host-2-{boot}-{tag}")
 
 
 _known: dict[str, Findings] = {}

@@ -237,6 +237,10 @@ def command_line(machine: Machine, tables: Tables) -> str:
         from vmm.cpu.compat import linux_cmdline
 
         added += [word for word in linux_cmdline() if not _said(word, words)]
+    if machine.host.tsc_fixed:
+        from vmm.cpu.compat import KEEP_TIME
+
+        added += [word for word in KEEP_TIME if not _said(word, words)]
     # Without ACPI a kernel learns of virtio-mmio devices here; with it, it would find them twice.
     found = tables.virtio_mmio if "acpi=off" in words else []
     return " ".join([*added, *tables.cmdline, *found, given]).strip()

@@ -60,8 +60,10 @@ int vmm_compat_enable(vmm_vm *vm, uint32_t flags)
 {
     if (vm->compat)
         return vmm_error_set(-EBUSY, "host compatibility is switched on already");
-    if (flags & ~(uint32_t)(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL))
+    if (flags & ~(uint32_t)(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL | VMM_COMPAT_SHADOW))
         return vmm_error_set(-EINVAL, "vmm_compat_enable: unknown flags 0x%x", flags);
+    vm->shadowed = flags & VMM_COMPAT_SHADOW; /* the core's own affair: see state.c */
+    flags &= ~(uint32_t)VMM_COMPAT_SHADOW;
     if (!flags)
         return 0;
     const int synced = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;

@@ -104,7 +104,9 @@ struct vmm_vm {
     struct vmm_trace_point io_trace; /* of the I/O thread and the devices; several writers */
     pthread_mutex_t io_trace_lock;
     uint32_t trace_capacity;
-    bool sync_regs; /* KVM can copy registers out with each exit */
+    bool sync_regs;      /* KVM can copy registers out with each exit */
+    bool shadowed;       /* KVM translates by copies of the guest's page tables */
+    uint64_t nothing_at; /* where state.c has its slot; 0: none yet */
 
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;

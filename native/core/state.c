@@ -162,6 +162,51 @@ static int save_vcpu(struct vmm_vcpu *vcpu, uint64_t moment, vmm_vcpu_state *to)
     return 0;
 }
 
+/* ---- translations ---- */
+
+#define PAGE_SIZE 4096u
+#define NOWHERE (1ull << 51) /* guest-physical: no memory of ours is there, nor of any processor yet made */
+
+static int put_nothing(struct vmm_vm *vm, uint64_t gpa)
+{
+    static const _Alignas(PAGE_SIZE) uint8_t nothing[PAGE_SIZE];
+    const struct kvm_userspace_memory_region slot = {
+        .slot = VMM_MAX_REGIONS,
+        .flags = KVM_MEM_READONLY,
+        .guest_phys_addr = gpa,
+        .memory_size = sizeof(nothing),
+        .userspace_addr = (uintptr_t)nothing,
+    };
+    if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &slot) < 0)
+        return vmm_error_errno("KVM_SET_USER_MEMORY_REGION");
+    vm->nothing_at = gpa;
+    return 0;
+}
+
+/*
+ * Without nested paging KVM translates by copies of the guest's page tables. It keeps them up to date as the guest
+ * writes those, but does not see what we write. It drops all copies when a memory slot moves: this one has no other
+ * use.
+ */
+static int forget_shadows(struct vmm_vm *vm)
+{
+    int rc = vm->shadowed && !vm->nothing_at ? put_nothing(vm, NOWHERE) : 0;
+    if (rc == 0 && vm->shadowed)
+        rc = put_nothing(vm, vm->nothing_at ^ PAGE_SIZE);
+    return rc;
+}
+
+/* The processor's own: KVM has it forget them when it is given another CR3, but not when it is given the same. */
+static int forget_translations(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *next)
+{
+    vmm_sregs other;
+    memcpy(&other, &next->sregs, sizeof(other));
+    other.cr3 ^= PAGE_SIZE;
+    return SET(vcpu, SREGS, &other);
+}
+
+/* ---- one vCPU: back ---- */
+
 static const struct kvm_msr_entry *entry_of(const struct msr_list *list, uint32_t n, uint32_t index)
 {
     for (uint32_t i = 0; i < n; i++)
@@ -227,7 +272,8 @@ static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t
     const struct kvm_mp_state mp = {.mp_state = from->mp_state};
     if (from->n_msrs > VMM_STATE_MSRS_MAX)
         return vmm_error_set(-EINVAL, "%u MSRs", from->n_msrs);
-    int rc = SET(vcpu, SREGS, &from->sregs);
+    int rc = forget_translations(vcpu, from);
+    rc = rc ? rc : SET(vcpu, SREGS, &from->sregs);
     rc = rc ? rc : SET(vcpu, XCRS, &xcrs);
     rc = rc ? rc : SET(vcpu, XSAVE, from->xsave);
     rc = rc ? rc : load_msrs(vcpu, from, moment);
@@ -311,6 +357,7 @@ int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips)
 int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
 {
     int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
+    rc = rc ? rc : forget_shadows(vm);
     rc = rc ? rc : load_chips(vm, chips);
     const uint64_t moment = __rdtsc();
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)

@@ -433,6 +433,7 @@ uint32_t vmm_vcpu_failed_instruction(vmm_vcpu *vcpu, uint8_t bytes[16]);
 enum vmm_compat_flags {
     VMM_COMPAT_COMPLETE = 1, /* complete instructions KVM's emulator lacks */
     VMM_COMPAT_SYSCALL = 2,  /* repair SYSCALL that stays at CPL 3 */
+    VMM_COMPAT_SHADOW = 4,   /* KVM shadows page tables: have it forget them when memory was put back */
 };
 
 /* Switch remedies on, before the first run. -ENOTSUP names the capability this needs. */

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vmm import host
+from vmm._ffi import check, ffi, lib
+from vmm.config import MachineConfig
+from vmm.cpu.probe import TinyGuest
 from vmm.errors import StateError
 from vmm.machine import Machine
 
@@ -175,3 +179,26 @@ def test_a_debuggers_breakpoint_outlives_a_rollback_and_is_not_in_it(flat: Calla
     assert machine.memory.read(rip + 11, 1) == b"\x90"
     assert machine.run(10).reason == "debug-exit"
     assert len(hits) == 2
+
+
+def test_page_tables_that_went_back_are_those_the_guest_is_translated_by() -> None:
+    table, first, second, data = 0x6000, 0x20000, 0x21000, 0x10000
+    look = bytes.fromhex("8b06 8903 e610")  # mov eax, [rsi]; mov [rbx], eax; out 0x10, al
+    remap = b"\x48\xc7\x04\x25" + table.to_bytes(4, "little") + (second | 7).to_bytes(4, "little")  # mov qword [table]
+    guest = TinyGuest("/dev/kvm")
+    check(lib.vmm_compat_enable(guest.vm, host.check("/dev/kvm", MachineConfig()).remedies & host.SHADOW))
+    made = ffi.new("vmm_checkpoint **")
+    try:
+        for gpa, value in ((0x3008, table | 7), (table, first | 7), (first, 1), (second, 2)):
+            guest.memory.write(gpa, value.to_bytes(8, "little"))
+        for code, after in ((look, 1), (remap + look, 2), (look, 1)):
+            guest.enter(code, cpl=3, rsi=2 << 20, rbx=data)  # user code, which no KVM emulates
+            if not made[0]:
+                check(lib.vmm_checkpoint_create(guest.vm, made))
+            assert guest.run() == "done"
+            assert guest.memory.read(data, 1) == bytes([after])
+            check(lib.vmm_checkpoint_restore_memory(made[0]))
+            check(lib.vmm_checkpoint_restore_processors(made[0]))
+    finally:
+        lib.vmm_checkpoint_destroy(made[0])
+        guest.close()

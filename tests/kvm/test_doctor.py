@@ -33,8 +33,8 @@ def test_the_report_says_what_the_probes_find(report: dict[str, Any]) -> None:
     assert report["guest_kernel_code"] == ("native" if found.native else "emulated")
     assert report["missing_instructions"] == found.missing
     assert report["cpuid_forced"] == found.cpuid_forced
-    assert report["tsc_fixed"] == found.tsc_fixed
-    assert (report["syscall_broken"], report["vmcall_loops"]) == (found.syscall_broken, found.vmcall_loops)
+    for name in ("syscall_broken", "vmcall_loops", "tsc_fixed", "shadowed"):
+        assert report[name] == getattr(found, name)
 
 
 def test_figures_are_of_this_world(report: dict[str, Any]) -> None:
@@ -67,11 +67,11 @@ def test_each_departure_has_a_consequence() -> None:
     assert consequences(found) == []
     found.native, found.instruction_ns = False, 600.0
     found.missing = ["popcnt", "xsave"]
-    found.syscall_broken = found.vmcall_loops = found.tsc_fixed = True
+    found.syscall_broken = found.vmcall_loops = found.tsc_fixed = found.shadowed = True
     found.cpuid_forced = ["avx2"]
     said = consequences(found)
-    assert len(said) == 6
-    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC"):
+    assert len(said) == 7
+    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC", "page tables"):
         assert sum(words in text for text in said) == 1, words
 
 

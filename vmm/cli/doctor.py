@@ -54,6 +54,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     report["vmcall_loops"] = found.vmcall_loops
     report["cpuid_forced"] = found.cpuid_forced
     report["tsc_fixed"] = found.tsc_fixed
+    report["shadowed"] = found.shadowed
     report["consequences"] = consequences(found)
     return report
 
@@ -80,8 +81,11 @@ def consequences(found: host.Findings) -> list[str]:
         )
     if found.tsc_fixed:
         said.append(
-            "the TSC of a guest cannot be set: after a roll-back or a restore its clock jumps ahead, as after a pause"
+            "the TSC of a guest cannot be set, and jumps ahead at a roll-back or a restore: Linux is told to keep time "
+            "by kvmclock, which can be set"
         )
+    if found.shadowed:
+        said.append("KVM does not see the host write page tables: pyvmm has it forget them at every roll-back")
     return said
 
 

@@ -18,6 +18,11 @@ _CLEARED = {
 }  # fmt: skip
 CLEARCPUID_LIMIT = 127  # char arg[128] in arch/x86/kernel/cpu/common.c
 
+# Where the guest's TSC cannot be set, it neither goes back with a roll-back nor waits in a snapshot: a kernel that
+# keeps time by it would find itself minutes late, and say that its processors had stalled. kvmclock can be set
+# everywhere.
+KEEP_TIME = ["clocksource=kvm-clock"]
+
 
 def linux_cmdline() -> list[str]:
     """Words for the kernel command line on a host that emulates guest kernel code.

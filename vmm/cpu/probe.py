@@ -137,7 +137,7 @@ def probe(kvm: str = "/dev/kvm") -> host.Findings:
         guest.close()
     _instructions(kvm, found)
     _cpuid(kvm, found)
-    for one in (_syscall, _vmcall, _tsc):
+    for one in (_shadows, _syscall, _vmcall, _tsc):
         guest = TinyGuest(kvm)  # each may end in a state no vCPU comes back from
         try:
             one(guest, found)
@@ -207,6 +207,24 @@ def _cpuid(kvm: str, found: host.Findings) -> None:
             found.cpuid_forced += [name for bit, name in bits.items() if seen >> bit & 1]
     finally:
         guest.close()
+
+
+def _shadows(guest: TinyGuest, found: host.Findings) -> None:
+    # User code, which no emulator runs, reads a page, and again when the host has put another in its place and, as
+    # KVM wants it, another CR3 in between.
+    table, pages = 0x6000, (0x20000, 0x21000)
+    guest.memory.write(0x3008, (table | 7).to_bytes(8, "little"))
+    for page in pages:
+        guest.memory.write(page, page.to_bytes(4, "little"))
+        guest.memory.write(table, (page | 7).to_bytes(8, "little"))
+        sregs = ffi.new("vmm_sregs *")
+        check(lib.vmm_vcpu_get_sregs(guest.vcpu, sregs))
+        sregs.cr3 = 0
+        check(lib.vmm_vcpu_set_sregs(guest.vcpu, sregs))
+        guest.enter(b"\x8b\x06\x89\x03" + _OUT_DONE, cpl=3, rsi=2 << 20, rbx=_DATA)  # mov eax, [rsi]; mov [rbx], eax
+        if guest.run() != "done":
+            return
+    found.shadowed = guest.memory.read(_DATA, 4) == pages[0].to_bytes(4, "little")
 
 
 def _syscall(guest: TinyGuest, found: host.Findings) -> None:
