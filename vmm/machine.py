@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.blk import Blk
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.hooks import Access, Hook, Hooks
+    from vmm.migrate.postcopy import Tending
     from vmm.migrate.source import Migrated, Migration
     from vmm.observe.diagnose import Diagnosis
     from vmm.observe.profile import Profile
@@ -127,6 +128,8 @@ class Machine:
         self.migration: Migration | None = None
         """The one under way, to be cancelled."""
         self._left = False
+        self.guardian: Tending | None = None
+        """Who watches over memory that is still to come from where the machine was."""
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
@@ -848,6 +851,8 @@ class Machine:
             with contextlib.suppress(StateError):  # it is handed over
                 migration.cancel()
             migration.wait()
+        if self.guardian is not None:
+            self.guardian.stop()
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
             self._end()

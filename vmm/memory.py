@@ -161,14 +161,14 @@ class GuestMemory:
 
         compiled = re.compile(re.escape(pattern), re.DOTALL)
         for number in range(len(self.regions)):
-            for gpa, size in self._in_use(number):
+            for gpa, size in self.in_use(number):
                 low = max(start, gpa)
                 high = gpa + size if end is None else min(end, gpa + size)
                 if low < high and (found := compiled.search(self._view(low, high - low))):
                     return low + found.start()
         return None
 
-    def _in_use(self, number: int) -> Iterator[tuple[int, int]]:
+    def in_use(self, number: int) -> Iterator[tuple[int, int]]:
         """The parts of a region that are not known to be zero: looking at the others would give them pages."""
         gpa, size = self.regions[number]
         at = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -73,12 +74,15 @@ def has_passed(machine: Machine) -> bool:
     return outcome.code == 0x10 and machine.console.tail().endswith(b"PASS\n")
 
 
-def test_a_guest_finds_nothing_wrong_through_twenty_moves(running: Callable[..., Machine], tmp_path: Path) -> None:
+@pytest.mark.parametrize("postcopy", [False, True], ids=["pre-copy", "post-copy"])
+def test_a_guest_finds_nothing_wrong_through_twenty_moves(
+    running: Callable[..., Machine], tmp_path: Path, postcopy: bool
+) -> None:
     machine = running()
     for n in range(20):
         there = Arriving(f"unix:{tmp_path}/{n}")
-        moved = machine.migrate(there.address)
-        assert moved.rounds >= 1 and moved.downtime < 5
+        moved = machine.migrate(there.address, postcopy=postcopy)
+        assert (moved.rounds == 0) == postcopy and moved.downtime < 5
         assert machine.wait().reason == "migrated" and machine.wait().status == 0
         machine.close()
         machine = there.machine()
@@ -211,4 +215,87 @@ def test_nobody_there(running: Callable[..., Machine], tmp_path: Path) -> None:
         machine.migrate(f"unix:{tmp_path}/nobody")
     with pytest.raises(ConfigError, match="is no address"):
         machine.migrate("http://there")
+    assert has_passed(machine)
+
+
+class Link:
+    """A TCP relay between two sides, to be cut."""
+
+    def __init__(self, address: str) -> None:
+        self._to = int(address.rpartition(":")[2])
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self.bytes = 0
+        self.up = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                if not self.up:
+                    near.close()
+                    continue
+                far = socket.create_connection(("127.0.0.1", self._to))
+                self._open += [near, far]
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self._move, args=(a, b), daemon=True).start()
+
+    def _move(self, a: socket.socket, b: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := a.recv(1 << 16):
+                b.sendall(data)
+                self.bytes += len(data)
+        for end in (a, b):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """All connections end; new ones may be made."""
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def close(self) -> None:
+        """For good."""
+        self._server.close()
+        self.cut()
+
+
+def test_pages_come_after_the_link_was_cut(running: Callable[..., Machine]) -> None:
+    machine = running("pages=512 ballast=12000 rate=20000 tsc_jump=20000 jump=20000")
+    there = Arriving("tcp:127.0.0.1:0")
+    link = Link(there.address)
+    moving = threading.Thread(target=machine.migrate, args=(link.address,), kwargs={"postcopy": True})
+    moving.start()
+    moved = there.machine()
+    cuts = 0
+    while moved.lazy is not None and moved.lazy.state != "done" and cuts < 5:
+        time.sleep(0.02)
+        link.cut()
+        cuts += 1
+    moving.join(60)
+    assert cuts and not moving.is_alive()
+    assert machine.wait().reason == "migrated"
+    with moved:
+        assert moved.lazy is not None and moved.lazy.wait(30)
+        assert has_passed(moved)
+    link.close()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7])
+def test_a_link_that_is_lost_before_the_handover_leaves_it_here(running: Callable[..., Machine], share: float) -> None:
+    machine = running()
+    there = Arriving("tcp:127.0.0.1:0")
+    link = Link(there.address)
+
+    def watch(progress: migrate.Progress) -> None:
+        if progress.sent > share * (6 << 20):
+            link.close()
+
+    with pytest.raises(MigrationError, match="link"):
+        machine.migrate(link.address, bandwidth=16 << 20, downtime=0.001, progress=watch)
+    assert isinstance(there.result(), MigrationError)
     assert has_passed(machine)

@@ -8,13 +8,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, MigrationError, VmmError
-from vmm.migrate import wire
+from vmm.migrate import postcopy, wire
 from vmm.migrate.address import Address, Listener, Tls
 from vmm.migrate.fence import TOKEN, Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
 from vmm.snapshot.origin import PLACES, USES, Origin
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from vmm.machine import Machine
@@ -46,13 +47,14 @@ class Receiver:
         self._patience = patience
         self._on_refused = on_refused
         parsed = Address.parse(address)
-        self._trusted = parsed.port < 0 or tls is not None
-        self._listener = Listener(parsed, tls)
+        self.trusted = parsed.port < 0 or tls is not None
+        self.listener = Listener(parsed, tls)
+        self._handed_over = False
 
     @property
     def address(self) -> str:
         """Where it listens; with the port that was chosen, if 0 was given."""
-        return str(self._listener.address)
+        return str(self.listener.address)
 
     def receive(self, timeout: float | None = None) -> Machine:
         """Wait for a machine, and answer it, running.
@@ -64,16 +66,22 @@ class Receiver:
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             try:
-                arrival = Arrival(self, *self._listener.accept(left))
+                arrival = Arrival(self, *self.listener.accept(left))
             except MigrationError as error:
                 if self._on_refused:
                     self._on_refused(str(error))
                 continue
             return arrival.run()
 
+    def hand_over(self) -> Listener:
+        """The listener, for a machine whose memory is still to come; this receiver is of no use any more."""
+        self._handed_over = True
+        return self.listener
+
     def close(self) -> None:
         """Stop listening. Twice is fine."""
-        self._listener.close()
+        if not self._handed_over:
+            self.listener.close()
 
     def __enter__(self) -> Receiver:
         return self
@@ -101,7 +109,8 @@ class Arrival:
         self._channel = Channel(connection)
         self._machine: Machine | None = None
         self._fence: Fence | None = None
-        self.how = ""
+        self._how, self._token = "", b""
+        self._pages: socket.socket | None = None
         with self._refusing():
             self._greet(fd)
 
@@ -130,6 +139,8 @@ class Arrival:
 
     def _close(self) -> None:
         self._channel.close()
+        if self._pages is not None:
+            self._pages.close()
         if self._fence is not None:
             self._fence.close()
 
@@ -138,20 +149,21 @@ class Arrival:
     def _greet(self, fd: int | None) -> None:
         try:
             hello = _checked(self._channel.receive(Kind.HELLO, timeout=HELLO_SECONDS).value)
-            if hello["token"]:
-                self._fence, fd = self._join(hello, fd), None
+            self._fence, fd = self._join(hello, fd), None
         finally:
             if fd is not None:
                 os.close(fd)
-        self.how = hello["how"]
+        self._how, self._token = hello["how"], hello["token"]
         self._machine = self._prepare(hello)
         self._channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
 
-    def _join(self, hello: dict[str, Any], fd: int | None) -> Fence:
+    def _join(self, hello: dict[str, Any], fd: int | None) -> Fence | None:
         if fd is not None:
             return Fence.adopt(fd, hello["token"])
         if hello["fence"] is None:
-            raise MigrationError("a fence is spoken of and none is given")
+            return None
+        if not self._receiver.trusted:
+            raise MigrationError("a fence names a file here: that takes TLS or a UNIX socket")
         return Fence.open(hello["fence"], hello["token"])
 
     def _prepare(self, hello: dict[str, Any]) -> Machine:
@@ -163,7 +175,7 @@ class Arrival:
         if not isinstance(config, dict) or config.keys() & set(USES):
             raise MigrationError("the machine is not described")
         fields = dict(receiver._fields)
-        if not receiver._trusted:
+        if not receiver.trusted:
             _refuse_places(config, fields)
         origin = Origin(description, arriving=True)
         machine = Machine(origin.config(**fields), kvm=receiver._kvm, origin=origin)
@@ -176,26 +188,38 @@ class Arrival:
 
     def run(self) -> Machine:
         """The machine, running."""
+        machine = self._machine
+        assert machine is not None
         with self._refusing():
-            state = self._fill()
-            assert self._machine is not None
-            self._machine.arrive(state)
+            if self._how == "postcopy":
+                self._pages = postcopy.await_pages(self._receiver.listener, self._token)
+            state, later = self._fill()
+            if self._pages is not None:
+                machine.lazy = postcopy.expect(machine, later, self._pages)
+            machine.arrive(state)
             self._channel.send(Kind.READY)
             self._take()
-            self._machine.start()
+            machine.start()
         with contextlib.suppress(MigrationError):  # it is ours, whether the other side hears of it or not
             self._channel.send(Kind.TAKEN)
-        self._close()
-        return self._machine
+        if machine.lazy is None:
+            self._close()
+        else:
+            listener = self._receiver.hand_over()
+            postcopy.Tending(machine, machine.lazy, self._channel, listener, self._fence, self._token)
+        return machine
 
-    def _fill(self) -> Any:
-        """Memory as it comes; answers the state that ends it."""
+    def _fill(self) -> tuple[Any, Any]:
+        """Memory as it comes; answers the state that ends it, and which pages come later."""
         assert self._machine is not None
         memory, channel = self._machine.memory, self._channel
         while True:
             frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.ROUND, Kind.STATE)
             if frame.kind == Kind.STATE:
-                return frame.value
+                value = frame.value
+                if not isinstance(value, dict) or value.keys() != {"machine", "later"}:
+                    raise MigrationError("the other side sent no state")
+                return value["machine"], value["later"]
             if frame.kind == Kind.ROUND:
                 channel.send(Kind.SEEN)
             elif frame.kind == Kind.PAGES:
@@ -234,7 +258,7 @@ def _checked(hello: Any) -> dict[str, Any]:
         )
     if hello.keys() != _HELLO.keys() or not all(isinstance(hello[name], kind) for name, kind in _HELLO.items()):
         raise MigrationError("the other side does not say what is coming as it should")
-    if hello["how"] not in ("precopy", "postcopy") or len(hello["token"]) not in (0, TOKEN):
+    if hello["how"] not in ("precopy", "postcopy") or len(hello["token"]) != TOKEN:
         raise MigrationError("the other side wants something that this pyvmm does not know")
     return hello
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmm.errors import MigrationError, StateError, VmmError
+from vmm.errors import ConfigError, MigrationError, StateError, VmmError
 from vmm.memory import runs_of
 from vmm.migrate import fence as record
 from vmm.migrate import wire
 from vmm.migrate.address import Address, Tls, connect
-from vmm.migrate.fence import Fence
+from vmm.migrate.fence import TOKEN, Fence
 from vmm.migrate.wire import Channel, Kind
 from vmm.snapshot.origin import describe
 from vmm.snapshot.regions import Ram, pages_not_zero
@@ -21,6 +22,7 @@ from vmm.snapshot.regions import Ram, pages_not_zero
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from vmm.devices.device import State
     from vmm.machine import Machine
     from vmm.memory import DirtyLog, GuestMemory
 
@@ -86,6 +88,8 @@ class Migration:
     ) -> None:
         self._machine = machine
         self._address = Address.parse(destination)
+        if postcopy and tls:
+            raise ConfigError("post-copy does not go over TLS: move it with pre-copy, or through a tunnel")
         self._postcopy = postcopy
         self._tls = tls
         self._downtime = downtime
@@ -94,6 +98,7 @@ class Migration:
         self._progress = progress
         self._patience = patience
         self._fence: Fence | None = None
+        self._token = b""
         self._channel: Channel | None = None
         self._lock = threading.Lock()
         self._cancelled = False
@@ -147,13 +152,12 @@ class Migration:
                 )
         local = self._address.port < 0
         self._fence = Fence.make(self._fence_path) if self._fence_path or local else None
+        self._token = self._fence.token if self._fence else os.urandom(TOKEN)
         given = self._fence.another() if self._fence and local else None
         try:
             connection = connect(self._address, self._tls, given=given)
         finally:
             if given is not None:
-                import os
-
                 os.close(given)
         self._channel = Channel(connection, bandwidth=self._bandwidth)
         self._channel.send_value(
@@ -163,7 +167,7 @@ class Migration:
                 "description": describe(machine),
                 "regions": [list(region) for region in machine.memory.regions],
                 "how": "postcopy" if self._postcopy else "precopy",
-                "token": self._fence.token if self._fence else b"",
+                "token": self._token,
                 "fence": None if local else self._fence_path,
             },
         )
@@ -171,12 +175,45 @@ class Migration:
 
     def _move(self) -> tuple[int, float]:
         assert self._channel is not None
+        if self._postcopy:
+            return 0, self._go_ahead(self._channel)
         with contextlib.ExitStack() as stack:
             log = self._open_log()
             stack.callback(log.close)
             with Brake(self._machine) as brake:
                 rounds = _Rounds(self, self._channel, self._machine.memory, log, brake).run()
-            return rounds, self._hand_over(log)
+
+            def last_pages(channel: Channel, state: State) -> None:
+                log.collect()
+                send_runs(channel, self._machine.memory, log.take())
+                channel.send_value(Kind.STATE, {"machine": state, "later": None})
+
+            downtime = self._hand_over(last_pages)
+        self._machine.left()
+        return rounds, downtime
+
+    def _go_ahead(self, channel: Channel) -> float:
+        """The machine first, its memory behind it."""
+        from vmm.migrate import postcopy
+
+        memory = self._machine.memory
+        pages = postcopy.Pages(self._address, memory, self._token)
+
+        def bitmaps(channel: Channel, state: State) -> None:
+            pages.start()  # its devices touch memory before it runs
+            channel.send_value(Kind.STATE, {"machine": state, "later": postcopy.later(memory)})
+
+        try:
+            downtime = self._hand_over(bitmaps)
+            self.show(Progress("memory behind it", 0, channel.sent, 0, 0.0, 0.0, downtime, 1.0), always=True)
+            try:
+                postcopy.await_all(channel, self._fence, self._address, self._token)
+            finally:
+                self._machine.left()  # it is lost where it went, if anywhere
+        finally:
+            pages.close()
+            channel.sent += pages.sent
+        return downtime
 
     def _open_log(self) -> DirtyLog:
         self._machine.pause()
@@ -206,7 +243,8 @@ class Migration:
 
     # ---- the handover ----
 
-    def _hand_over(self, log: DirtyLog) -> float:
+    def _hand_over(self, send_rest: Callable[[Channel, State], None]) -> float:
+        """Hold the machine and give it away; answers for how long nobody ran it."""
         channel, machine = self._channel, self._machine
         assert channel is not None
         began = time.monotonic()
@@ -217,9 +255,7 @@ class Migration:
             state = machine.save()
             for disk in machine.disks:
                 disk.let_go()
-            log.collect()
-            send_runs(channel, machine.memory, log.take())
-            channel.send_value(Kind.STATE, state)
+            send_rest(channel, state)
             channel.receive(Kind.READY)
             with self._lock:
                 self.check()
@@ -228,7 +264,6 @@ class Migration:
             self._stay(error)
             raise
         self._give()
-        machine.left()
         return time.monotonic() - began
 
     def _stay(self, error: BaseException) -> None:

@@ -1,0 +1,272 @@
+"""Memory that follows its machine: pages are sent when they are touched there, and all others beside that.
+
+Pages go over a connection of their own, as ``native/include/vmmlazy.h`` has it: at the destination native code asks for
+them, since a thread that touches a page waits for it, perhaps with the interpreter's lock. The source holds the machine
+until it is told that every page is there. When the connection breaks the guest waits, and the source connects anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import MigrationError, VmmError
+from vmm.migrate import wire
+from vmm.migrate.address import Address, Listener, connect
+from vmm.migrate.wire import Channel, Kind, LinkLost
+from vmm.snapshot.regions import Region, bitmap_size, pages_in
+
+if TYPE_CHECKING:
+    from vmm.machine import Machine
+    from vmm.memory import GuestMemory
+    from vmm.migrate.fence import Fence
+    from vmm.snapshot.lazy import LazyMemory
+
+_ANSWER = struct.Struct("<QII")  # address, what follows, zeros
+_REQUESTS = 4096  # bytes of requests taken at a time
+_AGAIN = 0.5  # seconds between two attempts to connect
+_NOTHING = bytes(wire.PAGE)
+
+
+def greeting(token: bytes) -> dict[str, Any]:
+    """The HELLO of a connection for pages."""
+    return {"version": wire.VERSION, "how": "pages", "token": token}
+
+
+# ---- the source ----
+
+
+def later(memory: GuestMemory) -> list[bytes]:
+    """A bitmap for each region of the pages that were ever touched. None of them is looked at."""
+    return [pages_in(gpa, size, memory.in_use(number)) for number, (gpa, size) in enumerate(memory.regions)]
+
+
+class Pages:
+    """The source's end: answers requests for pages of a machine that is held, and connects again when it must."""
+
+    def __init__(self, address: Address, memory: GuestMemory, token: bytes) -> None:
+        self._address = address
+        self._memory = memory
+        self._token = token
+        self._over = threading.Event()
+        self.sent = 0
+        self._connection = self._connect()
+        self._thread = threading.Thread(target=self._serve, name="pages", daemon=True)
+
+    def _connect(self) -> socket.socket:
+        connection = connect(self._address, None)
+        channel = Channel(connection)
+        try:
+            channel.send_value(Kind.HELLO, greeting(self._token))
+            channel.receive(Kind.ACCEPT)
+            connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def start(self) -> None:
+        """Answer from now on: the machine is held."""
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._over.is_set():
+            with contextlib.suppress(OSError), self._connection:
+                self._answer_all(self._connection)
+            while not self._over.wait(_AGAIN):
+                with contextlib.suppress(VmmError):
+                    self._connection = self._connect()
+                    break
+
+    def _answer_all(self, connection: socket.socket) -> None:
+        pending = b""
+        while taken := connection.recv(_REQUESTS):
+            pending += taken
+            whole = len(pending) // 8 * 8
+            asked, pending = pending[:whole], pending[whole:]
+            answers = [self._answer(int.from_bytes(asked[at : at + 8], "little")) for at in range(0, whole, 8)]
+            connection.sendall(b"".join(answers))
+            self.sent += sum(map(len, answers))
+
+    def _answer(self, gpa: int) -> bytes:
+        if gpa % wire.PAGE:
+            raise OSError(f"{gpa:#x} is not the address of a page")
+        try:
+            page = self._memory.read(gpa, wire.PAGE)
+        except VmmError as error:
+            raise OSError(str(error)) from error
+        if page == _NOTHING:
+            return _ANSWER.pack(gpa, 0, 0)
+        return _ANSWER.pack(gpa, 1, 0) + page
+
+    def close(self) -> None:
+        """No more. Twice is fine."""
+        self._over.set()
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+        if self._thread.is_alive():
+            self._thread.join()
+
+
+def await_all(channel: Channel, fence: Fence | None, address: Address, token: bytes) -> None:
+    """Until the other side has every page. Without the connection it is asked again and again.
+
+    Raises :class:`~vmm.errors.MigrationError` when it is dead, and the machine with it.
+    """
+    while True:
+        try:
+            channel.receive(Kind.ALL, timeout=None)
+            return
+        except LinkLost:
+            channel.close()
+        while True:
+            if fence is not None and fence.try_lock():
+                raise MigrationError("the machine ended there before all of its memory was there: it is lost")
+            time.sleep(_AGAIN)
+            with contextlib.suppress(VmmError):
+                channel = Channel(connect(address, None))
+                channel.send_value(Kind.HELLO, {**greeting(token), "how": "all"})
+                break
+
+
+# ---- the destination ----
+
+
+def await_pages(listener: Listener, token: bytes) -> socket.socket:
+    """The connection for pages of the migration with this token."""
+    how, connection = _greet(listener, token, wire.PATIENCE)
+    if how != "pages":
+        connection.close()
+        raise MigrationError("the other side did not connect for pages")
+    return connection
+
+
+def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socket.socket]:
+    try:
+        connection, fd = listener.accept(timeout)
+    except TimeoutError:
+        raise LinkLost("the other side did not connect again") from None
+    if fd is not None:
+        os.close(fd)
+    channel = Channel(connection)
+    try:
+        hello = channel.receive(Kind.HELLO, timeout=10).value
+        if not isinstance(hello, dict) or hello.get("token") != token or hello.get("how") not in ("pages", "all"):
+            raise MigrationError("somebody else connected")
+        if hello["how"] == "pages":
+            channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
+        connection.settimeout(None)
+    except BaseException:
+        connection.close()
+        raise
+    return str(hello["how"]), connection
+
+
+def expect(machine: Machine, bitmaps: Any, connection: socket.socket) -> LazyMemory:
+    """Have the machine's memory come from ``connection``: the pages of ``bitmaps``, one for each region."""
+    from vmm.snapshot.lazy import LazyMemory
+
+    regions = machine.memory.regions
+    if not isinstance(bitmaps, list) or len(bitmaps) != len(regions):
+        raise MigrationError("the other side does not say which pages are to come")
+    lazy = LazyMemory(machine.native, machine.memory)
+    for number, ((gpa, size), bitmap) in enumerate(zip(regions, bitmaps, strict=True)):
+        if not isinstance(bitmap, bytes) or len(bitmap) != bitmap_size(size):
+            raise MigrationError("the other side does not say which pages are to come")
+        if int.from_bytes(bitmap, "little") >> size // wire.PAGE:
+            raise MigrationError("the other side speaks of pages that there are not")
+        lazy.want(number, Region(gpa, size, 0, bitmap, b""))
+    lazy.start()
+    lazy.connect(connection)
+    return lazy
+
+
+class Tending:
+    """Watches over a machine that runs here and whose memory is partly elsewhere, until all of it is here.
+
+    ``channel`` is told then. ``listener`` is taken; ``fence`` as well: without one, a source that is gone is waited
+    for as long as the machine lives.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        lazy: LazyMemory,
+        channel: Channel,
+        listener: Listener,
+        fence: Fence | None,
+        token: bytes,
+    ) -> None:
+        self._machine = machine
+        self._lazy = lazy
+        self._channel = channel
+        self._listener = listener
+        self._fence = fence
+        self._token = token
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        machine.guardian = self
+        lazy.fetch_rest()
+        self._thread = threading.Thread(target=self._tend, name="memory to come", daemon=True)
+        self._thread.start()
+
+    def _tend(self) -> None:
+        try:
+            while (state := self._lazy.state) not in ("done", "abandoned"):
+                if state == "lost":
+                    self._look_for_source()
+                listening = self._listener.fileno()
+                readable = select.select([self._lazy.fd, listening, self._stop], [], [], _AGAIN)[0]
+                if self._stop in readable:
+                    return
+                if listening in readable:
+                    self._connected()
+                if self._lazy.fd in readable:
+                    os.eventfd_read(self._lazy.fd)
+            if state == "done":
+                self._tell()
+        finally:
+            self._channel.close()
+            self._listener.close()
+            if self._fence is not None:
+                self._fence.close()
+
+    def _look_for_source(self) -> None:
+        if self._fence is not None and not self._fence.source_lives():
+            self._lazy.abandon("the process that had the rest of its memory is gone")
+
+    def _connected(self) -> None:
+        with contextlib.suppress(VmmError, TimeoutError):
+            how, connection = _greet(self._listener, self._token, 0.0)
+            if how == "all":
+                self._channel.close()
+                self._channel = Channel(connection)
+                return
+            with connection:
+                self._lazy.connect(connection)
+
+    def _tell(self) -> None:
+        """Have the source know. One that lost the connection connects again."""
+        while True:
+            try:
+                self._channel.send(Kind.ALL)
+                return
+            except LinkLost:
+                if self._fence is not None and not self._fence.source_lives():
+                    return
+                if self._stop in select.select([self._listener.fileno(), self._stop], [], [], _AGAIN)[0]:
+                    return
+                self._connected()
+
+    def stop(self) -> None:
+        """The machine is about to be closed."""
+        os.eventfd_write(self._stop, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._machine.guardian = None
