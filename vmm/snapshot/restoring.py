@@ -43,7 +43,7 @@ class Prepared:
         return {**fields, "disks": disks}
 
     def finish(self, machine: Machine) -> LazyMemory | None:
-        """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot.
+        """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot, or must not.
 
         Answers its memory, where that is still to come.
         """
@@ -74,27 +74,80 @@ class Prepared:
         self.close()
 
 
-class _Mapped(Prepared):
-    """Memory is the full snapshot's file, mapped privately, with what the differentials have copied over it."""
+class _Checking:
+    """All of an open snapshot compared with its checksums, while the machine is made."""
 
     def __init__(self, snapshot: Snapshot) -> None:
+        from threading import Thread
+
         self._snapshot = snapshot
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._check, name="snapshot-check", daemon=True)
+        self._thread.start()
+
+    def _check(self) -> None:
+        try:
+            self._snapshot.check()
+        except BaseException as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for it. Raises what it found."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+
+class _Local(Prepared):
+    """Memory is in the snapshot's directory."""
+
+    def __init__(self, snapshot: Snapshot, check: bool, files: list[tuple[int, int]] | None) -> None:
+        self._snapshot = snapshot
+        self._checking = None
+        super().__init__(snapshot.path, snapshot.state, files)
+        self._checking = _Checking(snapshot) if check else None
+
+    def finish(self, machine: Machine) -> LazyMemory | None:
+        try:
+            memory = super().finish(machine)
+        except SnapshotError:
+            self._compare()  # what does not fit may be damaged
+            raise
+        try:
+            self._compare()
+        except BaseException:
+            machine.close()
+            raise
+        return memory
+
+    def _compare(self) -> None:
+        if self._checking:
+            self._checking.finish()
+
+    def close(self) -> None:
+        import contextlib
+
+        with contextlib.suppress(SnapshotError):
+            self._compare()  # it reads the files that are closed now
+        self._snapshot.close()
+
+
+class _Mapped(_Local):
+    """The full snapshot's file is mapped privately, and what the differentials have copied over it."""
+
+    def __init__(self, snapshot: Snapshot, check: bool) -> None:
         fd = snapshot.layers[0].memory_fd
-        super().__init__(snapshot.path, snapshot.state, [(fd, region.offset) for region in snapshot.regions])
+        super().__init__(snapshot, check, [(fd, region.offset) for region in snapshot.regions])
 
     def fill(self, machine: Machine) -> None:
         self._snapshot.overlay(machine.memory.view)
 
-    def close(self) -> None:
-        self._snapshot.close()
 
+class _Later(_Local):
+    """Memory is the machine's own, and its pages come from the file when they are touched, or before that."""
 
-class _Later(Prepared):
-    """Memory of the machine's own, whose pages come from the file when they are touched, or before that."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-        super().__init__(snapshot.path, snapshot.state, None)
+    def __init__(self, snapshot: Snapshot, check: bool) -> None:
+        super().__init__(snapshot, check, None)
 
     def fill(self, machine: Machine) -> LazyMemory:
         from vmm.snapshot import working_set
@@ -105,9 +158,6 @@ class _Later(Prepared):
         memory.prefetch(working_set.load(self._snapshot))
         memory.start()
         return memory
-
-    def close(self) -> None:
-        self._snapshot.close()
 
 
 class _Remote(Prepared):
@@ -132,7 +182,7 @@ class _Remote(Prepared):
 
 
 def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = True, later: bool = False) -> Prepared:
-    """Open a snapshot to make a machine of it, every byte compared with its checksum if ``check``.
+    """Open a snapshot to make a machine of it, every byte compared with its checksum meanwhile if ``check``.
 
     ``later``: memory comes by userfaultfd, where it is touched; first the pages of the recorded working set. Without,
     it is mapped. A socket, which stays the caller's, is one to a :class:`vmm.snapshot.serving.PageServer`: memory comes
@@ -142,9 +192,7 @@ def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = Tru
         return _Remote(source)
     snapshot = read(source)
     try:
-        if check:
-            snapshot.check()
-        return _Later(snapshot) if later else _Mapped(snapshot)
+        return (_Later if later else _Mapped)(snapshot, check)
     except BaseException:
         snapshot.close()
         raise
