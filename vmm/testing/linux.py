@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vmm.errors import ConsoleTimeout, StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.machine import Machine
 
 BOOT_TIMEOUT = 300.0  # seconds; a quarter of a minute where guest kernel code is emulated, under a second elsewhere
+
+
+_SET_ADDRESS = """for interface in /sys/class/net/*; do
+    [ "$(cat $interface/address)" = {old} ] && {{ ip link set dev ${{interface##*/}} address {new} || exit; break; }}
+done"""
 
 
 class Result(NamedTuple):
@@ -72,6 +79,42 @@ class LinuxGuest:
             raise self._death(machine, "booting", error, 0) from None
         return machine
 
+    def clone(self, n: int = 1, *, hostname: Callable[[int], str] = "clone{}".format) -> list[LinuxGuest]:
+        """``n`` guests that go on from where this one is (:meth:`vmm.Machine.clone`), running; this one goes on too.
+
+        Each has the hardware addresses its machine was given, and the host name ``hostname(index)``; its kernel has
+        reseeded its random numbers if it can (``CONFIG_VMGENID``). Close them. Raises as :meth:`run` does, and what
+        ``Machine.clone`` raises.
+        """
+        self.run("true")  # it is there, and does nothing else
+        assert self.machine is not None
+        before = _addresses(self.machine)
+        guests = []
+        for machine in self.machine.clone(n):
+            guests.append(LinuxGuest(**self.fields))
+            guests[-1].machine = machine
+        try:
+            for index, guest in enumerate(guests):
+                guest._become(before, hostname(index))
+        except BaseException:
+            for guest in guests:
+                guest.close()
+            raise
+        return guests
+
+    def _become(self, before: list[str], hostname: str) -> None:
+        """Run for the first time, and have the guest be what its machine is. ``before``: what it takes itself for."""
+        import shlex
+
+        assert self.machine is not None
+        self.machine.start()
+        commands = [f"hostname {shlex.quote(hostname)}"]
+        for old, new in zip(before, _addresses(self.machine), strict=True):
+            commands.append(_SET_ADDRESS.format(old=old, new=new))
+        status, output = self.run("\n".join(commands))
+        if status:
+            raise StateError(f"the clone {hostname} did not take its identity up: {output.strip()}")
+
     def _death(self, machine: Machine, doing: str, error: ConsoleTimeout, start: int) -> Exception:
         if not machine.console.closed:
             machine.stop()  # for who looks at it; the next command boots another
@@ -84,3 +127,10 @@ class LinuxGuest:
         if self.machine is not None:
             self.machine.close()
             self.machine = None
+
+
+def _addresses(machine: Machine) -> list[str]:
+    """The hardware addresses of a machine's networks."""
+    from vmm.devices.virtio.net import Net
+
+    return [device.mac for device in machine.virtio if isinstance(device, Net)]
