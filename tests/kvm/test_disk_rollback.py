@@ -78,3 +78,28 @@ def test_a_guest_goes_on_from_any_moment_of_its_traffic(
             assert machine.wait(20).code == PASSED
             assert image.read_bytes() == whole
         assert len({then for _, then in moments}) > 1
+
+
+def test_clones_and_restored_machines_go_on_with_disks_of_their_own(
+    guest: Callable[[str], str], image: Path, tmp_path: Path
+) -> None:
+    with writer(guest("blk_rw"), Disk(str(image), iops=200)) as machine:
+        machine.start()
+        while taken(machine) < 10:
+            pass
+        machine.pause()
+        then = image.read_bytes()
+        machine.snapshot(tmp_path / "snapshot").close()
+        clones = machine.clone(2)
+        restored = Machine.restore(tmp_path / "snapshot")
+        try:
+            for other in (*clones, restored):
+                assert other.run(20).code == PASSED
+            assert image.read_bytes() == then
+            machine.resume()
+            assert machine.wait(20).code == PASSED
+            assert image.read_bytes() != then
+        finally:
+            for other in (*clones, restored):
+                other.close()
+    assert (tmp_path / "snapshot" / "disk0-0.img").read_bytes() == then
