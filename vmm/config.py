@@ -98,6 +98,7 @@ FIELDS: dict[str, Field] = {
     "console_device": Field(read_one_of(*CONSOLE_DEVICES), "uart", "what the console is to the guest: uart, virtio"),
     "virtio": Field(read_one_of(*TRANSPORTS), "pci", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
     "symbols": Field(read_path, None, "names of the guest's functions: a vmlinux that is not stripped, or System.map"),
+    "control": Field(read_path, None, "a UNIX socket by which pyvmm migrate and pyvmm snapshot reach the machine"),
     "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
 }
 
@@ -135,6 +136,7 @@ class MachineConfig:
     console_device: str
     virtio: str
     symbols: str | None
+    control: str | None
     reboot: bool
 
     def __init__(self, **fields: Any) -> None:

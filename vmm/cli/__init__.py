@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 COMMANDS = {
     "boot": "boot a kernel, or a Linux that pyvmm gets for itself",
     "doctor": "say what this host's KVM is and can do",
+    "migrate": "move a running machine to another process",
     "profile": "boot, and say where the guest spends its time",
+    "receive": "wait for a machine that moves here, and go on with it",
     "restore": "go on from a snapshot, with the console on the terminal",
     "run": "run a command in a Linux guest, and exit with its status",
+    "snapshot": "write a running machine into a directory",
     "trace": "boot and show every exit by name, or show what was saved",
 }
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from vmm.console_host import HostEnd
+    from vmm.control import Control
     from vmm.machine import Machine
     from vmm.observe.gdb import GdbServer
     from vmm.outcome import Outcome
@@ -58,6 +59,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--virtio": ("virtio", {"metavar": "TRANSPORT"}),
     "--symbols": ("symbols", {"metavar": "FILE"}),
     "--gdb": ("gdb", {"metavar": "ADDR", "nargs": "?", "const": "127.0.0.1:1234"}),
+    "--control": ("control", {"metavar": "PATH"}),
     "--huge-pages": ("huge_pages", {"action": "store_true"}),
     "--reboot": ("reboot", {"action": "store_true"}),
 }
@@ -188,8 +190,10 @@ def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None =
                 print(f"pyvmm: {note}", file=sys.stderr)
         _end_on_signals(machine)
         watched = watch(machine, end) if watch else nullcontext()
-        with watched, _gdb(machine, config.gdb) if config.gdb else nullcontext():
-            machine.start()
+        controlled = _control(machine, config.control) if config.control else nullcontext()
+        with watched, _gdb(machine, config.gdb) if config.gdb else nullcontext(), controlled:
+            if not machine.running:  # it came from elsewhere
+                machine.start()
             gc.freeze()  # see vmm.cli.entry
             gc.enable()
             try:
@@ -214,6 +218,12 @@ def _gdb(machine: Any, option: str) -> GdbServer:
     server = GdbServer(machine, address, wait=wait)
     print(f"pyvmm: gdb: target remote {server.address}", file=sys.stderr, flush=True)
     return server
+
+
+def _control(machine: Machine, path: str) -> Control:
+    from vmm.control import Control
+
+    return Control(machine, path)
 
 
 def _end_on_signals(machine: Any) -> None:

@@ -1,0 +1,110 @@
+"""``pyvmm migrate``: have a machine move, and show how it does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vmm.cli import command_parser
+from vmm.fields import parse_size
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "migrate",
+        description="Move the machine whose control socket is CONTROL to where pyvmm receive listens.",
+    )
+    parser.add_argument("control", metavar="CONTROL", help="what the machine's --control says")
+    parser.add_argument("destination", metavar="DESTINATION", help="unix:PATH or tcp:HOST:PORT")
+    parser.add_argument("--postcopy", action="store_true", help="the machine first, its memory when it is touched")
+    parser.add_argument("--downtime", metavar="MS", type=float, default=300, help="longest pause wanted (300)")
+    parser.add_argument("--bandwidth", metavar="RATE", help="bytes a second while the guest runs, e.g. 100M")
+    parser.add_argument("--fence", metavar="FILE", help="a file both sides see, by which they know whose it is")
+    add_tls(parser)
+    return parser
+
+
+def add_tls(parser: argparse.ArgumentParser) -> None:
+    """The flags by which both sides show who they are."""
+    parser.add_argument("--tls-certificate", metavar="FILE", help="this side's certificate (PEM)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key")
+    parser.add_argument("--tls-authority", metavar="FILE", help="who must have issued the other side's certificate")
+
+
+def tls_files(given: dict[str, Any]) -> dict[str, str]:
+    """The files of these flags that were given, with absolute paths."""
+    names = ("certificate", "key", "authority")
+    return {name: os.path.abspath(given[f"tls_{name}"]) for name in names if given[f"tls_{name}"]}
+
+
+def run(argv: list[str]) -> int:
+    """Migrate; answers the exit status."""
+    from vmm.control import ask
+
+    given = vars(_parser().parse_args(argv))
+    request: dict[str, Any] = {"do": "migrate", "to": _absolute(given["destination"]), **tls_files(given)}
+    request["downtime"] = given["downtime"] / 1000
+    if given["postcopy"]:
+        request["postcopy"] = True
+    if given["bandwidth"]:
+        request["bandwidth"] = parse_size(given["bandwidth"])
+    if given["fence"]:
+        request["fence"] = os.path.abspath(given["fence"])
+    with Display(sys.stderr.isatty()) as display:
+        try:
+            done = ask(given["control"], request, display.show)
+        except KeyboardInterrupt:
+            ask(given["control"], {"do": "cancel"})
+            print("pyvmm: cancelled: the machine stays where it is", file=sys.stderr)
+            return 130
+    print(
+        f"moved: held for {done['downtime'] * 1000:.0f} ms, {done['bytes'] / 1e6:.1f} MB in {done['seconds']:.1f} s, "
+        f"{done['rounds']} rounds over memory"
+    )
+    return 0
+
+
+def _absolute(destination: str) -> str:
+    kind, _, path = destination.partition(":")
+    return f"unix:{os.path.abspath(path)}" if kind == "unix" and path else destination
+
+
+class Display:
+    """What a person sees meanwhile: rate, what remains, how fast the guest writes, the pause to expect."""
+
+    def __init__(self, terminal: bool) -> None:
+        self._status: Any = None
+        if terminal:
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("connecting")
+
+    def show(self, progress: dict[str, Any]) -> None:
+        """Of :class:`vmm.migrate.Progress`."""
+        if self._status is not None:
+            self._status.update(sentence(progress))
+
+    def __enter__(self) -> Display:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+def sentence(progress: dict[str, Any]) -> str:
+    """One line of it."""
+    if not progress["round"]:
+        return f"{progress['phase']}, held for {progress['downtime'] * 1000:.0f} ms"
+    held = "" if progress["share"] == 1 else f", guest held back to {progress['share']:.0%}"
+    return (
+        f"round {progress['round']}: {progress['sent'] / 1e6:.1f} MB sent at {progress['rate'] / 1e6:.1f} MB/s, "
+        f"{progress['remaining'] / 1e6:.1f} MB remain, guest writes {progress['dirty_rate'] / 1e6:.1f} MB/s, "
+        f"pause of {progress['downtime'] * 1000:.0f} ms expected{held}"
+    )

@@ -1,0 +1,63 @@
+"""``pyvmm receive``: wait for a machine, go on with it, and exit as its guest ended."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vmm.cli import boot, command_parser
+from vmm.cli.migrate import add_tls, tls_files
+from vmm.config import FIELDS
+from vmm.snapshot.origin import PLACES, USES
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "receive",
+        description="Wait at LISTEN for a machine that pyvmm migrate sends, and go on with it. Over TCP without TLS "
+        "its disks and networks must be named here.",
+    )
+    parser.add_argument("listen", metavar="LISTEN", help="unix:PATH or tcp:HOST:PORT (0: any port)")
+    for flag, (name, how) in boot.FLAGS.items():
+        if name in (*USES, *PLACES) and name != "reboot":
+            parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
+    add_tls(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Receive; answers the exit status."""
+    from vmm.console_host import open_end
+    from vmm.errors import ConfigError
+    from vmm.migrate import Receiver, Tls
+
+    given = vars(_parser().parse_args(argv))
+    fields: dict[str, Any] = {**boot.DEFAULTS}
+    fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
+    files = tls_files(given)
+    if files and len(files) < 3:
+        raise ConfigError("TLS takes --tls-certificate, --tls-key and --tls-authority together")
+    tls = Tls(**files) if files else None
+    with Receiver(given["listen"], tls=tls, on_refused=_say, **fields) as receiver:
+        _say(f"waiting for a machine at {receiver.address}")
+        machine = receiver.receive()
+    try:
+        end = open_end(machine.config.console)
+    except BaseException:
+        machine.close()
+        raise
+    try:
+        outcome, report = boot.serve_once(machine, end, given["verbose"])
+    finally:
+        end.close()
+    if report:
+        sys.stderr.write(report)
+    return outcome.status
+
+
+def _say(text: str) -> None:
+    print(f"pyvmm: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,258 @@
+"""A machine told what to do from another process: a UNIX socket, its owner's alone, with a JSON object a line.
+
+A request is ``{"do": NAME, ...}``; it is answered by ``{"ok": VALUE}`` or ``{"error": SENTENCE}``, for a migration
+after any number of ``{"progress": {...}}``. The names and what goes with them are :data:`REQUESTS`; paths are those of
+the machine's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm.errors import ConfigError, HostError, StateError, VmmError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+    from vmm.machine import Machine
+
+LINE_MAX = 64 << 10  # bytes of a request: two paths and some numbers
+ANSWER_SECONDS = 2.0  # that an ended machine gives a client to take its answer
+CLIENTS_MAX = 8  # at once; one more is not answered until another goes
+
+# What may be asked: the fields of a request beside "do", with their types; all but those of NEEDED may be left out.
+REQUESTS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "status": {},
+    "pause": {},
+    "resume": {},
+    "snapshot": {"path": str, "differential": bool},
+    "migrate": {
+        "to": str, "postcopy": bool, "downtime": (int, float), "bandwidth": int, "fence": str,
+        "certificate": str, "key": str, "authority": str,
+    },
+    "cancel": {},
+}  # fmt: skip
+NEEDED = {"snapshot": {"path"}, "migrate": {"to"}}
+
+
+class Control:
+    """Listens at ``path`` and does to ``machine`` what is asked. A context manager.
+
+    Raises :class:`~vmm.errors.ConfigError` when it cannot listen there.
+    """
+
+    def __init__(self, machine: Machine, path: str) -> None:
+        import socket
+        import threading
+
+        self._machine = machine
+        self._path = path
+        self._lock = threading.Lock()  # one request at a time, but for status and cancel
+        self._busy = 0  # requests that were read and not answered
+        self._answered = threading.Condition()
+        self._room = threading.BoundedSemaphore(CLIENTS_MAX)
+        self._clients: set[socket.socket] = set()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        mask = os.umask(0o177)
+        try:
+            self._socket.bind(path)
+            self._socket.listen(CLIENTS_MAX)
+        except OSError as error:
+            self._socket.close()
+            why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
+            raise ConfigError(f"cannot listen on control socket {path}: {why}") from error
+        finally:
+            os.umask(mask)
+        self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
+        self._thread.start()
+
+    # ---- connections ----
+
+    def _accept(self) -> None:
+        import threading
+
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return  # closed
+            self._room.acquire()
+            self._clients.add(client)
+            threading.Thread(target=self._serve, args=(client,), name="control client", daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            with client, client.makefile("rwb") as lines, contextlib.suppress(OSError):
+                while line := lines.readline(LINE_MAX):
+                    with self._request():
+                        _say(lines, self._answer(line, lambda progress: _say(lines, {"progress": progress})))
+        finally:
+            self._clients.discard(client)
+            self._room.release()
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[None]:
+        with self._answered:
+            if self._socket.fileno() < 0:
+                raise OSError("closed")
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._answered:
+                self._busy -= 1
+                self._answered.notify_all()
+
+    def _answer(self, line: bytes, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        try:
+            name, fields = _parse(line)
+            if name == "status":
+                return {"ok": self._status()}
+            if name == "cancel":
+                self._cancel()
+                return {"ok": None}
+            if not self._lock.acquire(blocking=False):
+                raise StateError("something else is being done to the machine: wait for that, or cancel it")
+            try:
+                return {"ok": getattr(self, f"_{name}")(progress=progress, **fields)}
+            finally:
+                self._lock.release()
+        except VmmError as error:
+            return {"error": str(error)}
+
+    # ---- what is asked ----
+
+    def _status(self) -> dict[str, Any]:
+        machine = self._machine
+        state = "paused" if machine.paused else "running" if machine.running else "not running"
+        return {
+            "state": "moving" if machine.migration is not None else state,
+            "memory": machine.config.memory,
+            "cpus": machine.config.cpus,
+            "messages": machine.messages[-10:],
+        }
+
+    def _pause(self, progress: object) -> None:
+        if self._machine.paused:
+            raise StateError("the machine is held already")
+        self._machine.pause()
+
+    def _resume(self, progress: object) -> None:
+        if not self._machine.paused:
+            raise StateError("the machine is not held")
+        self._machine.resume()
+
+    def _snapshot(self, progress: object, path: str, differential: bool = False) -> dict[str, Any]:
+        with self._machine.snapshot(path, differential=differential) as snapshot:
+            return {"id": snapshot.id.hex(), "pages": sum(region.pages_held for region in snapshot.regions)}
+
+    def _migrate(self, progress: Callable[[dict[str, Any]], None], to: str, **how: Any) -> dict[str, Any]:
+        from vmm.migrate.address import Tls
+
+        files = [how.pop(name, None) for name in ("certificate", "key", "authority")]
+        if any(files) and not all(files):
+            raise ConfigError("TLS takes three files: a certificate, its key, and the authority of the other side's")
+        tls = Tls(*map(str, files)) if all(files) else None
+        gone = False
+
+        def show(value: Any) -> None:
+            nonlocal gone
+            try:
+                if not gone:
+                    progress(value._asdict())
+            except (OSError, ValueError):
+                gone = True  # nobody looks any more; the machine moves all the same
+
+        return self._machine.migrate(to, tls=tls, progress=show, **how)._asdict()
+
+    def _cancel(self) -> None:
+        migration = self._machine.migration
+        if migration is None:
+            raise StateError("the machine is not on its way anywhere")
+        migration.cancel()
+
+    def close(self) -> None:
+        """Stop listening, remove the socket, and wait for what is being done. Twice is fine."""
+        import socket
+
+        if self._socket.fileno() < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # ends accept()
+        self._thread.join()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        with self._answered:
+            self._socket.close()
+            self._answered.wait_for(lambda: not self._busy, ANSWER_SECONDS)
+        for client in list(self._clients):
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)  # who does not read keeps nobody
+        with self._answered:
+            self._answered.wait_for(lambda: not self._busy)
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
+    import json
+
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"a request is a JSON object in one line of at most {LINE_MAX} bytes: {error}") from None
+    name = request.pop("do", None) if isinstance(request, dict) else None
+    if not isinstance(name, str) or name not in REQUESTS:
+        raise ConfigError(f"a request does one of {', '.join(REQUESTS)}")
+    known = REQUESTS[name]
+    for field, value in request.items():
+        kind = known.get(field)
+        if kind is None or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{name} takes {', '.join(known) or 'nothing'}: {field} is not one of these, or is wrong")
+    if missing := NEEDED.get(name, set()) - request.keys():
+        raise ConfigError(f"{name} needs {', '.join(sorted(missing))}")
+    return name, request
+
+
+def _say(lines: Any, value: dict[str, Any]) -> None:
+    import json
+
+    lines.write(json.dumps(value).encode() + b"\n")
+    lines.flush()
+
+
+def ask(path: str, request: dict[str, Any], progress: Callable[[dict[str, Any]], object] | None = None) -> Any:
+    """Ask the machine whose control socket is ``path``; answers the value of ``ok``.
+
+    Raises :class:`~vmm.errors.StateError` with the sentence of ``error``, :class:`~vmm.errors.HostError` where nobody
+    answers.
+    """
+    import json
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(path)
+        except OSError as error:
+            raise HostError(
+                f"no machine answers at {path} ({error.strerror}): was it started with --control?"
+            ) from error
+        with connection.makefile("rwb") as lines:
+            _say(lines, request)
+            for line in lines:
+                answer = json.loads(line)
+                if "progress" in answer:
+                    if progress:
+                        progress(answer["progress"])
+                elif "error" in answer:
+                    raise StateError(answer["error"])
+                else:
+                    return answer["ok"]
+    raise HostError(f"the machine at {path} ended before it answered")
