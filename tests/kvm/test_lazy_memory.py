@@ -214,6 +214,18 @@ def test_a_guest_runs_while_its_memory_comes_over_a_socket(path: Path) -> None:
             assert memory.state == "done"
 
 
+def test_a_guest_that_is_paused_while_it_waits_for_pages_loses_no_instruction(path: Path) -> None:
+    with server(path / "top", path / "door"), call(path / "door") as connection:
+        machine, _ = restore(connection)
+        with machine:
+            machine.start()
+            for _ in range(30):  # each kick finds the vCPU in a fault, or about to be
+                machine.pause()
+                machine.resume()
+            assert machine.wait(60).reason == "debug-exit"
+            assert int.from_bytes(machine.memory.read(SUM, 4), "little") == TOTAL
+
+
 def test_a_guest_waits_while_the_server_is_gone_and_goes_on_with_another(path: Path) -> None:
     with server(path / "top", path / "door") as process, call(path / "door") as connection:
         machine, memory = restore(connection)
