@@ -97,10 +97,10 @@ typedef struct vmm_virtio_state {
 int vmm_virtio_save(vmm_virtio *dev, vmm_virtio_state *state);
 
 /*
- * Become that; what is in flight now is forgotten, and what waits in a ring is looked at when the machine goes on.
- * Guest memory may be loaded before or after. A device that runs before and after keeps its doorbells: no system call
- * that waits. The state may come from anywhere: -EINVAL says what no such device can be in, and nothing has changed.
- * The driver is not told of anything, and the transport is loaded after it.
+ * Become that; what is in flight now is forgotten, and what waits in a ring is looked at when the machine goes on. Guest
+ * memory is loaded after it, where something may be under way (a roll-back). A device that runs before and after keeps
+ * its doorbells: no system call that waits. The state may come from anywhere: -EINVAL says what no such device can be
+ * in, and nothing has changed. The driver is not told of anything, and the transport is loaded after it.
  */
 int vmm_virtio_load(vmm_virtio *dev, const vmm_virtio_state *state);
 
