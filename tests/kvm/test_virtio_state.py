@@ -18,12 +18,13 @@ from vmm.devices.virtio.balloon import Balloon
 from vmm.devices.virtio.blk import Blk
 from vmm.devices.virtio.console import VirtioConsole
 from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.fs import Fs, find_server
 from vmm.devices.virtio.model import Request, VirtioModel
 from vmm.devices.virtio.net import Net
 from vmm.devices.virtio.rng import Rng
 from vmm.devices.virtio.rng_model import RngModel
 from vmm.devices.virtio.vsock import Vsock
-from vmm.errors import StateError
+from vmm.errors import HostError, StateError
 from vmm.net.end import End
 from vmm.testing.ring import VirtioDriver
 
@@ -466,6 +467,18 @@ def test_a_held_request_names_its_device_and_a_disk_of_another_size_is_refused(t
         journey.move()
     assert not journey.device.driven  # refused, and reset
     journey.close()
+
+
+def test_a_share_says_that_it_cannot_be_saved(tmp_path: Path) -> None:
+    try:
+        find_server()
+    except HostError as error:
+        pytest.skip(str(error))
+    place = Place("mmio", lambda vm: Fs(vm, 0, tmp_path, "work"))
+    for save in (place.save, place.transport.capture):
+        with pytest.raises(StateError, match=r"a share cannot be saved.*take out the share 'work'"):
+            save()
+    place.close()
 
 
 # -- hostile states --------------------------------------------------------------------------------------------------

@@ -70,15 +70,16 @@ def test_no_interrupt_is_lost_or_doubled_by_a_move(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("cache", ["writeback", "none"])  # without the page cache most requests are under way
 @pytest.mark.parametrize("rings", ["", "packed=1 indirect=1 event_idx=1"])
 def test_a_disk_s_guest_finds_what_it_wrote_through_roll_backs(
-    guest: GuestPath, tmp_path: Path, transport: str, rings: str
+    guest: GuestPath, tmp_path: Path, transport: str, rings: str, cache: str
 ) -> None:
     choose = random.Random(3)
     image = tmp_path / "disk"
     image.write_bytes(bytes(2 * MIB))
     words = f"sectors={2 * MIB // SECTOR} {rings}"
-    with machine(guest("blk_rw"), transport, words, disks=Disk(image)) as made:
+    with machine(guest("blk_rw"), transport, words, disks=Disk(image, cache=cache)) as made:
         disk = next(n for n, device in enumerate(made.virtio) if device.device_id == 2)
         made.start()
         proceed(made, choose.randrange(1, 30), disk)
