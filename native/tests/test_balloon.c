@@ -122,6 +122,24 @@ static void numbers_that_are_not_ram_are_counted_and_harm_nothing(void)
     tear_down(&f);
 }
 
+static void private_pages_go_and_the_file_under_them_stays(void)
+{
+    struct fixture f;
+    set_up(&f, AGREED, 0);
+    struct vmm_region *r = &f.vm->regions[0];
+    uint8_t *page = machine_at(f.vm, PAGES, 4096);
+    memset(page, 0x11, 4096); /* the file's */
+    CHECK(mmap(r->host, r->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, r->fd, 0) == r->host);
+    r->flags |= VMM_MEMORY_PRIVATE;
+    memset(page, 0x22, 4096); /* ours */
+    number(&f, 0, PAGES >> 12);
+    offer_and_collect(&f, INFLATE, (struct piece[]){OUT(NUMBERS, 4)}, 1);
+    CHECK_EQUAL(info_of(&f).released, 1);
+    CHECK_EQUAL(page[0], 0x11);
+    CHECK_EQUAL(page[4095], 0x11);
+    tear_down(&f);
+}
+
 static void a_buffer_of_a_million_numbers_is_worked_off_in_turns(void)
 {
     struct fixture f;
@@ -310,6 +328,7 @@ int main(void)
     memory_in_huge_pages_has_no_balloon();
     inflated_pages_are_the_hosts_again_and_read_as_zeroes();
     numbers_that_are_not_ram_are_counted_and_harm_nothing();
+    private_pages_go_and_the_file_under_them_stays();
     a_buffer_of_a_million_numbers_is_worked_off_in_turns();
     what_is_left_of_a_buffer_survives_save_and_load();
     the_target_is_told_and_only_actual_is_the_drivers();

@@ -58,25 +58,32 @@ static void look_again(struct vmm_balloon *balloon, unsigned queue)
 
 /* ---- giving memory back ---- */
 
-/* A region's bytes may be punched out if the guest may write them. */
-static bool is_ram(const struct vmm_vm *vm, const uint8_t *host)
+/* The region whose bytes may be punched out, as the guest may write them; NULL: there is none at that place. */
+static const struct vmm_region *ram_at(const struct vmm_vm *vm, const uint8_t *host)
 {
     for (uint32_t i = 0; i < vm->n_regions; i++) {
         const struct vmm_region *r = &vm->regions[i];
         if (host >= r->host && (size_t)(host - r->host) < r->size)
-            return !(r->flags & VMM_MEMORY_READONLY);
+            return r->flags & VMM_MEMORY_READONLY ? NULL : r;
     }
-    return false;
+    return NULL;
 }
 
-/* Whole pages of RAM. */
+static bool is_ram(const struct vmm_vm *vm, const uint8_t *host)
+{
+    return ram_at(vm, host) != NULL;
+}
+
+/* Whole pages of RAM. Of private memory our own pages go, and what is found next is the file's. */
 static void release(struct vmm_balloon *balloon, uint8_t *host, size_t size)
 {
-    if (madvise(host, size, MADV_REMOVE) == 0)
+    const struct vmm_region *r = ram_at(balloon->virtio.vm, host);
+    const int how = r && r->flags & VMM_MEMORY_PRIVATE ? MADV_DONTNEED : MADV_REMOVE;
+    if (madvise(host, size, how) == 0)
         balloon->info.released += size >> PAGE_SHIFT;
     else
         balloon->info.refused += size >> PAGE_SHIFT;
-    vmm_vm_wrote(balloon->virtio.vm, host, size); /* with zeroes */
+    vmm_vm_wrote(balloon->virtio.vm, host, size); /* it has other content now */
 }
 
 struct run {
