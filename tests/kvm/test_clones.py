@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
+import socket
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from vmm import layout
 from vmm.errors import ConfigError, HostError, StateError
 from vmm.machine import Machine
 from vmm.parts import Net
@@ -192,6 +195,38 @@ def test_a_clone_of_a_restored_machine(flat: Callable[..., Machine], tmp_path: P
         until(clone, then + 1000)
 
 
+def test_a_clone_of_a_machine_whose_memory_was_still_to_come_has_all_of_it(
+    flat: Callable[..., Machine], tmp_path: Path
+) -> None:
+    machine = flat(SPIN)
+    content = random.Random(3).randbytes(4 * MIB)
+    machine.memory.write(HEAP, content)
+    machine.snapshot(tmp_path / "snap").close()
+    with Machine.restore(tmp_path / "snap", later=True) as restored:
+        restored.start()
+        until(restored, 1000)
+        clones = restored.clone(2)
+    try:
+        for clone in clones:
+            clone.start()
+            until(clone, count(clone) + 1000)
+            assert clone.memory.read(HEAP, 4 * MIB) == content
+    finally:
+        close(clones)
+
+
+def test_a_guest_that_spoils_its_generation_id_gives_no_clone_the_same(flat: Callable[..., Machine]) -> None:
+    machine = flat(HALT)
+    machine.load()
+    machine.memory.write(layout.GENERATION_ID, b"of the guest's..")
+    clones = machine.clone(2)
+    try:
+        assert machine.generation_id.value == b"of the guest's.."
+        assert len({one.generation_id.value for one in (machine, *clones)}) == 3
+    finally:
+        close(clones)
+
+
 def test_everybody_has_another_identity(flat: Callable[..., Machine], tmp_path: Path) -> None:
     machine = flat(HALT, vsock=str(tmp_path / "v"), nets=Net("socket", socket=str(tmp_path / "link")))
     machine.load()
@@ -247,6 +282,24 @@ def test_a_network_that_can_be_there_once_is_not_cloned(flat: Callable[..., Mach
         machine.clone()
     with pytest.raises(ConfigError, match="as many"):
         machine.clone(fields=lambda index: {"nets": []})
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_ports_of_the_host_stay_the_originals(flat: Callable[..., Machine]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        machine = flat(HALT, nets=Net("user", hostfwd=f"tcp:127.0.0.1:{port}-:80"))
+    except HostError as error:
+        pytest.skip(f"passt does not run here: {error}")
+    [clone] = machine.clone()
+    with clone:
+        assert clone.config.nets[0].hostfwd == ()
+        assert "net 0: ports of the host go on leading to the original, not to this clone" in clone.notes
+        assert clone.config.nets[0].mac and clone.virtio[0].config(0, 6).hex(":") == clone.config.nets[0].mac
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            pass
 
 
 def test_what_cannot_be_cloned_is_refused(flat: Callable[..., Machine]) -> None:

@@ -37,6 +37,7 @@ def _program(page: Path) -> str:
         ("debug-with-gdb", {"passes", "outcome", "lost"}),
         ("trace-exits", {"trace", "slowest", "again", "profile"}),
         ("snapshots", {"fresh", "tuesday", "again"}),
+        ("clones", {"clones", "grandchild", "numbered"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
