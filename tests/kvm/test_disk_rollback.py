@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from vmm.snapshot.checkpoint import Checkpoint
+
 SIZE = 2 << 20
 PASSED = 16
+WRITES = 86  # of blk_rw, before it flushes and reads
 
 
 @pytest.fixture
@@ -31,9 +34,25 @@ def writer(path: str, disk: Disk, **fields: Any) -> Machine:
     return Machine(kernel=path, append=words, memory="16M", virtio="pci", disks=[disk], **fields)
 
 
-def taken(machine: Machine) -> int:
-    """Requests that were taken from the disk's ring since the start; no roll-back takes them back."""
-    return machine.disks[0].queue_statistics()[0]["requests"]
+def hold_in_its_writes(machine: Machine, start: Checkpoint, after: int) -> None:
+    """Run it from ``start`` until the disk has taken ``after`` requests, and pause it before it has taken all writes.
+    No roll-back takes counts back."""
+
+    def taken() -> int:
+        return machine.disks[0].queue_statistics()[0]["requests"]
+
+    for _ in range(300):
+        machine.rollback(start)
+        before = taken()
+        machine.start()
+        while taken() < before + after:
+            pass
+        machine.pause()
+        if taken() < before + WRITES:
+            return
+        machine.resume()  # it was quicker, and may be over
+        assert machine.wait(20).code == PASSED
+    raise AssertionError("the guest is always quicker than its observer")
 
 
 def test_a_run_is_undone_with_its_disk_and_run_again(guest: Callable[[str], str], image: Path) -> None:
@@ -47,47 +66,36 @@ def test_a_run_is_undone_with_its_disk_and_run_again(guest: Callable[[str], str]
         assert image.read_bytes() == bytes(SIZE)
 
 
-@pytest.mark.parametrize("fields", [{"iops": 400}, {"iops": 400, "cache": "none"}], ids=str)  # to be met on the way
+@pytest.mark.parametrize("fields", [{}, {"cache": "none"}], ids=str)
 def test_a_guest_goes_on_from_any_moment_of_its_traffic(
-    guest: Callable[[str], str], image: Path, fields: dict[str, Any]
+    guest: Callable[[str], str], image: Path, fields: dict[str, str]
 ) -> None:
     draw = random.Random(5)
     with writer(guest("blk_rw"), Disk(str(image), **fields)) as machine:
         first = machine.checkpoint()
         assert machine.run(20).code == PASSED
-        whole, requests = image.read_bytes(), taken(machine)
-        moments = []
+        whole, moments = image.read_bytes(), []
         for _ in range(examples(5)):
-            machine.rollback(first)
-            until = (began := taken(machine)) + draw.randrange(1, requests // 2)
-            machine.start()
-            while taken(machine) < until:
-                pass
-            machine.pause()
-            if taken(machine) < began + requests:  # else it was quicker, and may be over
-                moments.append((machine.checkpoint(), image.read_bytes()))
+            hold_in_its_writes(machine, first, draw.randrange(1, WRITES - 20))
+            moments.append((machine.checkpoint(), image.read_bytes()))
             machine.resume()
             assert machine.wait(20).code == PASSED
-        for checkpoint, then in draw.sample(moments, len(moments)):
+        for checkpoint, then in draw.sample(moments, len(moments)) * 2:
             machine.rollback(first)
             machine.start()
             machine.pause()  # and its disk with it, which would go on with what is in its ring
             machine.rollback(checkpoint)
-            assert image.read_bytes() == then
+            assert image.read_bytes() == then != whole
             machine.resume()
             assert machine.wait(20).code == PASSED
             assert image.read_bytes() == whole
-        assert len({then for _, then in moments}) > 1
 
 
 def test_clones_and_restored_machines_go_on_with_disks_of_their_own(
     guest: Callable[[str], str], image: Path, tmp_path: Path
 ) -> None:
-    with writer(guest("blk_rw"), Disk(str(image), iops=200)) as machine:
-        machine.start()
-        while taken(machine) < 10:
-            pass
-        machine.pause()
+    with writer(guest("blk_rw"), Disk(str(image))) as machine:
+        hold_in_its_writes(machine, machine.checkpoint(), 10)
         then = image.read_bytes()
         machine.snapshot(tmp_path / "snapshot").close()
         clones = machine.clone(2)
