@@ -253,10 +253,9 @@ def test_a_copy_with_any_bit_flipped_or_cut_anywhere_is_refused(
     with pytest.raises(SnapshotError, match=f"is damaged: its {path.name} is not what was written"):
         Machine.restore(folder / "snapshot")
     path.unlink()
-    with pytest.raises(SnapshotError, match="cannot be read"):
-        Machine.restore(folder / "snapshot")
-    with pytest.raises(SnapshotError, match="is missing"):
-        Machine.restore(folder / "snapshot", check=False)
+    for check in (True, False):
+        with pytest.raises(SnapshotError, match="is missing"):
+            Machine.restore(folder / "snapshot", check=check)
 
 
 VALUE = st.recursive(st.none() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmm.errors import SnapshotError
+from vmm.errors import ConfigError, SnapshotError
 from vmm.snapshot.origin import Origin
 from vmm.snapshot.reading import Snapshot, read
 from vmm.snapshot.series import VERSION
@@ -119,6 +119,15 @@ class _Local(Prepared):
             machine.close()
             raise
         return memory
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, ConfigError) and not isinstance(error, SnapshotError):
+                self._compare()  # a disk that cannot be opened may be damaged
+        finally:
+            self.close()
 
     def _compare(self) -> None:
         if self._checking:
