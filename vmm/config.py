@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm import layout, parts
 from vmm.errors import ConfigError
-from vmm.fields import Field, PathLike, parse_size, read_flag, read_one_of, read_path, read_paths, read_text
+from vmm.fields import Field, PathLike, parse_size, read_count, read_flag, read_one_of, read_path, read_paths, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +47,12 @@ def _stall(value: Any) -> float | None:
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0.1 <= value < 1e9):
         raise ConfigError(f"stall is {value!r}: give seconds from 0.1 on")
     return None if value is None else float(value)
+
+
+def _period(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.01 <= value < 1e9:
+        raise ConfigError(f"checkpoint_every is {value!r}: give seconds from 0.01 on")
+    return float(value)
 
 
 def _address(value: Any) -> int | None:
@@ -99,6 +105,10 @@ FIELDS: dict[str, Field] = {
     "virtio": Field(read_one_of(*TRANSPORTS), "pci", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
     "symbols": Field(read_path, None, "names of the guest's functions: a vmlinux that is not stripped, or System.map"),
     "control": Field(read_path, None, "a UNIX socket by which pyvmm migrate and pyvmm snapshot reach the machine"),
+    "checkpoint_dir": Field(read_path, None, "directory for a snapshot every so often"),
+    "checkpoint_every": Field(_period, 60.0, "seconds between snapshots, and between the states a standby gets"),
+    "retain": Field(read_count(1, 1000, "a number of snapshots"), 8, "how many of the last snapshots to keep"),
+    "standby": Field(read_text, "", "where pyvmm standby waits to take over: unix:PATH, or tcp:HOST:PORT,fence=FILE"),
     "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
 }
 
@@ -137,6 +147,10 @@ class MachineConfig:
     virtio: str
     symbols: str | None
     control: str | None
+    checkpoint_dir: str | None
+    checkpoint_every: float
+    retain: int
+    standby: str
     reboot: bool
 
     def __init__(self, **fields: Any) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vmm import layout
 from vmm._ffi import PYTHON_SAY, check, ffi, lib
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.blk import Blk
     from vmm.devices.virtio.device import VirtioDevice
     from vmm.hooks import Access, Hook, Hooks
-    from vmm.migrate.postcopy import Tending
     from vmm.migrate.source import Migrated, Migration
+    from vmm.migrate.standby import Shadow
     from vmm.observe.diagnose import Diagnosis
     from vmm.observe.profile import Profile
     from vmm.observe.stack import Frame
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from vmm.observe.watch import Sample, Watch
     from vmm.snapshot import Snapshot
     from vmm.snapshot.checkpoint import Checkpoint
+    from vmm.snapshot.keeping import Keeper
     from vmm.snapshot.lazy import LazyMemory
     from vmm.snapshot.origin import Origin
     from vmm.snapshot.series import Series
@@ -68,6 +69,14 @@ _HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated", 
 _MESSAGES_MAX = 1000  # a guest can cause them: more are counted by nobody
 
 _PANIC_MARK = b"Kernel panic - not syncing"
+
+
+class Attendant(Protocol):
+    """Who does something beside a machine, on a thread of its own."""
+
+    def stop(self) -> None:
+        """No more; returns when that is so. Twice is fine."""
+        ...
 
 
 class Machine:
@@ -128,8 +137,8 @@ class Machine:
         self.migration: Migration | None = None
         """The one under way, to be cancelled."""
         self._left = False
-        self.guardian: Tending | None = None
-        """Who watches over memory that is still to come from where the machine was."""
+        self.attendants: list[Attendant] = []
+        """Who does something beside the machine, on a thread, and is stopped before it is closed."""
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
@@ -543,20 +552,23 @@ class Machine:
             self.console.rewind(state["input"])
             processors.load(self._vm, self.vcpus, state["processors"])
 
-    def snapshot(self, path: str | os.PathLike[str], *, differential: bool = False) -> Snapshot:
+    def snapshot(
+        self, path: str | os.PathLike[str], *, differential: bool = False, series: Series | None = None
+    ) -> Snapshot:
         """Write the machine into the directory ``path``, and answer the snapshot, open. It is held meanwhile.
 
         ``differential``: only the memory written since the last snapshot of this machine that is still there; that
-        one is its parent. Disks that can be written are copied into the directory. A snapshot of that name is replaced
-        when the new one is whole. See ``docs/snapshots.md``. Raises :class:`~vmm.errors.SnapshotError` for what cannot
-        be asked, :class:`~vmm.errors.HostError` for what the host refuses (a full disk): the machine goes on.
+        one is its parent. ``series``: of one's own, whose last one it is. Disks that can be written are copied into
+        the directory. A snapshot of that name is replaced when the new one is whole. See ``docs/snapshots.md``.
+        Raises :class:`~vmm.errors.SnapshotError` for what cannot be asked, :class:`~vmm.errors.HostError` for what
+        the host refuses (a full disk): the machine goes on.
         """
         from vmm.snapshot.series import Series
 
         self._have_all_memory()
         with self._still():
             self._series = self._series or Series(self)
-            return self._series.write(path, differential)
+            return (series or self._series).write(path, differential)
 
     @classmethod
     def restore(
@@ -677,6 +689,31 @@ class Machine:
             return self.migration.run()
         finally:
             self.migration = None
+
+    def keep(self, directory: str | os.PathLike[str], *, every: float = 60.0, retain: int = 8) -> Keeper:
+        """Write a snapshot into ``directory`` every so many seconds; the last ``retain`` of them can be restored.
+
+        See :mod:`vmm.snapshot.keeping`. It goes on until the machine is closed, or :meth:`Keeper.stop`.
+        """
+        from vmm.snapshot.keeping import Keeper
+
+        self._open_vm()
+        keeper = Keeper(self, directory, every, retain, tell=self._message)
+        self.attendants.append(keeper)
+        return keeper
+
+    def standby(self, address: str, *, every: float = 1.0, **how: Any) -> Shadow:
+        """Have a second process at ``address`` follow, every so many seconds, and take over when this one dies.
+
+        See :class:`vmm.migrate.standby.Shadow`, which also takes ``how``, and :meth:`vmm.migrate.Receiver.stand_by`.
+        """
+        from vmm.migrate.standby import Shadow
+
+        if not self.running:
+            raise StateError("a machine that does not run has nothing to follow: start it first")
+        shadow = Shadow(self, address, every, tell=self._message, **how)
+        self.attendants.append(shadow)
+        return shadow
 
     def left(self) -> None:
         """It goes on elsewhere: end here, wherever it stands."""
@@ -851,8 +888,8 @@ class Machine:
             with contextlib.suppress(StateError):  # it is handed over
                 migration.cancel()
             migration.wait()
-        if self.guardian is not None:
-            self.guardian.stop()
+        for attendant in list(self.attendants):
+            attendant.stop()
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
             self._end()

@@ -60,6 +60,10 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--symbols": ("symbols", {"metavar": "FILE"}),
     "--gdb": ("gdb", {"metavar": "ADDR", "nargs": "?", "const": "127.0.0.1:1234"}),
     "--control": ("control", {"metavar": "PATH"}),
+    "--checkpoint-dir": ("checkpoint_dir", {"metavar": "DIR"}),
+    "--checkpoint-every": ("checkpoint_every", {"metavar": "SECONDS", "type": float}),
+    "--retain": ("retain", {"metavar": "N", "type": int}),
+    "--standby": ("standby", {"metavar": "ADDRESS"}),
     "--huge-pages": ("huge_pages", {"action": "store_true"}),
     "--reboot": ("reboot", {"action": "store_true"}),
 }
@@ -194,6 +198,7 @@ def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None =
         with watched, _gdb(machine, config.gdb) if config.gdb else nullcontext(), controlled:
             if not machine.running:  # it came from elsewhere
                 machine.start()
+            _protect(machine, config)
             gc.freeze()  # see vmm.cli.entry
             gc.enable()
             try:
@@ -218,6 +223,15 @@ def _gdb(machine: Any, option: str) -> GdbServer:
     server = GdbServer(machine, address, wait=wait)
     print(f"pyvmm: gdb: target remote {server.address}", file=sys.stderr, flush=True)
     return server
+
+
+def _protect(machine: Machine, config: MachineConfig) -> None:
+    """Snapshots on a period, and a standby, as configured."""
+    if config.checkpoint_dir:
+        machine.keep(config.checkpoint_dir, every=config.checkpoint_every, retain=config.retain)
+    if config.standby:
+        address, _, fence = config.standby.partition(",fence=")
+        machine.standby(address, every=config.checkpoint_every, fence=fence or None)
 
 
 def _control(machine: Machine, path: str) -> Control:

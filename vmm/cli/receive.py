@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(
+    return parser(
         "receive",
-        description="Wait at LISTEN for a machine that pyvmm migrate sends, and go on with it. Over TCP without TLS "
-        "its disks and networks must be named here.",
+        "Wait at LISTEN for a machine that pyvmm migrate sends, and go on with it. Over TCP without TLS its disks and "
+        "networks must be named here.",
     )
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """For a command that waits for a machine."""
+    parser = command_parser(name, description=description)
     parser.add_argument("listen", metavar="LISTEN", help="unix:PATH or tcp:HOST:PORT (0: any port)")
     for flag, (name, how) in boot.FLAGS.items():
         if name in (*USES, *PLACES) and name != "reboot":
@@ -31,11 +36,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Receive; answers the exit status."""
+    return receive(vars(_parser().parse_args(argv)))
+
+
+def receive(given: dict[str, Any], *, standby: bool = False) -> int:
+    """Wait as these arguments say, and serve the console; answers the exit status."""
     from vmm.console_host import open_end
     from vmm.errors import ConfigError
     from vmm.migrate import Receiver, Tls
 
-    given = vars(_parser().parse_args(argv))
     fields: dict[str, Any] = {**boot.DEFAULTS}
     fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
     files = tls_files(given)
@@ -44,7 +53,7 @@ def run(argv: list[str]) -> int:
     tls = Tls(**files) if files else None
     with Receiver(given["listen"], tls=tls, on_refused=_say, **fields) as receiver:
         _say(f"waiting for a machine at {receiver.address}")
-        machine = receiver.receive()
+        machine = receiver.stand_by() if standby else receiver.receive()
     try:
         end = open_end(machine.config.console)
     except BaseException:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, MigrationError, VmmError
-from vmm.migrate import postcopy, wire
+from vmm.migrate import postcopy, standby, wire
 from vmm.migrate.address import Address, Listener, Tls
 from vmm.migrate.fence import TOKEN, Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
@@ -50,6 +50,7 @@ class Receiver:
         self.trusted = parsed.port < 0 or tls is not None
         self.listener = Listener(parsed, tls)
         self._handed_over = False
+        self.follows = False
 
     @property
     def address(self) -> str:
@@ -72,6 +73,21 @@ class Receiver:
                     self._on_refused(str(error))
                 continue
             return arrival.run()
+
+    def stand_by(self) -> Machine:
+        """Follow a machine that runs elsewhere (:meth:`vmm.Machine.standby`); answer it, running, when that died.
+
+        A link that is lost while it lives is waited for to come again.
+
+        Raises :class:`~vmm.errors.MigrationError` when the machine has ended in order.
+        """
+        self.follows = True
+        while True:
+            try:
+                return self.receive()
+            except LinkLost as lost:
+                if self._on_refused:
+                    self._on_refused(str(lost))
 
     def hand_over(self) -> Listener:
         """The listener, for a machine whose memory is still to come; this receiver is of no use any more."""
@@ -149,11 +165,16 @@ class Arrival:
     def _greet(self, fd: int | None) -> None:
         try:
             hello = _checked(self._channel.receive(Kind.HELLO, timeout=HELLO_SECONDS).value)
-            self._fence, fd = self._join(hello, fd), None
+            came, fd = fd, None  # it is the fence's to close, whatever happens
+            self._fence = self._join(hello, came)
         finally:
             if fd is not None:
                 os.close(fd)
         self._how, self._token = hello["how"], hello["token"]
+        if (self._how == "standby") != self._receiver.follows:
+            raise MigrationError(
+                "one side wants a machine moved, the other a standby: use pyvmm receive, or pyvmm standby"
+            )
         self._machine = self._prepare(hello)
         self._channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
 
@@ -190,24 +211,39 @@ class Arrival:
         """The machine, running."""
         machine = self._machine
         assert machine is not None
+        if self._how == "standby":
+            with self._refusing():
+                standby.follow(machine, self._channel, self._fence, self._patience)
+                machine.start()
+            self._close()
+            return machine
         with self._refusing():
             if self._how == "postcopy":
                 self._pages = postcopy.await_pages(self._receiver.listener, self._token)
             state, later = self._fill()
-            if self._pages is not None:
-                machine.lazy = postcopy.expect(machine, later, self._pages)
+            tending = self._expect(machine, later)
             machine.arrive(state)
             self._channel.send(Kind.READY)
             self._take()
             machine.start()
         with contextlib.suppress(MigrationError):  # it is ours, whether the other side hears of it or not
             self._channel.send(Kind.TAKEN)
-        if machine.lazy is None:
+        if tending is None:
             self._close()
         else:
-            listener = self._receiver.hand_over()
-            postcopy.Tending(machine, machine.lazy, self._channel, listener, self._fence, self._token)
+            tending.taken()
         return machine
+
+    def _expect(self, machine: Machine, later: Any) -> postcopy.Tending | None:
+        """Have the rest of its memory come, if it was not here before its state."""
+        if self._pages is None:
+            return None
+        with self._pages as connection:
+            machine.lazy = postcopy.expect(machine, later, connection)
+        listener = self._receiver.hand_over()
+        return postcopy.Tending(
+            machine, machine.lazy, self._channel, listener, self._fence, self._token, self._patience
+        )
 
     def _fill(self) -> tuple[Any, Any]:
         """Memory as it comes; answers the state that ends it, and which pages come later."""
@@ -225,12 +261,10 @@ class Arrival:
             elif frame.kind == Kind.PAGES:
                 memory.write(frame.address, frame.payload)
             else:
-                self._clear(frame.address, int.from_bytes(frame.payload, "little"))
+                self._clear(frame.address, wire.cleared(frame))
 
     def _clear(self, gpa: int, size: int) -> None:
         assert self._machine is not None
-        if size > wire.DATA_MAX:
-            raise MigrationError(f"{size} bytes of zeros in one frame: {wire.DATA_MAX} are the most")
         if self._machine.memory.read(gpa, size) != bytes(size):  # else it would get pages for nothing
             self._machine.memory.fill(gpa, size)
 
@@ -240,8 +274,10 @@ class Arrival:
         try:
             self._channel.receive(Kind.YOURS)
         except LinkLost as lost:
-            # Without a fence a broken link is not told from a dead source: it may go on there.
-            if fence is None or not fence.lock_within(self._patience) or not fence.take():
+            # Without a fence a broken link is not told from a dead source: it may go on there. A dead source has taken
+            # with it what it had of memory.
+            whole = self._pages is None or (fence is not None and fence.source_lives())
+            if fence is None or not whole or not fence.lock_within(self._patience) or not fence.take():
                 raise LinkLost(f"{lost}: the machine stays where it was") from None
             return
         if fence is not None and not (fence.lock_within(self._patience) and fence.take()):
@@ -258,7 +294,7 @@ def _checked(hello: Any) -> dict[str, Any]:
         )
     if hello.keys() != _HELLO.keys() or not all(isinstance(hello[name], kind) for name, kind in _HELLO.items()):
         raise MigrationError("the other side does not say what is coming as it should")
-    if hello["how"] not in ("precopy", "postcopy") or len(hello["token"]) != TOKEN:
+    if hello["how"] not in ("precopy", "postcopy", "standby") or len(hello["token"]) != TOKEN:
         raise MigrationError("the other side wants something that this pyvmm does not know")
     return hello
 

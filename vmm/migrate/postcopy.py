@@ -189,10 +189,11 @@ def expect(machine: Machine, bitmaps: Any, connection: socket.socket) -> LazyMem
 
 
 class Tending:
-    """Watches over a machine that runs here and whose memory is partly elsewhere, until all of it is here.
+    """Watches over a machine whose memory is partly elsewhere, until all of it is here; ``channel`` is told then.
 
-    ``channel`` is told then. ``listener`` is taken; ``fence`` as well: without one, a source that is gone is waited
-    for as long as the machine lives.
+    It begins before the machine is :meth:`taken`: devices and processors that become what they were touch memory. A
+    source that is gone then is waited for ``patience`` seconds, and later for as long as the machine lives, unless the
+    ``fence`` tells that it is dead. ``listener`` and ``fence`` are closed in the end.
     """
 
     def __init__(
@@ -203,24 +204,30 @@ class Tending:
         listener: Listener,
         fence: Fence | None,
         token: bytes,
+        patience: float,
     ) -> None:
-        self._machine = machine
         self._lazy = lazy
         self._channel = channel
         self._listener = listener
         self._fence = fence
         self._token = token
+        self._patience = patience
+        self._lost_at = 0.0
+        self._taken = threading.Event()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        machine.guardian = self
-        lazy.fetch_rest()
         self._thread = threading.Thread(target=self._tend, name="memory to come", daemon=True)
         self._thread.start()
+        machine.attendants.append(self)
+
+    def taken(self) -> None:
+        """The machine runs here: have all of its memory come."""
+        self._lazy.fetch_rest()
+        self._taken.set()
 
     def _tend(self) -> None:
         try:
             while (state := self._lazy.state) not in ("done", "abandoned"):
-                if state == "lost":
-                    self._look_for_source()
+                self._look_for_source(state == "lost")
                 listening = self._listener.fileno()
                 readable = select.select([self._lazy.fd, listening, self._stop], [], [], _AGAIN)[0]
                 if self._stop in readable:
@@ -229,6 +236,9 @@ class Tending:
                     self._connected()
                 if self._lazy.fd in readable:
                     os.eventfd_read(self._lazy.fd)
+            while not self._taken.is_set():
+                if select.select([self._stop], [], [], _AGAIN)[0]:
+                    return
             if state == "done":
                 self._tell()
         finally:
@@ -237,8 +247,13 @@ class Tending:
             if self._fence is not None:
                 self._fence.close()
 
-    def _look_for_source(self) -> None:
-        if self._fence is not None and not self._fence.source_lives():
+    def _look_for_source(self, lost: bool) -> None:
+        now = time.monotonic()
+        self._lost_at = (self._lost_at or now) if lost else 0.0
+        if not lost:
+            return
+        dead = self._fence is not None and not self._fence.source_lives()
+        if dead or (not self._taken.is_set() and now - self._lost_at > self._patience):
             self._lazy.abandon("the process that had the rest of its memory is gone")
 
     def _connected(self) -> None:
@@ -265,8 +280,7 @@ class Tending:
                 self._connected()
 
     def stop(self) -> None:
-        """The machine is about to be closed."""
+        """The machine is about to be closed. Twice is fine."""
         os.eventfd_write(self._stop, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._machine.guardian = None

@@ -122,10 +122,12 @@ class Migration:
             return Migrated(rounds, self._channel.sent, downtime, time.monotonic() - began)
         finally:
             self._over.set()
+            if self._fence is not None:
+                if not self._gone:
+                    self._fence.keep()
+                self._fence.close()
             if self._channel is not None:
                 self._channel.close()
-            if self._fence is not None:
-                self._fence.close()
 
     def cancel(self) -> None:
         """Have the machine stay; returns when that is so. Raises :class:`~vmm.errors.StateError` if it is too late."""
@@ -143,7 +145,7 @@ class Migration:
 
     def _open(self) -> None:
         machine = self._machine
-        if not machine.running or self._ended():
+        if not machine.running or has_ended(machine):
             raise StateError("a machine that does not run cannot move: start it, or take a snapshot")
         for disk in machine.config.disks:
             if disk.temporary:
@@ -160,17 +162,8 @@ class Migration:
             if given is not None:
                 os.close(given)
         self._channel = Channel(connection, bandwidth=self._bandwidth)
-        self._channel.send_value(
-            Kind.HELLO,
-            {
-                "version": wire.VERSION,
-                "description": describe(machine),
-                "regions": [list(region) for region in machine.memory.regions],
-                "how": "postcopy" if self._postcopy else "precopy",
-                "token": self._token,
-                "fence": None if local else self._fence_path,
-            },
-        )
+        how = "postcopy" if self._postcopy else "precopy"
+        self._channel.send_value(Kind.HELLO, hello(machine, how, self._token, None if local else self._fence_path))
         self._channel.receive(Kind.ACCEPT)
 
     def _move(self) -> tuple[int, float]:
@@ -224,14 +217,11 @@ class Migration:
 
     # ---- along the way ----
 
-    def _ended(self) -> bool:
-        return bool(select.select([self._machine.stop_fd], [], [], 0)[0])
-
     def check(self) -> None:
         """Raise if it is to go no further."""
         if self._cancelled:
             raise Cancelled("the migration was cancelled; the machine runs here")
-        if self._ended():
+        if has_ended(self._machine):
             raise MigrationError("the machine ended before it was moved")
 
     def show(self, progress: Progress, *, always: bool = False) -> None:
@@ -322,6 +312,23 @@ class Migration:
             f"the destination at {self._address} has the machine's lock and does nothing with it: "
             "end it and resume the machine here, or stop it here"
         )
+
+
+def hello(machine: Machine, how: str, token: bytes, fence: str | None) -> State:
+    """The first thing the other side is told."""
+    return {
+        "version": wire.VERSION,
+        "description": describe(machine),
+        "regions": [list(region) for region in machine.memory.regions],
+        "how": how,
+        "token": token,
+        "fence": fence,
+    }
+
+
+def has_ended(machine: Machine) -> bool:
+    """Whether its guest has ended, or somebody stopped it."""
+    return bool(select.select([machine.stop_fd], [], [], 0)[0])
 
 
 class _Rounds:

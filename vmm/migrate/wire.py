@@ -42,25 +42,20 @@ class Kind(IntEnum):
     STATE = 5  # value: the machine's state, behind all of its memory
     YOURS = 6  # the machine is the destination's
     ABORT = 7  # value: why it stays where it was
-    DISK = 8  # a disk's bytes at the address, of the disk that BLOCKS named
-    DISK_ZEROS = 9
-    BLOCKS = 10  # value: which disk the following are of
-    EPOCH = 11  # value: a state to go on from, if the source dies; all pages before belong to it
-    BEAT = 12  # nothing new
+    EPOCH = 8  # value: a state to go on from, if the source dies; all pages before belong to it
     # From the destination:
     ACCEPT = 32  # value: it can become that machine
     SEEN = 33
     READY = 34  # it has become it, and waits to be told to go on
     TAKEN = 35  # it goes on
-    WANT = 36  # the page at the address is waited for
-    ALL = 37  # every page is here
-    REFUSE = 38  # value: why not
+    ALL = 36  # every page is here
+    REFUSE = 37  # value: why not
 
 
-_VALUES = {Kind.HELLO, Kind.STATE, Kind.ABORT, Kind.BLOCKS, Kind.EPOCH, Kind.ACCEPT, Kind.REFUSE}
-_DATA = {Kind.PAGES, Kind.DISK}
-_RANGES = {Kind.ZEROS, Kind.DISK_ZEROS}
-_BARE = {Kind.ROUND, Kind.YOURS, Kind.BEAT, Kind.SEEN, Kind.READY, Kind.TAKEN, Kind.WANT, Kind.ALL}
+_VALUES = {Kind.HELLO, Kind.STATE, Kind.ABORT, Kind.EPOCH, Kind.ACCEPT, Kind.REFUSE}
+_DATA = {Kind.PAGES}
+_RANGES = {Kind.ZEROS}
+_BARE = {Kind.ROUND, Kind.YOURS, Kind.SEEN, Kind.READY, Kind.TAKEN, Kind.ALL}
 _LONGEST = {
     **dict.fromkeys(_VALUES, VALUE_MAX),
     **dict.fromkeys(_DATA, DATA_MAX),
@@ -177,15 +172,6 @@ class Channel:
             raise LinkLost(f"the link to the other side is lost ({_why(error)})") from error
         return bytes(buffer)
 
-    def fileno(self) -> int:
-        """For select."""
-        return self._socket.fileno()
-
-    @property
-    def pending(self) -> bool:
-        """Whether TLS has taken bytes from the socket that nobody has read yet: select does not see them."""
-        return bool(getattr(self._socket, "pending", lambda: 0)())
-
     def interrupt(self) -> None:
         """Have whoever is in :meth:`send` or :meth:`receive` find the link lost. From any thread."""
         import contextlib
@@ -197,6 +183,14 @@ class Channel:
     def close(self) -> None:
         """End the connection. Twice is fine."""
         self._socket.close()
+
+
+def cleared(frame: Frame) -> int:
+    """How many bytes a ZEROS frame is for. Raises :class:`~vmm.errors.MigrationError` for more than one may be."""
+    size = int.from_bytes(frame.payload, "little")
+    if size > DATA_MAX:
+        raise MigrationError(f"{size} bytes of zeros in one frame: {DATA_MAX} are the most")
+    return size
 
 
 def _crc(crc: int, data: Bytes) -> int:

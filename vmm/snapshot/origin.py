@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 VERSION = 1
 
 # How a person uses a machine, not what the guest sees of it: whoever takes it up says so anew.
-USES = ("timeout", "stall", "console", "gdb", "symbols", "control", "reboot")
+USES = (
+    "timeout", "stall", "console", "gdb", "symbols", "control",
+    "checkpoint_dir", "checkpoint_every", "retain", "standby", "reboot",
+)  # fmt: skip
 # Where a part of it is on the host; the number and kind of parts stay.
 PLACES = ("disks", "nets", "vsock")
 

@@ -122,6 +122,16 @@ class Replacement:
         os.close(self._lock)
 
 
+def remove(path: str) -> None:
+    """Remove a snapshot. Killed on the way, this leaves it whole, or what the next writer in that folder removes."""
+    import contextlib
+
+    gone = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(6).hex()}{PARTIAL}")
+    with contextlib.suppress(OSError):
+        os.rename(path, gone)
+        _remove(gone)
+
+
 def _remove(directory: str) -> None:
     """Remove a directory of files, as far as the host lets us; the next writer tries again."""
     import contextlib

@@ -1,0 +1,174 @@
+"""A second process that has a machine's state of a moment ago, and goes on from it when the first dies.
+
+Every period the machine is held while its state and the pages written since are copied, and goes on while they are
+sent. The standby puts them together when all have come: what it goes on from is always one whole moment. It does so
+only with the fence's lock: the process that ran the machine is dead then, or has not said that it ended in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from vmm.errors import ConfigError, MigrationError, StateError, VmmError
+from vmm.migrate import wire
+from vmm.migrate.address import Address, Tls, connect
+from vmm.migrate.fence import Fence
+from vmm.migrate.source import has_ended, hello, resident, send_runs
+from vmm.migrate.wire import Channel, Kind, LinkLost, cleared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.machine import Machine
+    from vmm.memory import DirtyLog
+
+AGAIN = 1.0  # seconds before a standby that was lost is looked for again
+
+
+class Shadow:
+    """The side that runs the machine: sends what it is every ``every`` seconds to a standby at ``address``.
+
+    What is lost when this process dies is what the guest did since the last state that went over whole: ``every``, and
+    the time the sending takes. ``fence``: needed over TCP. A standby that is lost or not there yet is looked for
+    again, and gets everything anew. :attr:`sent` counts states that it confirmed.
+
+    Raises :class:`~vmm.errors.ConfigError` for a machine with disks that are written, of which the standby has nothing.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        address: str,
+        every: float,
+        *,
+        tell: Callable[[str], object],
+        fence: str | None = None,
+        tls: Tls | None = None,
+    ) -> None:
+        self._machine = machine
+        self._tell = tell
+        self._address = Address.parse(address)
+        self._every = every
+        self._fence_path = fence
+        self._tls = tls
+        self.sent = 0
+        if self._address.port >= 0 and fence is None:
+            raise ConfigError("a standby over TCP takes a fence: without it, it could not know that this side is dead")
+        if any(not disk.readonly for disk in machine.config.disks):
+            raise ConfigError("a standby has nothing of disks that are written: make them read-only, or do without")
+        if not 0 < every < wire.PATIENCE / 2:
+            raise ConfigError(f"a state every {every} s: give less than {wire.PATIENCE / 2:g}, or it takes us for lost")
+        self._over = threading.Event()
+        self._fence: Fence | None = None
+        self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        told = False
+        while not self._over.is_set():
+            try:
+                self._follow()
+                return
+            except (MigrationError, StateError) as error:
+                if not told:
+                    self._tell(f"the standby at {self._address} does not follow: {error}")
+                told = True
+            self._over.wait(AGAIN)
+
+    def _follow(self) -> None:
+        self._fence = Fence.make(self._fence_path)
+        given = self._fence.another() if self._address.port < 0 else None
+        try:
+            channel = Channel(connect(self._address, self._tls, given=given))
+        except BaseException:
+            self._fence.keep()
+            self._fence.close()
+            raise
+        finally:
+            if given is not None:
+                os.close(given)
+        log: DirtyLog | None = None
+        try:
+            channel.send_value(Kind.HELLO, hello(self._machine, "standby", self._fence.token, self._fence_path))
+            channel.receive(Kind.ACCEPT)
+            self._machine.pause()
+            try:
+                log = self._machine.memory.dirty_log()
+            finally:
+                self._machine.resume()
+            send_runs(channel, self._machine.memory, resident(self._machine.memory))
+            while not has_ended(self._machine):
+                self._send(channel, log)
+                if self._over.wait(self._every):
+                    break
+        finally:
+            if log is not None:
+                log.close()
+            self._fence.keep()  # it ended, or goes on without a standby
+            with contextlib.suppress(VmmError):
+                channel.send_value(Kind.ABORT, "the machine has ended, or does not need a standby any more")
+            channel.close()
+            self._fence.close()
+
+    def _send(self, channel: Channel, log: DirtyLog) -> None:
+        memory = self._machine.memory
+        self._machine.pause()
+        try:
+            state = self._machine.save()
+            log.collect()
+            copies = [
+                (at, memory.read(at, min(wire.DATA_MAX, gpa + size - at)))
+                for gpa, size in log.take()
+                for at in range(gpa, gpa + size, wire.DATA_MAX)
+            ]
+        finally:
+            self._machine.resume()
+        for gpa, data in copies:
+            channel.send(Kind.PAGES, data, address=gpa)
+        channel.send_value(Kind.EPOCH, state)
+        channel.receive(Kind.SEEN)
+        self.sent += 1
+
+    def stop(self) -> None:
+        """No standby any more: it is told so. Twice is fine."""
+        self._over.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def follow(machine: Machine, channel: Channel, fence: Fence | None, patience: float) -> None:
+    """The other side: keep up until the machine is to go on here, and have it become its last state.
+
+    Raises :class:`~vmm.migrate.wire.LinkLost` where it runs on without us, :class:`~vmm.errors.MigrationError` where it
+    ended in order.
+    """
+    if fence is None:
+        raise MigrationError("a standby takes a fence")
+    memory, state = machine.memory, None
+    staged: list[tuple[int, bytes]] = []
+    size = 0
+    try:
+        while True:
+            frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.EPOCH)
+            if frame.kind == Kind.EPOCH:
+                for gpa, data in staged:
+                    memory.write(gpa, data)
+                state, staged, size = frame.value, [], 0
+                channel.send(Kind.SEEN)
+                continue
+            data = frame.payload if frame.kind == Kind.PAGES else bytes(cleared(frame))
+            memory.view(frame.address, len(data))  # whether there is such memory
+            size += len(data)
+            if state is None:  # nothing is whole yet
+                memory.write(frame.address, data)
+            elif size > memory.size:
+                raise MigrationError("the other side sends more than it has memory, and no state")
+            else:
+                staged.append((frame.address, data))
+    except LinkLost as lost:
+        if state is None or not fence.lock_within(patience) or not fence.take():
+            raise LinkLost(f"{lost}: the machine runs on without a standby, or has ended") from None
+    machine.arrive(state)
