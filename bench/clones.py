@@ -60,10 +60,13 @@ def bare(count: int, pages: int) -> None:
             first_instructions(original, count)
             original.pause()  # or clones are of a machine that has changed
             alone = guest_bytes("self"), own_bytes("self")[0]
+            begun = time.perf_counter()
             clones = original.clone(count)
+            print(f"{f'{count} at once':20} {1000 * (time.perf_counter() - begun) / count:8.1f} ms for each")
+            then = counted(original)
             for clone in clones:
                 clone.start()
-                while not counted(clone):
+                while counted(clone) == then:
                     pass
             memory(alone, (guest_bytes("self"), own_bytes("self")[0]), count)
             for clone in clones:

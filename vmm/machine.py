@@ -626,24 +626,28 @@ class Machine:
         Raises :class:`~vmm.errors.ConfigError` for a network that cannot be there twice,
         :class:`~vmm.errors.StateError` for a machine with a share or on huge pages; there is no clone then.
         """
-        from vmm.snapshot.clones import Mould
+        from vmm.snapshot.clones import Mould, make_together
 
-        clones: list[Machine] = []
         self._have_all_memory()
         with self._still():
             mould = Mould(self, n)
         with mould:
-            try:
-                for index in range(n):
-                    config = mould.config(fields(index) if fields else {})
-                    clones.append(type(self)(config, kvm=self._kvm_path, origin=mould.origin))
-                    mould.finish(clones[-1])
-                    if prepare:
-                        prepare(clones[-1], index)
-            except BaseException:
-                for clone in clones:
-                    clone.close()
-                raise
+            configs = [mould.config(fields(index) if fields else {}) for index in range(n)]
+
+            def make(index: int) -> Machine:
+                clone = type(self)(configs[index], kvm=self._kvm_path, origin=mould.origin)
+                mould.finish(clone)
+                return clone
+
+            clones = make_together(make, n)
+        try:
+            for index, clone in enumerate(clones):
+                if prepare:
+                    prepare(clone, index)
+        except BaseException:
+            for clone in clones:
+                clone.close()
+            raise
         return clones
 
     def checkpoint(self) -> Checkpoint:

@@ -15,7 +15,7 @@ import pytest
 from vmm import layout
 from vmm.errors import ConfigError, HostError, StateError
 from vmm.machine import Machine
-from vmm.parts import Net
+from vmm.parts import Net, Vsock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -355,3 +355,14 @@ def test_a_failure_leaves_no_clone_and_the_original_running(flat: Callable[..., 
     close(clones)
     settle(before)
     machine.stop()
+
+
+def test_when_one_cannot_be_made_none_is(flat: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = flat(SPIN, vsock=str(tmp_path / "v"))
+    machine.start()
+    before, there = open_files(), sorted(os.listdir(tmp_path))
+    with pytest.raises(ConfigError, match="belongs to a program that is running"):
+        machine.clone(6, fields=lambda index: {"vsock": Vsock(str(tmp_path / "one"), cid=10 + index)})
+    settle(before)
+    assert sorted(os.listdir(tmp_path)) == there
+    until(machine, count(machine) + 1000)

@@ -17,7 +17,7 @@ from vmm.snapshot.origin import Origin, describe
 from vmm.snapshot.regions import PAGE, Ram, checksums_size, pages_not_zero, words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from vmm.config import MachineConfig
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # How it is used that goes for a clone as well; a debugger's port and the console's place are the original's.
 _USES = ("timeout", "stall", "symbols", "reboot")
+
+_AT_ONCE = 4  # more gain nothing: the state of a machine is taken up by Python
 
 
 class Mould:
@@ -66,17 +68,21 @@ class Mould:
         return config
 
     def finish(self, clone: Machine) -> None:
-        """Have a machine that was made with ``origin`` take up the rest."""
-        for gpa, data in self._changed:
-            clone.memory.write(gpa, data)
+        """Have a machine that was made with ``origin`` take up the rest; it is closed when it cannot."""
         try:
+            for gpa, data in self._changed:
+                clone.memory.write(gpa, data)
             clone.load_state(self._state)
+            identity.renew(clone)
         except ValueError as error:
+            clone.close()
             raise StateError(f"devices that were added to a machine are not cloned with it ({error})") from None
+        except BaseException:
+            clone.close()
+            raise
         for index, (was, net) in enumerate(zip(self._config.nets, clone.config.nets, strict=True)):
             if was.hostfwd and not net.hostfwd:
                 clone.notes.append(f"net {index}: ports of the host go on leading to the original, not to this clone")
-        identity.renew(clone)
 
     def _share(self, memory: GuestMemory, n: int) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
         """The files that clones start from, and what each writes over them."""
@@ -107,6 +113,22 @@ class Mould:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def make_together(make: Callable[[int], Machine], n: int) -> list[Machine]:
+    """``n`` machines, some at a time: most of what one takes is waiting, for grace periods of the kernel's. All or
+    none: raises what ``make`` raised first."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(n, _AT_ONCE)) as pool:
+        making = [pool.submit(make, index) for index in range(n)]
+    errors = [error for future in making if (error := future.exception())]
+    made = [future.result() for future in making if not future.exception()]
+    if errors:
+        for machine in made:
+            machine.close()
+        raise errors[0]
+    return made
 
 
 def _apart(index: int, net: Net) -> Net:
