@@ -10,6 +10,7 @@ import contextlib
 import select
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmm import layout
@@ -21,6 +22,7 @@ from vmm.errors import ConfigError, HostError, StateError
 from vmm.irq import GsiLine
 from vmm.memory import GuestMemory
 from vmm.outcome import Outcome
+from vmm.runner import Runner
 
 if TYPE_CHECKING:
     import os
@@ -124,7 +126,8 @@ class Machine:
         self._stoppers: list[Any] = []
         self._holders: list[Any] = []
         self._closers: list[Any] = []
-        self._threads: list[threading.Thread] = []
+        self._runners: list[Runner] = []  # a thread for each vCPU
+        self._threads: list[Runner] = []  # the same while it runs, else none
         self._inside = 0  # vCPU threads that have not left their run loop
         self._exception: BaseException | None = None
         self._rings: TraceRings | None = None
@@ -404,14 +407,14 @@ class Machine:
                 self.outcome = None
             self.samples.clear()
             self._started_at = time.monotonic()
-            for vcpu in self.vcpus:
-                name = f"vcpu{vcpu.number}"
-                self._threads.append(threading.Thread(target=self._run_vcpu, args=(vcpu,), name=name, daemon=True))
+            if not self._runners:
+                self._runners = [Runner(f"vcpu{vcpu.number}") for vcpu in self.vcpus]
+            self._threads = list(self._runners)
             self._inside = len(self._threads)
             for starter in self._starters:
                 starter()
-            for thread in self._threads:
-                thread.start()
+            for vcpu, thread in zip(self.vcpus, self._threads, strict=True):
+                thread.start(partial(self._run_vcpu, vcpu))
 
     def _run_vcpu(self, vcpu: Any) -> None:
         lib.vmm_vcpu_run(vcpu.native)
@@ -814,7 +817,7 @@ class Machine:
         lib.vmm_vm_stop(self._vm, _STOP_CALLBACK, 0)
 
     def _refuse_own_thread(self) -> None:
-        if threading.current_thread() in self._threads:
+        if any(thread.current for thread in self._threads):
             raise StateError("a device's own code cannot wait for the end: ask for it with interrupt()")
 
     def _end(self) -> Outcome:
@@ -838,6 +841,8 @@ class Machine:
         return outcome
 
     def _make_outcome(self) -> Outcome:
+        from vmm.cpu.vcpu import named, operand_bits
+
         code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
         native = lib.vmm_vm_stop_reason(self._vm, code, number)
         reason = _HOST_REASONS.get(code[0], "stopped") if native == _STOP_HOST else _REASONS.get(native, "stopped")
@@ -845,17 +850,18 @@ class Machine:
             reason = "migrated"
         vcpu_number = int(number[0]) if number[0] < len(self.vcpus) else None
         vcpu = self.vcpus[vcpu_number or 0]
+        regs, sregs = vcpu.structs()
         outcome = Outcome(
             reason,
             int(code[0]),
             vcpu=vcpu_number,
-            registers=vcpu.registers(),
-            bits=vcpu.bits,
-            last_exits=vcpu.last_exits(),
+            registers=lambda: named(regs, sregs),
+            bits=operand_bits(sregs),
+            last_exits=vcpu.kept_exits(),
             console=self.console.tail(),
             seconds=time.monotonic() - self._started_at,
         )
-        outcome.instruction = vcpu.failed_instruction() or self._bytes_at_rip(vcpu, outcome)
+        outcome.instruction = vcpu.failed_instruction() or self._bytes_at(vcpu, regs.rip + sregs.cs.base)
         if reason in ("reset", "halt", "timeout", "stalled") and _PANIC_MARK in outcome.console:
             # panic=-1 turns a panic into a reset: the guest's own last words say which it was.
             outcome.reason = "panic"
@@ -866,8 +872,7 @@ class Machine:
                 outcome.explanation = f"the guest's kernel panicked: {line.decode(errors='replace')}"
         return outcome
 
-    def _bytes_at_rip(self, vcpu: Any, outcome: Outcome) -> bytes:
-        linear = outcome.registers["rip"] + outcome.registers["cs_base"]
+    def _bytes_at(self, vcpu: Any, linear: int) -> bytes:
         found = b""
         while len(found) < 16:
             gpa = vcpu.translate((linear + len(found)) & ((1 << 64) - 1))
@@ -897,6 +902,8 @@ class Machine:
         if self._threads:
             lib.vmm_vm_stop(self._vm, _STOP_HOST, 0)
             self._end()
+        for runner in self._runners:
+            runner.close()
         if self._debugger is not None:
             self._debugger.close()
             self._debugger = None

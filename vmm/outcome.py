@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.cpu.vcpu import Exit
     from vmm.observe.diagnose import Diagnosis
 
@@ -46,15 +48,15 @@ class Outcome:
     """
 
     __slots__ = (
+        "_exits",
+        "_registers",
         "bits",
         "code",
         "console",
         "diagnosis",
         "explanation",
         "instruction",
-        "last_exits",
         "reason",
-        "registers",
         "seconds",
         "vcpu",
     )
@@ -65,10 +67,10 @@ class Outcome:
         code: int = 0,
         *,
         vcpu: int | None = None,
-        registers: dict[str, int] | None = None,
+        registers: dict[str, int] | Callable[[], dict[str, int]] | None = None,
         instruction: bytes = b"",
         bits: int = 64,
-        last_exits: list[Exit] | None = None,
+        last_exits: list[Exit] | Callable[[], list[Exit]] | None = None,
         console: bytes = b"",
         explanation: str = "",
         seconds: float = 0.0,
@@ -76,14 +78,30 @@ class Outcome:
         self.reason = reason
         self.code = code
         self.vcpu = vcpu
-        self.registers = registers or {}
+        self._registers = registers or {}
         self.instruction = instruction
         self.bits = bits
-        self.last_exits = last_exits or []
+        self._exits = last_exits or []
         self.console = console
         self.explanation = explanation
         self.seconds = seconds
         self.diagnosis: Diagnosis | None = None
+
+    # Few look at these: what they are made of is kept until somebody does.
+
+    @property
+    def registers(self) -> dict[str, int]:
+        """The registers, by the names :meth:`vmm.cpu.vcpu.Vcpu.registers` has."""
+        if callable(self._registers):
+            self._registers = self._registers()
+        return self._registers
+
+    @property
+    def last_exits(self) -> list[Exit]:
+        """The newest exits, oldest first."""
+        if callable(self._exits):
+            self._exits = self._exits()
+        return self._exits
 
     @property
     def ok(self) -> bool:

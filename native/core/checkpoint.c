@@ -17,6 +17,7 @@ struct vmm_checkpoint {
     uint8_t *copies[VMM_MAX_REGIONS]; /* of whole regions; what was never touched is not there */
     vmm_vcpu_state *vcpus;
     vmm_chips_state chips;
+    bool remapped; /* what was put back may hold page tables that were in use */
 };
 
 /* ---- the copy ---- */
@@ -109,10 +110,33 @@ void vmm_checkpoint_destroy(vmm_checkpoint *cp)
 
 /* ---- the way back ---- */
 
+/*
+ * Whether the page may be a page table of which KVM has copied an entry that is to change. Only entries that are
+ * present and accessed get there (KVM sets the latter first, as a processor would), and a copy goes when the guest
+ * writes its entry; so the entry still reads as it was copied. Of 4 bytes, or the low half of 8.
+ */
+static bool may_map(const uint8_t *now, const uint8_t *then)
+{
+    enum { PRESENT = 1, ACCESSED = 1 << 5 };
+    const uint64_t used = PRESENT | ACCESSED;
+    for (size_t i = 0; i < PAGE_SIZE; i += sizeof(uint64_t)) {
+        uint64_t old, new;
+        memcpy(&old, now + i, sizeof(old));
+        memcpy(&new, then + i, sizeof(new));
+        if (old != new && ((old & used) == used || (old >> 32 & used) == used))
+            return true;
+    }
+    return false;
+}
+
 static void copy_back(void *opaque, uint32_t region, uint64_t page)
 {
-    const struct vmm_checkpoint *cp = opaque;
-    memcpy(cp->vm->regions[region].host + page * PAGE_SIZE, cp->copies[region] + page * PAGE_SIZE, PAGE_SIZE);
+    struct vmm_checkpoint *cp = opaque;
+    uint8_t *now = cp->vm->regions[region].host + page * PAGE_SIZE;
+    const uint8_t *then = cp->copies[region] + page * PAGE_SIZE;
+    if (cp->vm->shadowed && !cp->remapped)
+        cp->remapped = may_map(now, then);
+    memcpy(now, then, PAGE_SIZE);
 }
 
 int64_t vmm_checkpoint_restore_memory(vmm_checkpoint *cp)
@@ -122,5 +146,7 @@ int64_t vmm_checkpoint_restore_memory(vmm_checkpoint *cp)
 
 int vmm_checkpoint_restore_processors(vmm_checkpoint *cp)
 {
-    return vmm_vm_load(cp->vm, cp->vcpus, &cp->chips);
+    const int rc = vmm_vm_put_back(cp->vm, cp->vcpus, &cp->chips, cp->remapped);
+    cp->remapped = cp->remapped && rc < 0;
+    return rc;
 }

@@ -182,6 +182,10 @@ static inline void vmm_vm_wrote(struct vmm_vm *vm, const void *host, size_t n)
 
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
 
+/* vmm_vm_load, where it may be known that no page table was written meanwhile. */
+int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
+                    bool remapped);
+
 /* Have every vCPU look at its requests; under vm->lock. */
 void vmm_vm_kick_locked(struct vmm_vm *vm);
 

@@ -354,13 +354,20 @@ int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips)
     return rc;
 }
 
-int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
+int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
+                    bool remapped)
 {
     int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
-    rc = rc ? rc : forget_shadows(vm);
+    if (rc == 0 && remapped)
+        rc = forget_shadows(vm);
     rc = rc ? rc : load_chips(vm, chips);
     const uint64_t moment = __rdtsc();
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
         rc = load_vcpu(vm->vcpus[i], &vcpus[i], moment);
     return rc ? rc : load_pit(vm, chips);
+}
+
+int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
+{
+    return vmm_vm_put_back(vm, vcpus, chips, true);
 }

@@ -8,6 +8,8 @@ from vmm._ffi import check, ffi, lib
 from vmm.errors import ConfigError, HostError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.cpu.cpuid import CpuidTable
     from vmm.cpu.paging import LinearMemory, Paging
     from vmm.memory import GuestMemory
@@ -71,6 +73,26 @@ class Exit:
         return f"<{self.reason} {self.address:#x}/{self.size} {arrow} {self.value:#x}>"
 
 
+def named(regs: Any, sregs: Any) -> dict[str, int]:
+    """What :meth:`Vcpu.structs` answers, as :meth:`Vcpu.registers` has it."""
+    values = {name: int(getattr(regs, name)) for name in GENERAL}
+    values.update((name, int(getattr(sregs, name))) for name in CONTROL)
+    for name in SEGMENTS:
+        segment = getattr(sregs, name)
+        values[name] = int(segment.selector)
+        values[f"{name}_base"] = int(segment.base)
+    values["gdt_base"], values["gdt_limit"] = int(sregs.gdt.base), int(sregs.gdt.limit)
+    values["idt_base"], values["idt_limit"] = int(sregs.idt.base), int(sregs.idt.limit)
+    return values
+
+
+def operand_bits(sregs: Any) -> int:
+    """Operand size of the code that CS selects: 16, 32 or 64."""
+    if sregs.cs.l:
+        return 64
+    return 32 if sregs.cs.db else 16
+
+
 class Vcpu:
     """A vCPU. Registers may be read and set while the machine is created, paused or stopped.
 
@@ -93,18 +115,14 @@ class Vcpu:
 
     def registers(self) -> dict[str, int]:
         """General, control and segment registers by name (``cs`` is the selector, ``cs_base`` its base)."""
+        return named(*self.structs())
+
+    def structs(self) -> tuple[Any, Any]:
+        """The same as KVM gives them: ``vmm_regs`` and ``vmm_sregs``."""
         regs, sregs = ffi.new("vmm_regs *"), ffi.new("vmm_sregs *")
         check(lib.vmm_vcpu_get_regs(self.native, regs))
         check(lib.vmm_vcpu_get_sregs(self.native, sregs))
-        values = {name: int(getattr(regs, name)) for name in GENERAL}
-        values.update((name, int(getattr(sregs, name))) for name in CONTROL)
-        for name in SEGMENTS:
-            segment = getattr(sregs, name)
-            values[name] = int(segment.selector)
-            values[f"{name}_base"] = int(segment.base)
-        values["gdt_base"], values["gdt_limit"] = int(sregs.gdt.base), int(sregs.gdt.limit)
-        values["idt_base"], values["idt_limit"] = int(sregs.idt.base), int(sregs.idt.limit)
-        return values
+        return regs, sregs
 
     def set_registers(self, **values: int) -> None:
         """Set registers by the names :meth:`registers` has, e.g. ``set_registers(rip=0x1000, fs_base=0)``.
@@ -174,9 +192,7 @@ class Vcpu:
         """Operand size of the code it is in: 16, 32 or 64."""
         sregs = ffi.new("vmm_sregs *")
         check(lib.vmm_vcpu_get_sregs(self.native, sregs))
-        if sregs.cs.l:
-            return 64
-        return 32 if sregs.cs.db else 16
+        return operand_bits(sregs)
 
     def linear_rip(self) -> int:
         """The linear address of the next instruction."""
@@ -234,8 +250,13 @@ class Vcpu:
 
     def last_exits(self) -> list[Exit]:
         """Up to 64 newest exits, oldest first."""
+        return self.kept_exits()()
+
+    def kept_exits(self) -> Callable[[], list[Exit]]:
+        """:meth:`last_exits` as they are now, for whoever may ask later."""
         records = ffi.new("vmm_exit_record[64]")
-        return [Exit(records[i]) for i in range(lib.vmm_vcpu_last_exits(self.native, records, 64))]
+        n = lib.vmm_vcpu_last_exits(self.native, records, 64)
+        return lambda: [Exit(records[i]) for i in range(n)]
 
     def exit_counts(self) -> dict[str, int]:
         """Exits so far by reason."""

@@ -65,6 +65,16 @@ class NativeUart(Device):
         if lib.vmm_uart_load(self._uart, native) < 0:
             raise ValueError("not a state a UART can be in")
 
+    def capture(self) -> Any:
+        """The same as the model has it."""
+        state = ffi.new("vmm_uart_state *")
+        lib.vmm_uart_save(self._uart, state)
+        return state
+
+    def restore(self, captured: Any) -> None:
+        """Become that again."""
+        check(lib.vmm_uart_load(self._uart, captured))
+
     def destroy(self) -> None:
         """Free it, once the bus is gone."""
         if self._uart is not None:

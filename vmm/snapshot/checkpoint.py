@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 
+NOTHING = {"version": 1}  # what a device has to say that remembers nothing
+
+
 class Checkpoint:
     """What :meth:`vmm.Machine.checkpoint` answers; :meth:`vmm.Machine.rollback` goes back to it, any number of times.
 
@@ -33,7 +36,8 @@ class Checkpoint:
         """Pages that the last roll-back copied."""
         try:
             # Devices finish what is in flight, and write memory for it: before anything else.
-            self._states: list[tuple[Device, Any]] = [(device, device.capture()) for device in machine.devices]
+            states = [(device, device.capture()) for device in machine.devices]
+            self._states: list[tuple[Device, Any]] = [(device, state) for device, state in states if state != NOTHING]
             self._input = machine.console.pending()
             self._disks = [undo for device in machine.devices if (undo := device.checkpoint()) is not None]
             out = ffi.new("vmm_checkpoint **")
