@@ -186,6 +186,75 @@ def test_it(machine, n):
     done.stdout.fnmatch_lines_random(["<Outcome debug-exit *", "  rip 0x*"])
 
 
+def test_tests_that_use_machines_are_run_as_often_as_asked_and_counted(suite: Callable[..., pytest.RunResult]) -> None:
+    done = suite(
+        """
+runs = []
+
+@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.vm(kernel={hello}, memory="16M")
+def test_it(make_machine, cpus):
+    assert make_machine(cpus=cpus).run().status == 33
+    runs.append(cpus)
+
+def test_of_no_machine():
+    assert sorted(runs) == [1] * 5 + [2] * 5
+""",
+        "--vm-count=5",
+    )
+    done.assert_outcomes(passed=11)
+    done.stdout.re_match_lines_random([r"virtual machines: 10 tests in \d+\.\d\d s, \d+\.\d tests/s"])
+
+
+def test_counting_goes_on_under_xdist(suite: Callable[..., pytest.RunResult]) -> None:
+    pytest.importorskip("xdist")
+    done = suite(
+        """
+@pytest.mark.vm(kernel={hello}, memory="16M")
+def test_it(machine):
+    assert machine.run().status == 33
+""",
+        "--vm-count=6",
+        "-n2",
+    )
+    done.assert_outcomes(passed=6)
+    done.stdout.re_match_lines_random([r"virtual machines: 6 tests in .*"])
+
+
+def test_a_count_of_none_is_refused(suite: Callable[..., pytest.RunResult]) -> None:
+    done = suite("def test_it(machine): pass\n", "--vm-count=0")
+    assert done.ret != 0
+    done.stdout.fnmatch_lines_random(["*--vm-count 0: give 1 or more*"])
+
+
+def test_a_machine_in_a_fixture_is_rolled_back_for_each_test(suite: Callable[..., pytest.RunResult]) -> None:
+    done = suite(
+        """
+from vmm import Machine
+
+@pytest.fixture(scope="session")
+def booted():
+    with Machine(kernel={spin}, memory="16M") as machine:
+        machine.start()
+        machine.console.expect("spinning", timeout=10)
+        yield machine, machine.checkpoint()
+
+@pytest.fixture
+def spinning(booted):
+    machine, checkpoint = booted
+    machine.rollback(checkpoint)
+    return machine
+
+@pytest.mark.parametrize("n", range(20))
+def test_it(spinning, n):
+    assert spinning.memory.read(0x400000, 4) == bytes(4)
+    spinning.memory.write(0x400000, b"left")
+    assert spinning.running
+"""
+    )
+    done.assert_outcomes(passed=20)
+
+
 def test_a_positional_mark_is_refused(suite: Callable[..., pytest.RunResult]) -> None:
     done = suite("@pytest.mark.vm({hello})\ndef test_it(machine): pass\n")
     done.assert_outcomes(errors=1)

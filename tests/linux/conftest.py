@@ -32,3 +32,9 @@ def small_kernel() -> SmallKernel:
         return kernel.small_kernel()
     except VmmError as error:
         pytest.skip(f"no small kernel: {error}")
+
+
+@pytest.fixture(scope="session")
+def linux_fields(small_kernel: SmallKernel) -> dict[str, object]:
+    """The ``linux`` fixture's guest is the small kernel's on every host."""
+    return {"kernel": str(small_kernel.bzimage), "memory": "128M"}

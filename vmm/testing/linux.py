@@ -1,4 +1,4 @@
-"""A Linux guest for tests: booted once, asked for one command after another."""
+"""A Linux guest for tests: booted once, asked for one command after another, and taken back to when it had booted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.machine import Machine
+    from vmm.snapshot.checkpoint import Checkpoint
 
 BOOT_TIMEOUT = 300.0  # seconds; a quarter of a minute where guest kernel code is emulated, under a second elsewhere
 
@@ -30,14 +31,19 @@ class LinuxGuest:
     """A Linux guest that runs commands; ``fields`` are those of a :class:`~vmm.machine.Machine`.
 
     Without ``kernel`` it is the Linux that ``pyvmm boot`` would get for itself; an ``initrd`` of your own is unpacked
-    below the session's. The guest boots at the first :meth:`run`, and again at the next after it died or did not
-    answer in time: one bad command does not fail the tests behind it. ``boots`` counts.
+    below the session's. The guest boots at the first :meth:`run`, and again at the next after it died or did not answer
+    in time: one bad command does not fail the tests behind it. With ``checkpoint`` it is rolled back instead to when it
+    had booted, as :meth:`rollback` does; unless the machine cannot be held in one (a share). ``boots`` and
+    ``rollbacks`` count.
     """
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *, checkpoint: bool = False, **fields: Any) -> None:
         self.fields = fields
         self.machine: Machine | None = None
-        self.boots = 0
+        self.boots = self.rollbacks = 0
+        self._wanted = checkpoint
+        self._booted: Checkpoint | None = None
+        self._unheld = "it keeps no checkpoint"  # why there is none
 
     def run(self, command: str, timeout: float = 60.0) -> Result:
         """Run ``command`` in the guest's shell, from ``/`` with no input; standard error is part of the output.
@@ -51,7 +57,7 @@ class LinuxGuest:
 
         machine = self.machine
         if machine is None or machine.outcome is not None or machine.console.closed:
-            machine = self.boot()
+            machine = self.boot() if self._booted is None else self.rollback()
         token = os.urandom(4).hex()
         start = machine.console.position
         machine.console.send(session.request(command, token))
@@ -77,6 +83,26 @@ class LinuxGuest:
             machine.console.expect(session.READY, config.timeout or BOOT_TIMEOUT)
         except ConsoleTimeout as error:
             raise self._death(machine, "booting", error, 0) from None
+        if self._wanted:
+            try:
+                self._booted = machine.checkpoint()
+            except StateError as error:
+                self._unheld = str(error)
+        return machine
+
+    def rollback(self) -> Machine:
+        """Have the guest as it was when it had booted: files, processes, disks and clock. It boots if it has not yet.
+
+        Raises :class:`~vmm.errors.StateError` where the machine cannot be held in a checkpoint, and as :meth:`run`
+        does when the guest does not boot.
+        """
+        machine = self.boot() if self.machine is None else self.machine
+        if self._booted is None:
+            raise StateError(f"the guest cannot be rolled back: {self._unheld}; use linux_session, which need not be")
+        machine.rollback(self._booted)
+        if not machine.running:
+            machine.start()
+        self.rollbacks += 1
         return machine
 
     def clone(self, n: int = 1, *, hostname: Callable[[int], str] = "clone{}".format) -> list[LinuxGuest]:
@@ -117,7 +143,7 @@ class LinuxGuest:
 
     def _death(self, machine: Machine, doing: str, error: ConsoleTimeout, start: int) -> Exception:
         if not machine.console.closed:
-            machine.stop()  # for who looks at it; the next command boots another
+            machine.stop()  # for who looks at it
             printed = error.transcript[start:]
             return ConsoleTimeout(f"the guest did not answer in time, {doing}; it printed {printed[-200:]!r}", printed)
         return StateError(f"the guest ended, {doing}: {machine.wait().sentence}")
@@ -126,7 +152,7 @@ class LinuxGuest:
         """Stop the guest. The next :meth:`run` boots another."""
         if self.machine is not None:
             self.machine.close()
-            self.machine = None
+            self.machine = self._booted = None
 
 
 def _addresses(machine: Machine) -> list[str]:

@@ -7,8 +7,12 @@ It is there once pyvmm is installed. Importing it imports nothing of the monitor
 ``make_machine``
     a function for more of them, with the same fields on top of the mark's;
 ``linux``
-    a :class:`vmm.testing.linux.LinuxGuest`, once a session, booted by the first command; override the session
-    fixture ``linux_fields`` to choose its kernel, memory or disks.
+    a :class:`vmm.testing.linux.LinuxGuest`, booted once a session and rolled back before every test; override the
+    session fixture ``linux_fields`` to choose its kernel, memory or disks;
+``linux_session``
+    the same guest as the test before left it.
+
+``--vm-count N`` runs each test that uses one of them N times, and says how many a second that were.
 """
 
 from __future__ import annotations
@@ -32,7 +36,11 @@ _MADE: pytest.StashKey[list[Any]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The one setting."""
+    """One setting, one option."""
+    group = parser.getgroup("virtual machines")
+    group.addoption(
+        "--vm-count", type=int, default=1, metavar="N", help="run each test that uses a virtual machine N times"
+    )
     parser.addini("vm_timeout", "seconds after which the run of a fixture's machine ends (default: 60)", default="60")
 
 
@@ -102,14 +110,59 @@ def linux_fields() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def linux(linux_fields: dict[str, Any]) -> Iterator[LinuxGuest]:
-    """A Linux guest to run commands in: ``status, output = linux.run("uname -r")``."""
+def linux_session(linux_fields: dict[str, Any]) -> Iterator[LinuxGuest]:
+    """A Linux guest to run commands in: ``status, output = linux_session.run("uname -r")``. Tests share its state."""
     _need_kvm()
     from vmm.testing.linux import LinuxGuest
 
-    guest = LinuxGuest(**linux_fields)
+    guest = LinuxGuest(checkpoint=True, **linux_fields)
     yield guest
     guest.close()
+
+
+@pytest.fixture
+def linux(linux_session: LinuxGuest) -> LinuxGuest:
+    """The same guest, for every test as it was when it had booted."""
+    linux_session.rollback()
+    return linux_session
+
+
+# ---- again and again ----
+
+_FIXTURES = frozenset({"make_machine", "linux_session"})  # the others use these
+
+
+@pytest.fixture
+def vm_repetition(request: pytest.FixtureRequest) -> int:
+    """Which of its ``--vm-count`` runs a test is in; 0: the first."""
+    return getattr(request, "param", 0)
+
+
+@pytest.hookimpl(trylast=True)  # behind a test's own parameters
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Repeat the tests that use a machine."""
+    count = metafunc.config.getoption("vm_count")
+    if count < 1:
+        raise pytest.UsageError(f"--vm-count {count}: give 1 or more")
+    if count > 1 and not _FIXTURES.isdisjoint(metafunc.fixturenames):
+        if "vm_repetition" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("vm_repetition")
+        metafunc.parametrize("vm_repetition", range(count), indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How many tests with machines a second, from when the first had its machine: a guest boots before that."""
+    if config.getoption("vm_count") < 2:
+        return
+    kinds = [kind for kind in terminalreporter.stats.values() if kind and isinstance(kind[0], pytest.TestReport)]
+    reports = [report for kind in kinds for report in kind if getattr(report, "uses_vm", False)]
+    ran = [report for report in reports if report.when == "call"]
+    if ran:
+        start = min(report.start for report in ran)
+        seconds = max(report.stop for report in reports) - start
+        terminalreporter.write_line(
+            f"virtual machines: {len(ran)} tests in {seconds:.2f} s, {len(ran) / seconds:.1f} tests/s"
+        )
 
 
 # ---- the report of a failed test ----
@@ -119,7 +172,8 @@ def linux(linux_fields: dict[str, Any]) -> Iterator[LinuxGuest]:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
     """Add to a failed test's report how its machines stood. Those of ``make_machine`` are stopped for that."""
     outcome = yield
-    report: pytest.TestReport = outcome.get_result()
+    report: Any = outcome.get_result()
+    report.uses_vm = not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))  # goes with it to xdist's controller
     if report.failed and "vmm.machine" in sys.modules:
         for machine, ours in _machines(item):
             report.sections.append((f"guest {machine!r}", _describe(machine, ours)))
