@@ -1,0 +1,244 @@
+"""Whoever connects may be anybody: what is no migration is refused with a reason, and leaves no machine behind."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import socket
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from effort import examples
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vmm import migrate
+from vmm.errors import MigrationError, VmmError
+from vmm.machine import Machine
+from vmm.migrate.address import PREFACE
+from vmm.migrate.source import hello
+from vmm.migrate.wire import DATA_MAX, Channel, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+EXIT = bytes.fromhex("b010e6f4")  # mov al, 16; out 0xf4, al
+TOKEN = bytes(16)
+
+
+class Source:
+    """A source that says what it likes to a receiver, which listens on TCP."""
+
+    def __init__(self, **how: Any) -> None:
+        self.refusals: list[str] = []
+        self.came: Any = None
+        self._receiver = migrate.Receiver("tcp:127.0.0.1:0", patience=2, on_refused=self._refused, **how)
+        self._thread = threading.Thread(target=self._receive)
+        self._thread.start()
+        port = int(self._receiver.address.rpartition(":")[2])
+        self.raw = socket.create_connection(("127.0.0.1", port))
+        self.raw.sendall(PREFACE)
+        self.channel = Channel(self.raw)
+
+    def _refused(self, why: str) -> None:
+        raise MigrationError(why)
+
+    def _receive(self) -> None:
+        try:
+            with self._receiver:
+                self.came = self._receiver.receive(10)
+        except BaseException as error:
+            self.came = error
+
+    def refused(self, why: str = "") -> None:
+        """It was refused, for that reason."""
+        self.raw.shutdown(socket.SHUT_WR)
+        self._thread.join(20)
+        self.channel.close()
+        if isinstance(self.came, Machine):
+            self.came.close()
+        assert isinstance(self.came, MigrationError), self.came
+        assert why in str(self.came)
+
+
+@pytest.fixture
+def greeting(flat: Callable[..., Machine]) -> dict[str, Any]:
+    machine = flat(EXIT, rng=False)
+    return {**hello(machine, "precopy", TOKEN, None), "state": machine.save()}
+
+
+def greeted(greeting: dict[str, Any]) -> tuple[Source, Any]:
+    said = copy.deepcopy(greeting)
+    state = said.pop("state")
+    source = Source()
+    source.channel.send_value(Kind.HELLO, said)
+    source.channel.receive(Kind.ACCEPT)
+    return source, {"machine": state, "later": None}
+
+
+def test_what_the_source_would_send_is_accepted(greeting: dict[str, Any]) -> None:
+    source, state = greeted(greeting)
+    source.channel.send_value(Kind.STATE, state)
+    source.channel.receive(Kind.READY)
+    source.refused("stays where it was")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"version": 2}, "version 2 of the protocol"),
+        ({"how": "teleport"}, "does not know"),
+        ({"how": "standby"}, "the other a standby"),
+        ({"token": b"short"}, "does not know"),
+        ({"regions": [[0, 4096]]}, "lies elsewhere"),
+        ({"description": {}}, "is not described"),
+        ({"description": {"config": {"gdb": "1234"}}}, "is not described"),
+        ({"description": {"config": {"shares": ["/:root"]}}}, "names a directory here"),
+        ({"description": {"config": {"disks": ["/etc/shadow"]}}}, "nobody says where they are"),
+        ({"fence": "/etc/passwd"}, "names a file here"),
+        ({"more": 1}, "as it should"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_greeting_that_cannot_be_is_refused(greeting: dict[str, Any], changed: dict[str, Any], why: str) -> None:
+    greeting.pop("state")
+    source = Source()
+    source.channel.send_value(Kind.HELLO, {**greeting, **changed})
+    with pytest.raises(MigrationError, match="the other side says"):
+        source.channel.receive(Kind.ACCEPT)
+    source.refused(why)
+
+
+def test_a_processor_that_is_not_here_is_refused_before_memory_is_sent(greeting: dict[str, Any]) -> None:
+    greeting.pop("state")
+    for row in greeting["description"]["cpuid"]:
+        if row[0] == 7:
+            row[4] = 0xFFFFFFFF
+    source = Source()
+    source.channel.send_value(Kind.HELLO, greeting)
+    with pytest.raises(MigrationError, match="lacks what the machine has"):
+        source.channel.receive(Kind.ACCEPT)
+    source.refused()
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "address"),
+    [
+        (Kind.PAGES, bytes(4096), 1 << 40),
+        (Kind.PAGES, bytes(4096), (16 << 20) - 1),
+        (Kind.ZEROS, (DATA_MAX + 1).to_bytes(8, "little"), 0),
+        (Kind.ZEROS, (4096).to_bytes(8, "little"), (1 << 64) - 4096),
+        (Kind.YOURS, b"", 0),
+        (Kind.READY, b"", 0),
+        (Kind.EPOCH, b"\xf6", 0),
+        (Kind.STATE, b"\xf6", 0),
+        (Kind.STATE, b"\xa0", 0),
+    ],
+)
+def test_a_frame_that_cannot_come_now_is_refused(
+    greeting: dict[str, Any], kind: Kind, payload: bytes, address: int
+) -> None:
+    source, _ = greeted(greeting)
+    source.channel.send(kind, payload, address=address)
+    source.refused()
+
+
+PLAIN = st.recursive(
+    st.none() | st.integers(-1, 1 << 64) | st.binary(max_size=8) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_a_value_with_anything_in_it_is_taken_or_refused(greeting: dict[str, Any], data: st.DataObject) -> None:
+    """Somewhere in greeting or state stands something else; no machine runs that was not given away."""
+    said = copy.deepcopy(greeting)
+    at: Any = said
+    while True:
+        key = data.draw(st.sampled_from(sorted(at, key=str)) if isinstance(at, dict) else st.integers(0, len(at) - 1))
+        if not isinstance(at[key], dict | list) or not at[key] or data.draw(st.integers(0, 3)) == 0:
+            break
+        at = at[key]
+    at[key] = data.draw(PLAIN)
+    state = said.pop("state")
+    source = Source()
+    try:
+        source.channel.send_value(Kind.HELLO, said)
+        source.channel.receive(Kind.ACCEPT)
+        source.channel.send_value(Kind.STATE, {"machine": state, "later": None})
+        source.channel.receive(Kind.READY)
+    except MigrationError:
+        pass
+    source.refused()
+
+
+# ---- TLS ----
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of two authorities: ``a`` and ``b`` of one, ``other`` of another."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed: there are no certificates")
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    for authority in ("one", "two"):
+        openssl(*new, "-x509", "-subj", f"/CN={authority}", "-keyout", f"{authority}.key", "-out", f"{authority}.pem")
+    for name, authority in (("a", "one"), ("b", "one"), ("other", "two")):
+        openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signing = ("-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.pem")
+    return folder
+
+
+def tls(folder: Path, name: str, authority: str = "one") -> migrate.Tls:
+    return migrate.Tls(str(folder / f"{name}.pem"), str(folder / f"{name}.key"), str(folder / f"{authority}.pem"))
+
+
+@pytest.mark.parametrize(
+    ("here", "moves"),
+    [("b", True), ("other", False), (None, False)],
+    ids=["one of ours", "another authority's", "nobody"],
+)
+def test_over_tls_the_sides_know_each_other(
+    guest: Callable[[str], str], certificates: Path, here: str | None, moves: bool
+) -> None:
+    came: list[Any] = []
+    refused: list[str] = []
+    receiver = migrate.Receiver("tcp:127.0.0.1:0", tls=tls(certificates, "a"), on_refused=refused.append)
+
+    def receive() -> None:
+        try:
+            with receiver:
+                came.append(receiver.receive(5))
+        except TimeoutError as error:
+            came.append(error)
+
+    there = threading.Thread(target=receive)
+    there.start()
+    with Machine(kernel=guest("self_check"), memory="32M", append="pages=64 tsc_jump=20000 jump=20000") as machine:
+        machine.start()
+        machine.console.expect(rb"round 2\n", 30)
+        if moves:
+            machine.migrate(receiver.address, tls=tls(certificates, "b"))
+        else:
+            with pytest.raises(VmmError):
+                machine.migrate(receiver.address, tls=tls(certificates, here) if here else None)
+        there.join()
+        assert isinstance(came[0], Machine) == moves and bool(refused) != moves
+        with came[0] if moves else machine as running:
+            running.console.send(b"q")
+            assert running.wait(30).code == 0x10

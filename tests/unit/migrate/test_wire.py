@@ -1,0 +1,232 @@
+"""The frames of a migration: what was sent comes, and nothing else is taken for it; addresses; the fence."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from effort import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmm.errors import ConfigError, MigrationError
+from vmm.migrate import fence as fences
+from vmm.migrate import wire
+from vmm.migrate.address import Address, Listener, connect
+from vmm.migrate.fence import Fence
+from vmm.migrate.wire import Channel, Kind, LinkLost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+VALUES = [Kind.HELLO, Kind.STATE, Kind.EPOCH, Kind.ACCEPT]
+
+
+def pair() -> tuple[Channel, Channel, socket.socket, socket.socket]:
+    a, b = socket.socketpair()
+    return Channel(a), Channel(b), a, b
+
+
+def frame(kind: int, payload: bytes, address: int = 0) -> bytes:
+    """A whole frame with a right checksum."""
+    out, _, _, raw = pair()
+    done: list[bytes] = []
+    if kind in list(Kind):
+        out.send(Kind(kind), payload, address=address)
+        done.append(raw.recv(1 << 20, socket.MSG_WAITALL | socket.MSG_DONTWAIT))
+    out.close()
+    raw.close()
+    return done[0]
+
+
+@given(data=st.binary(max_size=4096), address=st.integers(0, (1 << 64) - 1))
+@settings(max_examples=examples(100), deadline=None)
+def test_data_come_as_they_were_sent(data: bytes, address: int) -> None:
+    out, into, *_ = pair()
+    out.send(Kind.PAGES, data, address=address)
+    out.send_value(Kind.STATE, {"a": [1, data]})
+    assert into.receive(Kind.PAGES)[:3] == (Kind.PAGES, address, data)
+    assert into.receive(Kind.STATE).value == {"a": [1, data]}
+    assert out.sent == 2 * 24 + len(data) + len(wire.cbor.encode({"a": [1, data]}))
+    out.close()
+    into.close()
+
+
+@given(data=st.binary(max_size=200))
+@settings(max_examples=examples(300), deadline=None)
+def test_any_bytes_are_refused(data: bytes) -> None:
+    _, into, raw, _ = pair()
+    raw.sendall(data)
+    raw.shutdown(socket.SHUT_WR)
+    with pytest.raises(MigrationError):
+        into.receive(*Kind)
+    into.close()
+    raw.close()
+
+
+@given(flip=st.integers(0, 8 * (24 + 64) - 1))
+@settings(max_examples=examples(200), deadline=None)
+def test_a_flipped_bit_is_found(flip: int) -> None:
+    sent = bytearray(frame(Kind.PAGES, bytes(range(64)), 0x1000))
+    sent[flip // 8] ^= 1 << flip % 8
+    _, into, raw, _ = pair()
+    raw.sendall(sent)
+    raw.shutdown(socket.SHUT_WR)
+    with pytest.raises(MigrationError):
+        into.receive(*Kind)
+    into.close()
+    raw.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (struct.pack("<IIQII", 99, 0, 0, 0, 0), "does not speak"),
+        (struct.pack("<IIQII", Kind.PAGES, wire.DATA_MAX + 1, 0, 0, 0), "PAGES of 262145 bytes"),
+        (struct.pack("<IIQII", Kind.STATE, wire.VALUE_MAX + 1, 0, 0, 0), "STATE of 67108865 bytes"),
+        (struct.pack("<IIQII", Kind.ZEROS, 7, 0, 0, 0), "ZEROS of 7 bytes"),
+        (struct.pack("<IIQII", Kind.TAKEN, 1, 0, 0, 0), "TAKEN of 1 bytes"),
+        (frame(Kind.STATE, b"\xff"), "holds no value"),
+        (frame(Kind.TAKEN, b""), "only READY can come"),
+        (frame(Kind.REFUSE, wire.cbor.encode("no \x1b[2J room")), r"other side says: no \?\[2J room"),
+        (frame(Kind.ABORT, wire.cbor.encode([1])), "it gave no reason"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_by_name(sent: bytes, why: str) -> None:
+    _, into, raw, _ = pair()
+    raw.sendall(sent)
+    with pytest.raises(MigrationError, match=why):
+        into.receive(Kind.READY)
+
+
+def test_an_end_and_silence_are_a_lost_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, into, raw, _ = pair()
+    raw.sendall(frame(Kind.READY, b"")[:10])
+    monkeypatch.setattr(wire, "PATIENCE", 0.05)
+    with pytest.raises(LinkLost):
+        into.receive(Kind.READY)
+    out, into, raw, _ = pair()
+    with pytest.raises(LinkLost):
+        into.receive(Kind.READY, timeout=0.05)
+    out.close()
+    with pytest.raises(LinkLost, match="closed"):
+        into.receive(Kind.READY)
+
+
+def test_bandwidth_is_kept_to() -> None:
+    import time
+
+    a, b = socket.socketpair()
+    channel = Channel(a, bandwidth=1 << 20)
+    reader = threading.Thread(target=lambda: [None for _ in iter(lambda: b.recv(1 << 16), b"")])
+    reader.start()
+    began = time.monotonic()
+    for _ in range(8):
+        channel.send(Kind.PAGES, bytes(1 << 16))
+    assert time.monotonic() - began > 0.4
+    channel.close()
+    reader.join()
+
+
+# ---- addresses ----
+
+
+@pytest.mark.parametrize("text", ["unix:/a/b", "tcp:host:1", "tcp:[::1]:65535", "tcp:127.0.0.1:0"])
+def test_an_address_is_read_and_written(text: str) -> None:
+    assert str(Address.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "unix:", "tcp:host", "tcp:host:x", "tcp:host:65536", "udp:host:1", "/path"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no address"):
+        Address.parse(text)
+
+
+def test_a_descriptor_comes_along_and_the_socket_is_the_users_alone(tmp_path: Path) -> None:
+    listener = Listener(Address.parse(f"unix:{tmp_path}/s"), None)
+    assert stat.S_IMODE(os.stat(tmp_path / "s").st_mode) == 0o600
+    r, w = os.pipe()
+    connection = connect(listener.address, None, given=w)
+    accepted, fd = listener.accept(5)
+    assert fd is not None
+    os.write(fd, b"x")
+    assert os.read(r, 1) == b"x"
+    for end in (r, w, fd):
+        os.close(end)
+    connection.close(), accepted.close(), listener.close()
+    assert not (tmp_path / "s").exists()
+
+
+def test_who_speaks_something_else_is_refused(tmp_path: Path) -> None:
+    listener = Listener(Address.parse("tcp:127.0.0.1:0"), None)
+    with socket.create_connection((listener.address.host, listener.address.port)) as other:
+        other.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with pytest.raises(MigrationError, match="not a machine"):
+            listener.accept(5)
+    with pytest.raises(TimeoutError):
+        listener.accept(0.01)
+    listener.close()
+
+
+# ---- the fence ----
+
+
+@pytest.fixture(params=["path", "descriptor"])
+def both(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Fence, Callable[[], Fence]]]:
+    path = str(tmp_path / "fence") if request.param == "path" else None
+    source = Fence.make(path)
+
+    def other() -> Fence:
+        return Fence.open(path, source.token) if path else Fence.adopt(source.another(), source.token)
+
+    yield source, other
+    source.close()
+
+
+def test_a_machine_that_was_given_is_taken_once(both: tuple[Fence, Callable[[], Fence]]) -> None:
+    source, other = both
+    there = other()
+    assert not there.lock_within(0.05)
+    source.give()
+    assert there.lock_within(1) and there.take()
+    assert there.state == fences.TAKEN and not source.try_lock()
+    there.close()
+    assert source.try_lock() and not source.take()
+
+
+def test_a_machine_that_was_kept_is_not_taken(both: tuple[Fence, Callable[[], Fence]]) -> None:
+    source, other = both
+    there = other()
+    source.keep()
+    source.close()
+    assert there.lock_within(1) and not there.take()
+    there.close()
+
+
+def test_a_dead_source_is_known_by_its_lock(both: tuple[Fence, Callable[[], Fence]]) -> None:
+    source, other = both
+    there = other()
+    assert there.source_lives()
+    source.close()  # as the kernel does
+    assert not there.source_lives()
+    assert there.lock_within(1) and there.take()
+    there.close()
+
+
+def test_a_fence_of_another_migration_is_refused(tmp_path: Path) -> None:
+    source = Fence.make(str(tmp_path / "fence"))
+    with pytest.raises(MigrationError, match="another migration"):
+        Fence.open(str(tmp_path / "fence"), bytes(16))
+    with pytest.raises(ConfigError, match="another machine's"):
+        Fence.make(str(tmp_path / "fence"))
+    with pytest.raises(ConfigError, match="need to see one file"):
+        Fence.open(str(tmp_path / "nothing"), bytes(16))
+    source.close()
+    again: Any = Fence.make(str(tmp_path / "fence"))
+    again.close()
