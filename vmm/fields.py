@@ -37,7 +37,10 @@ def read_path(value: Any) -> str | None:
         return None
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{value!r} is not the path of a file")
-    return os.fspath(value)
+    path = os.fspath(value)
+    if "\0" in path:
+        raise ConfigError(f"{path!r} is not the path of a file: there is a zero byte in it")
+    return path
 
 
 def read_paths(value: Any) -> tuple[str, ...]:

@@ -86,16 +86,16 @@ class CpuidTable:
         Raises ``ValueError`` for what is no such value, :class:`~vmm.errors.HostError` naming the features that this
         host lacks.
         """
-        rows = _rows(value)
-        if missing := _missing(rows, _rows(self.value())):
+        leaves = rows(value)
+        if missing := _missing(leaves, self.value()):
             raise HostError(
                 f"this host's processor or KVM lacks what the machine has: {', '.join(missing)}; "
                 "use a host of the same kind, or one with more"
             )
-        self.count = len(rows)
+        self.count = len(leaves)
         self._entries = ffi.new("vmm_cpuid_entry[]", self.count)
         self._places = {}
-        for i, row in enumerate(rows):
+        for i, row in enumerate(leaves):
             for column, number in zip(_COLUMNS, row, strict=True):
                 setattr(self._entries[i], column, number)
             self._places.setdefault(row[0], []).append(i)
@@ -133,7 +133,8 @@ class CpuidTable:
         check(lib.vmm_vcpu_set_cpuid(vcpu, self._entries, self.count))
 
 
-def _rows(value: object) -> list[list[int]]:
+def rows(value: object) -> list[list[int]]:
+    """``value``, if it is what :meth:`CpuidTable.value` may have given. Raises ``ValueError``."""
     if not isinstance(value, list) or len(value) > MAX_ENTRIES:
         raise ValueError("not a table of CPUID leaves")
     for row in value:

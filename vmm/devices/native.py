@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.device import Device
+from vmm.devices.state import checked
 
 if TYPE_CHECKING:
     from vmm.console import Console
@@ -55,13 +56,13 @@ class NativeUart(Device):
 
     def load(self, state: State) -> None:
         """Take a saved state; ``ValueError`` for one no UART can be in."""
-        if state.get("version") != 1 or len(state.get("rx", b"")) != 16:
-            raise ValueError("not a UART state of version 1")
-        try:
-            native = ffi.new("vmm_uart_state *", {f: state[f] for f in _UART_FIELDS})
-        except (KeyError, OverflowError, TypeError) as error:
-            raise ValueError(f"not a UART state: {error}") from error
-        ffi.memmove(native.rx, state["rx"], 16)
+        native = ffi.new("vmm_uart_state *")
+        s = checked(self.name, state, dict.fromkeys(_UART_FIELDS, 0xFF), {"rx": len(native.rx)})
+        if len(s["rx"]) != len(native.rx):
+            raise ValueError(f"{self.name}: rx has {len(s['rx'])} bytes, not {len(native.rx)}")
+        for field in _UART_FIELDS:
+            setattr(native, field, s[field])
+        ffi.memmove(native.rx, s["rx"], len(native.rx))
         if lib.vmm_uart_load(self._uart, native) < 0:
             raise ValueError("not a state a UART can be in")
 

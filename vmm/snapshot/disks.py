@@ -166,7 +166,7 @@ def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) ->
     ]
 
 
-def restore_disks(states: Sequence[State], directory: str, writable: str | None = None) -> list[Disk]:
+def restore_disks(states: list[State], directory: str, writable: str | None = None) -> list[Disk]:
     """The disks of a machine that goes on from what :func:`save_disks` put into ``directory``, which it does not
     write: what its guest writes goes to overlays ``disk0.ovl`` in the directory ``writable``, or, without one, to files
     that go with the machine. That the directory's files are what was written has been checked.
@@ -174,6 +174,8 @@ def restore_disks(states: Sequence[State], directory: str, writable: str | None 
     Raises :class:`~vmm.errors.SnapshotError`, naming the disk, when a file that is referred to has changed;
     ``ValueError`` for what is no record of a disk.
     """
+    if not isinstance(states, list):
+        raise ValueError("no list of disks' records")
     return [_restore(index, _parsed(state), directory, writable) for index, state in enumerate(states)]
 
 

@@ -47,10 +47,12 @@ class Origin:
         self.arriving = arriving
         try:
             self._read(description)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SnapshotError(f"that describes no machine ({error!r})") from None
 
     def _read(self, description: State) -> None:
+        from vmm.cpu.cpuid import rows
+
         if description["version"] != VERSION:
             raise SnapshotError(
                 f"the machine is described in version {description['version']}: this pyvmm knows {VERSION}"
@@ -61,7 +63,7 @@ class Origin:
         self.command_line = _text(description["command_line"])
         self.mode = _text(description["mode"])
         self.symbols = description["symbols"] and _text(description["symbols"])
-        self.cpuid: object = description["cpuid"]
+        self.cpuid: object = rows(description["cpuid"])
 
     def config(self, **fields: Any) -> MachineConfig:
         """The configuration with the fields of :data:`USES` and :data:`PLACES` given anew.
@@ -77,7 +79,7 @@ class Origin:
                 )
         try:
             was = MachineConfig(**self._fields)
-        except ConfigError as error:
+        except (ConfigError, TypeError) as error:  # a key of a part that is no name
             raise SnapshotError(f"that describes no machine: {error}") from None
         config = was.with_(**fields)
         for name in PLACES:
