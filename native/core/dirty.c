@@ -39,6 +39,8 @@ static size_t words_before(const struct vmm_vm *vm, uint32_t region)
 static void touch_pages(struct vmm_vm *vm, uint32_t region, uint64_t first, uint64_t last)
 {
     _Atomic uint64_t *words = vm->touched + words_before(vm, region);
+    /* The write before the look: a bit that is set and about to be fetched says nothing of bytes that come after. */
+    atomic_thread_fence(memory_order_seq_cst);
     for (uint64_t page = first; page <= last; page++) {
         const uint64_t bit = 1ull << page % 64;
         if (!(atomic_load_explicit(&words[page / 64], memory_order_relaxed) & bit))
@@ -180,10 +182,11 @@ void vmm_dirty_close(vmm_dirty *log)
 int64_t vmm_dirty_collect(vmm_dirty *log)
 {
     struct vmm_vm *vm = log->vm;
+    const size_t words = words_before(vm, vm->n_regions);
     int64_t pages = 0;
     pthread_mutex_lock(&vm->dirty_lock);
     int rc = fetch(vm);
-    for (size_t i = 0; i < words_before(vm, vm->n_regions) && rc == 0; i++)
+    for (size_t i = 0; i < words && rc == 0; i++)
         pages += __builtin_popcountll(log->bits[i]);
     pthread_mutex_unlock(&vm->dirty_lock);
     return rc < 0 ? rc : pages;
