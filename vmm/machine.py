@@ -27,7 +27,7 @@ from vmm.runner import Runner
 if TYPE_CHECKING:
     import os
     import socket
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from vmm.boot import Entry
@@ -140,16 +140,29 @@ class Machine:
         self.migration: Migration | None = None
         """The one under way, to be cancelled."""
         self._left = False
+        self._later: Sequence[Callable[[Machine], None]] = []
         self.attendants: list[Attendant] = []
         """Who does something beside the machine, on a thread, and is stopped before it is closed."""
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # not _lock: a vCPU thread may take that one while it is joined
         try:
-            for step in BOOT_STEPS[: ARRIVAL if origin is not None and origin.arriving else None]:
+            for step in self._boot_steps():
                 step(self)
         except BaseException:
             self.close()
             raise
+
+    def _boot_steps(self) -> Sequence[Callable[[Machine], None]]:
+        """All there are; of a machine that moves here, what does not wait for the source to let go of a disk or tap."""
+        config = self.config
+        if self._origin is None or not self._origin.arriving:
+            return BOOT_STEPS
+        from vmm.cpu import state  # noqa: F401 - its import takes longer than loading one, while nobody runs
+
+        held = bool(config.disks or config.nets or config.shares or config.vsock)
+        at = BOOT_STEPS.index(Machine._create_devices if held else Machine._go_on)
+        self._later = BOOT_STEPS[at:]
+        return BOOT_STEPS[:at]
 
     # ---- boot steps, in order ----
 
@@ -234,7 +247,7 @@ class Machine:
         if self._origin is None or not self._origin.arriving:
             raise StateError("this machine is not on its way here")
         self._origin.state = state
-        for step in BOOT_STEPS[ARRIVAL:]:
+        for step in self._later:
             step(self)
 
     # ---- composing ----
@@ -975,6 +988,5 @@ BOOT_STEPS = [
     Machine._create_vcpus,
     Machine._go_on,
 ]
-ARRIVAL = BOOT_STEPS.index(Machine._create_devices)  # what comes after the memory of a machine that moves here
 
 __all__ = ["BOOT_STEPS", "HostError", "Machine"]

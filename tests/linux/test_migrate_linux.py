@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(600)
 
-_LAY_DOWN = "head -c 4000000 /dev/urandom > /tmp/file; md5sum /tmp/file"
+_LAY_DOWN = "seq 20000 > /tmp/file; md5sum /tmp/file"
 _KEEP_BUSY = "(while echo tick; do sleep 0.1; done > /dev/vda) < /dev/null > /dev/null 2>&1 & echo $! > /tmp/busy"
 _REST = "kill $(cat /tmp/busy); echo written > /dev/vda; sync; dmesg | grep -ci 'I/O error\\|stuck\\|blocked for'"
 

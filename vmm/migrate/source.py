@@ -97,6 +97,7 @@ class Migration:
         self._fence_path = fence
         self._progress = progress
         self._patience = patience
+        self._disks = machine.disks
         self._fence: Fence | None = None
         self._token = b""
         self._channel: Channel | None = None
@@ -243,7 +244,7 @@ class Migration:
             channel.unlimited()
             # Devices let go of what they have in flight, and write memory for it: before the last pages.
             state = machine.save()
-            for disk in machine.disks:
+            for disk in self._disks:
                 disk.let_go()
             send_rest(channel, state)
             channel.receive(Kind.READY)
@@ -264,7 +265,7 @@ class Migration:
         deadline = time.monotonic() + self._patience
         while True:
             try:
-                for disk in self._machine.disks:
+                for disk in self._disks:
                     disk.take_back()
                 break
             except VmmError as refused:  # the other side has not let go of it yet

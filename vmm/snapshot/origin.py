@@ -29,8 +29,8 @@ class Origin:
 
     ``files``, one ``(fd, offset)`` for each region, is the memory (:class:`vmm.memory.GuestMemory`). Without
     ``state`` the machine is made, with memory of its own, and whoever made it fills that and calls
-    :meth:`vmm.Machine.load_state`. ``arriving``: it is made as far as its memory, before anybody lets go of its disks
-    and networks; :meth:`vmm.Machine.arrive` makes the rest. Raises :class:`~vmm.errors.SnapshotError` for a
+    :meth:`vmm.Machine.load_state`. ``arriving``: it is made as far as it can be before anybody lets go of its
+    disks and networks; :meth:`vmm.Machine.arrive` makes the rest. Raises :class:`~vmm.errors.SnapshotError` for a
     description that cannot be.
     """
 
