@@ -16,7 +16,8 @@ BOOT_TIMEOUT = 300.0  # seconds; a quarter of a minute where guest kernel code i
 
 
 _SET_ADDRESS = """for interface in /sys/class/net/*; do
-    [ "$(cat $interface/address)" = {old} ] && {{ ip link set dev ${{interface##*/}} address {new} || exit; break; }}
+    read -r address <$interface/address
+    [ "$address" = {old} ] && {{ ip link set dev ${{interface##*/}} address {new} || exit; break; }}
 done"""
 
 
