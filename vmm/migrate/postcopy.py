@@ -24,7 +24,7 @@ from vmm.snapshot.regions import Region, bitmap_size, pages_in
 
 if TYPE_CHECKING:
     from vmm.machine import Machine
-    from vmm.memory import GuestMemory
+    from vmm.memory import DirtyLog, GuestMemory
     from vmm.migrate.fence import Fence
     from vmm.snapshot.lazy import LazyMemory
 
@@ -42,9 +42,23 @@ def greeting(token: bytes) -> dict[str, Any]:
 # ---- the source ----
 
 
-def later(memory: GuestMemory) -> list[bytes]:
-    """A bitmap for each region of the pages that were ever touched. None of them is looked at."""
-    return [pages_in(gpa, size, memory.in_use(number)) for number, (gpa, size) in enumerate(memory.regions)]
+class Touched:
+    """Which pages were ever touched: found while the guest runs, so that it need not wait for a look at all memory."""
+
+    def __init__(self, memory: GuestMemory, log: DirtyLog) -> None:
+        self._regions = memory.regions
+        self._log = log  # opened before: what is touched from here on is in it
+        self._before = [pages_in(gpa, size, memory.in_use(number)) for number, (gpa, size) in enumerate(self._regions)]
+
+    def bitmaps(self) -> list[bytes]:
+        """A bitmap for each region, of a machine that is held now."""
+        self._log.collect()
+        runs = self._log.take()
+        both = zip(self._before, (pages_in(gpa, size, runs) for gpa, size in self._regions), strict=True)
+        return [
+            (int.from_bytes(old, "little") | int.from_bytes(new, "little")).to_bytes(len(old), "little")
+            for old, new in both
+        ]
 
 
 class Pages:

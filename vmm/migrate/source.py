@@ -191,22 +191,23 @@ class Migration:
         from vmm.migrate import postcopy
 
         memory = self._machine.memory
-        pages = postcopy.Pages(self._address, memory, self._token)
+        with (
+            contextlib.closing(self._open_log()) as log,
+            contextlib.closing(postcopy.Pages(self._address, memory, self._token)) as pages,
+        ):
+            touched = postcopy.Touched(memory, log)
 
-        def bitmaps(channel: Channel, state: State) -> None:
-            pages.start()  # its devices touch memory before it runs
-            channel.send_value(Kind.STATE, {"machine": state, "later": postcopy.later(memory)})
+            def bitmaps(channel: Channel, state: State) -> None:
+                pages.start()  # its devices touch memory before it runs
+                channel.send_value(Kind.STATE, {"machine": state, "later": touched.bitmaps()})
 
-        try:
             downtime = self._hand_over(bitmaps)
             self.show(Progress("memory behind it", 0, channel.sent, 0, 0.0, 0.0, downtime, 1.0), always=True)
             try:
                 postcopy.await_all(channel, self._fence, self._address, self._token)
             finally:
                 self._machine.left()  # it is lost where it went, if anywhere
-        finally:
-            pages.close()
-            channel.sent += pages.sent
+        channel.sent += pages.sent
         return downtime
 
     def _open_log(self) -> DirtyLog:
