@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/virtio.py
 	$(BIN)/python bench/trace.py
+	$(BIN)/python bench/rollback.py
 
 # Random images, registers and requests, much longer than in the ordinary suite.
 fuzz: setup

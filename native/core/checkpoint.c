@@ -117,14 +117,17 @@ void vmm_checkpoint_destroy(vmm_checkpoint *cp)
  */
 static bool may_map(const uint8_t *now, const uint8_t *then)
 {
-    enum { PRESENT = 1, ACCESSED = 1 << 5 };
-    const uint64_t used = PRESENT | ACCESSED;
-    for (size_t i = 0; i < PAGE_SIZE; i += sizeof(uint64_t)) {
-        uint64_t old, new;
-        memcpy(&old, now + i, sizeof(old));
-        memcpy(&new, then + i, sizeof(new));
-        if (old != new && ((old & used) == used || (old >> 32 & used) == used))
-            return true;
+    enum { PRESENT = 1, ACCESSED = 1 << 5, USED = PRESENT | ACCESSED, BLOCK = 64 };
+    for (size_t block = 0; block < PAGE_SIZE; block += BLOCK) {
+        if (!memcmp(now + block, then + block, BLOCK))
+            continue;
+        for (size_t i = block; i < block + BLOCK; i += sizeof(uint64_t)) {
+            uint64_t old, new;
+            memcpy(&old, now + i, sizeof(old));
+            memcpy(&new, then + i, sizeof(new));
+            if (old != new && ((old & USED) == USED || (old >> 32 & USED) == USED))
+                return true;
+        }
     }
     return false;
 }

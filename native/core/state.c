@@ -28,6 +28,8 @@ enum {
     MSR_TSC = 0x10,
     MSR_TSC_DEADLINE = 0x6e0,
     MSR_TSC_AUX = 0xc0000103,
+    MSR_WALL_CLOCK_OLD = 0x11,
+    MSR_WALL_CLOCK = 0x4b564d00,
     MSR_MTRR_PHYS_FIRST = 0x200, /* base and mask of 8 */
     MSR_MTRR_PHYS_LAST = 0x20f,
     MSR_MTRR_DEFAULT = 0x2ff,
@@ -215,31 +217,28 @@ static const struct kvm_msr_entry *entry_of(const struct msr_list *list, uint32_
     return NULL;
 }
 
-/*
- * Only those that differ: a write of KVM's wall clock MSR, for one, makes KVM write guest memory. Not the TSC's, whose
- * writes near to what KVM expects it takes for an attempt to synchronize vCPUs and rounds to the first one's: that is
- * what the others want, and the first does not, so it is moved far away before.
- */
-static int load_msrs(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+static void add(struct msr_list *list, uint32_t index, uint64_t value)
 {
-    struct msr_list now, set = {.head.nmsrs = 0};
-    uint64_t read_at;
-    int rc = read_msrs(vcpu, &now, &read_at);
-    if (rc < 0)
-        return rc;
+    list->entries[list->head.nmsrs++] = (struct kvm_msr_entry){.index = index, .data = value};
+}
+
+/*
+ * Those that are not as in `now` (NULL: all), and the TSC. Writes of the latter near to what KVM expects it takes for an
+ * attempt to synchronize vCPUs and rounds to the first one's: that is what the others want, and the first does not, so
+ * it is moved far away before.
+ */
+static int set_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const struct msr_list *now,
+                    uint64_t moment)
+{
+    struct msr_list set = {.head.nmsrs = 0};
     for (uint32_t i = 0; i < from->n_msrs; i++) {
-        const struct kvm_msr_entry *is = entry_of(&now, vcpu->vm->n_msrs, from->msrs[i].index);
-        if (informs(from->msrs[i].index) || (is && is->data == from->msrs[i].value))
-            continue;
-        set.entries[set.head.nmsrs++] =
-            (struct kvm_msr_entry){.index = from->msrs[i].index, .data = from->msrs[i].value};
+        const struct kvm_msr_entry *is = now ? entry_of(now, vcpu->vm->n_msrs, from->msrs[i].index) : NULL;
+        if (!informs(from->msrs[i].index) && (!is || is->data != from->msrs[i].value))
+            add(&set, from->msrs[i].index, from->msrs[i].value);
     }
-    const bool first = vcpu == vcpu->vm->vcpus[0];
-    if (first)
-        set.entries[set.head.nmsrs++] =
-            (struct kvm_msr_entry){.index = MSR_TSC, .data = from->tsc ^ 1ull << 62};
-    struct kvm_msr_entry *tsc = &set.entries[set.head.nmsrs++];
-    *tsc = (struct kvm_msr_entry){.index = MSR_TSC, .data = from->tsc + (__rdtsc() - moment)};
+    if (vcpu == vcpu->vm->vcpus[0])
+        add(&set, MSR_TSC, from->tsc ^ 1ull << 62);
+    add(&set, MSR_TSC, from->tsc + (__rdtsc() - moment));
     const int done = ioctl(vcpu->fd, KVM_SET_MSRS, &set);
     if (done < 0)
         return vmm_error_errno("KVM_SET_MSRS");
@@ -247,6 +246,28 @@ static int load_msrs(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t
                ? 0
                : vmm_error_set(-EINVAL, "KVM refuses %#llx for MSR %#x",
                                (unsigned long long)set.entries[done].data, set.entries[done].index);
+}
+
+/* A write of another value than 0 to KVM's wall clock MSR makes KVM write guest memory. */
+static bool has_wall_clock(const vmm_vcpu_state *state)
+{
+    for (uint32_t i = 0; i < state->n_msrs; i++)
+        if ((state->msrs[i].index == MSR_WALL_CLOCK || state->msrs[i].index == MSR_WALL_CLOCK_OLD) &&
+            state->msrs[i].value)
+            return true;
+    return false;
+}
+
+/* All of them, unasked: a call less, which are what a roll-back mostly is. Else those that differ: also where KVM refuses
+ * a value that it gave, which is no matter if it has it still. */
+static int load_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+{
+    struct msr_list now;
+    uint64_t read_at;
+    if (!has_wall_clock(from) && set_msrs(vcpu, from, NULL, moment) == 0)
+        return 0;
+    const int rc = read_msrs(vcpu, &now, &read_at);
+    return rc < 0 ? rc : set_msrs(vcpu, from, &now, moment);
 }
 
 /* It is a TSC value. Where KVM takes no TSC from us (the guest's is the host's), the time that is left is what counts. */

@@ -15,7 +15,7 @@ Source: ACPI 6.5, 4.8.2.1 (PM timer), 4.8.3.1 (PM1 event), 4.8.3.2 (PM1 control)
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
 from vmm.devices.state import checked
@@ -103,7 +103,15 @@ class PowerManagement(Device):
         s = checked(self.name, state, dict.fromkeys(("status", "enable", "control"), 0xFFFF))
         if s["status"] & ~STATUS_BITS or s["enable"] & ~ENABLE_BITS or s["control"] & ~CONTROL_BITS | ~s["control"] & 1:
             raise ValueError("acpi-pm: bits are set that these registers do not have, or SCI_EN is clear")
-        self._status, self._enable, self._control = s["status"], s["enable"], s["control"]
+        self.restore((s["status"], s["enable"], s["control"]))
+
+    def capture(self) -> Any:
+        """The same as they are kept."""
+        return self._status, self._enable, self._control
+
+    def restore(self, captured: Any) -> None:
+        """Become that again."""
+        self._status, self._enable, self._control = captured
         self._update_line()
 
 

@@ -13,7 +13,7 @@ Source: Intel 8042 as in the IBM PC/AT Technical Reference, "Keyboard Controller
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
 from vmm.devices.state import checked
@@ -142,4 +142,14 @@ class I8042(Device):
         self._ram = bytearray(s["ram"])
         for field in numbers:
             setattr(self, "_" + field, s[field])
+        self._update_line()
+
+    def capture(self) -> Any:
+        """The same as it is kept."""
+        return bytes(self._ram), self._output_port, self._output, self._status, self._expects
+
+    def restore(self, captured: Any) -> None:
+        """Become that again."""
+        ram, self._output_port, self._output, self._status, self._expects = captured
+        self._ram = bytearray(ram)
         self._update_line()

@@ -15,7 +15,7 @@ Source: Motorola MC146818 datasheet, "Time, Calendar and Alarm Locations", "Regi
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
 from vmm.devices.state import checked
@@ -153,4 +153,13 @@ class Rtc(Device):
         cmos = s["cmos"]
         if len(cmos) != 128 or cmos[A] & 0x80 or cmos[C] or cmos[D] != D_VALID or (s["ahead"] and s["behind"]):
             raise ValueError("rtc: memory is not 128 bytes, or its registers A, C or D cannot read so")
-        self._index, self._cmos, self._offset = s["index"], bytearray(cmos), s["ahead"] - s["behind"]
+        self.restore((s["index"], cmos, s["ahead"] - s["behind"]))
+
+    def capture(self) -> Any:
+        """The same as it is kept."""
+        return self._index, bytes(self._cmos), self._offset
+
+    def restore(self, captured: Any) -> None:
+        """Become that again."""
+        self._index, cmos, self._offset = captured
+        self._cmos = bytearray(cmos)
