@@ -515,17 +515,18 @@ class Machine:
         """Held, its I/O thread also if no vCPU runs; no debugger's breakpoint in memory."""
         self._open_vm()
         self._refuse_own_thread()
-        if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
-            self._end()
         self.pause()
-        for hold, _ in self._holders:
-            hold()
         try:
-            with self.memory.without_breakpoints():
-                yield
+            # Only now is it known whether the guest has ended: its outcome is of the state that it ended in.
+            if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
+                self._end()
+            with contextlib.ExitStack() as held:
+                for hold, release in self._holders:
+                    hold()
+                    held.callback(release)
+                with self.memory.without_breakpoints():
+                    yield
         finally:
-            for _, release in self._holders:
-                release()
             self.resume()
 
     def _have_all_memory(self) -> None:

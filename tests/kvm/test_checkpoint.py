@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,6 +107,29 @@ def test_a_guest_that_died_is_brought_back(flat: Callable[..., Machine]) -> None
         assert machine.run(10).reason == "triple-fault"
         machine.rollback(checkpoint)
         assert machine.memory.read(HEAP, 1) == b"\0"
+
+
+def test_a_guest_that_ends_while_it_is_rolled_back_has_the_outcome_of_its_end(
+    flat: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_it = bytes.fromhex("803c250000300000 74f6")  # again: cmp byte [HEAP], 0; je again
+    machine = flat(wait_for_it + EXIT)
+    checkpoint = machine.checkpoint()
+    start = machine.vcpus[0].registers()["rip"]
+    machine.start()
+    pause = machine.pause
+
+    def just_too_late() -> None:
+        machine.memory.write(HEAP, b"\1")
+        assert select.select([machine.stop_fd], [], [], 10)[0]
+        pause()
+
+    monkeypatch.setattr(machine, "pause", just_too_late)
+    machine.rollback(checkpoint)
+    assert machine.outcome is not None
+    assert machine.outcome.reason == "debug-exit"
+    assert machine.outcome.registers["rip"] > start + len(wait_for_it)
+    assert machine.vcpus[0].registers()["rip"] == start
 
 
 def test_state_saved_and_loaded_is_the_same_state(guest: Callable[[str], str]) -> None:
