@@ -174,3 +174,14 @@ def test_the_command_goes_on_checks_and_refuses(guest: Callable[[str], str], tmp
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("pyvmm: ")
+
+
+def test_what_is_no_snapshot_is_named_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(SnapshotError, match=r"^there is no .*/none: give the directory of a snapshot"):
+        Machine.restore(tmp_path / "none")
+    with pytest.raises(SnapshotError, match="/file is a file: give the directory of a snapshot"):
+        Machine.restore(tmp_path / "file")
+    with pytest.raises(SnapshotError, match=r"/directory is no snapshot: it has no snapshot\.pyvmm"):
+        Machine.restore(tmp_path / "directory")

@@ -86,5 +86,5 @@ def _check(directory: str) -> int:
         snapshot.check()
         held = sum(region.pages_held for layer in snapshot.layers for region in layer.regions)
         kind = f"differential, {len(snapshot.layers) - 1} under it" if snapshot.parent else "full"
-        print(f"{directory}: {kind}, {snapshot.size >> 20} MiB of memory, {held * 4 >> 10} MiB held: whole")
+        print(f"{directory}: {kind}, {snapshot.size >> 20} MiB of memory, {held / 256:.1f} MiB held: whole")
     return 0

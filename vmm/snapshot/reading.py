@@ -55,12 +55,16 @@ class Snapshot:
                 self._read()
                 return
             except FileNotFoundError as error:
-                replaced = self._directory >= 0 and os.fstat(self._directory).st_nlink == 0
+                if self._directory < 0:
+                    raise SnapshotError(f"there is no {self.path}: give the directory of a snapshot") from None
+                replaced = os.fstat(self._directory).st_nlink == 0
                 self.close()
                 if not replaced:
                     raise SnapshotError(
                         f"{self.path} is no snapshot: it has no {os.path.basename(error.filename)}"
                     ) from None
+            except NotADirectoryError:
+                raise SnapshotError(f"{self.path} is a file: give the directory of a snapshot") from None
             except OSError as error:
                 raise SnapshotError(f"cannot read the snapshot {self.path} ({error.strerror})") from None
         raise SnapshotError(f"the snapshot {self.path} is replaced faster than it can be read: try again")
