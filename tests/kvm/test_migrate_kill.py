@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WORDS = "pages=16 ballast=64 rate=2000 tsc_jump=60000 jump=60000"
 PATIENCE = 5.0
-TRIES = 110
+TRIES = 60  # beside the hundred of every step
 SWEEP = 40  # more steps than either side takes
 _SPAWN = multiprocessing.get_context("forkserver")
 _SPAWN.set_forkserver_preload(["vmm.machine", "vmm.migrate.source", "vmm.migrate.destination", "vmm.platform"])
@@ -89,7 +89,7 @@ def destination(pipe: Any, address: str, step: int | None) -> None:
         die_at(step)
         pipe.send("ready")
         try:
-            machine = receiver.receive(3)
+            machine = receiver.receive(1.5)
         except (MigrationError, TimeoutError) as error:
             pipe.send(f"gave up: {error}")
             return

@@ -148,6 +148,8 @@ class Migration:
         machine = self._machine
         if not machine.running or has_ended(machine):
             raise StateError("a machine that does not run cannot move: start it, or take a snapshot")
+        if machine.config.shares:
+            raise StateError("a machine with a share cannot move: what is open in it is its server's, another process")
         for disk in machine.config.disks:
             if disk.temporary:
                 raise StateError(
