@@ -16,6 +16,12 @@ _CLEARED = {
     "fsgsbase": 288, "bmi1": 291, "avx2": 293, "bmi2": 296, "erms": 297, "invpcid": 298, "avx512f": 304,
     "rdseed": 306, "adx": 307, "smap": 308, "clflushopt": 311, "clwb": 312, "sha_ni": 317, "fsrm": 580,
 }  # fmt: skip
+# Programs see the processor's own CPUID all the same, and the C library's string functions would use vector registers
+# that a kernel told of no XSAVE neither saves nor restores: a copy that is interrupted between load and store stores
+# another program's bytes. glibc listens to this (2.33 and later; names of its cpu_features); the kernel hands words it
+# does not know to its first process as environment.
+_UNSAVED = ("AVX", "AVX2", "AVX512F", "AVX512VL", "AVX512BW", "AVX_Fast_Unaligned_Load")
+
 CLEARCPUID_LIMIT = 127  # char arg[128] in arch/x86/kernel/cpu/common.c
 
 # Where the guest's TSC cannot be set, it neither goes back with a roll-back nor waits in a snapshot: a kernel that
@@ -37,4 +43,5 @@ def linux_cmdline() -> list[str]:
         "highres=off",
         "no_timer_check",
         "cryptomgr.notests",
+        "GLIBC_TUNABLES=glibc.cpu.hwcaps=" + ",".join(f"-{name}" for name in _UNSAVED),
     ]
