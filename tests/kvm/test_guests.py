@@ -75,6 +75,8 @@ OTHERS = {"traps", "instructions", "debug_exit"}
 OTHERS |= {"deaths"}
 # And those of test_virtio_guests.py.
 OTHERS |= {"blk_rw", "net_pair", "ring_abuse", "virtio_irq", "virtio_bench"}
+# And that of test_rollback_self_check.py and test_migrate.py.
+OTHERS |= {"self_check"}
 
 
 def run(path: str, append: str = "", **fields: Any) -> Outcome:
