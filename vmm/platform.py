@@ -22,6 +22,7 @@ _POWEROFF, _RESET, _DEBUG_EXIT, _PANIC = 2, 3, 4, 5
 RESET_VALUE = 1
 _E820_RESERVED = 2
 S5 = 5
+_DISPENSABLE = ("GLIBC_TUNABLES=", "clocksource=")
 TICK_SECONDS = 0.02  # where a tick costs milliseconds of emulation: at most 50 a second
 
 
@@ -225,6 +226,8 @@ def command_line(machine: Machine, tables: Tables) -> str:
 
     What the user says about the same option wins: nothing is added then.
     """
+    from vmm.boot.loader import command_line_room
+
     given = machine.config.append
     if machine.kind not in LINUX_KINDS:
         return given
@@ -243,7 +246,13 @@ def command_line(machine: Machine, tables: Tables) -> str:
         added += [word for word in KEEP_TIME if not _said(word, words)]
     # Without ACPI a kernel learns of virtio-mmio devices here; with it, it would find them twice.
     found = tables.virtio_mmio if "acpi=off" in words else []
-    return " ".join([*added, *tables.cmdline, *found, given]).strip()
+    line = [*added, *tables.cmdline, *found, given]
+    room = command_line_room(machine.image, machine.kind)
+    # For programs, and for a clock: an image that takes so short a line (memtest86+) has neither.
+    for word in [word for word in added if word.startswith(_DISPENSABLE)]:
+        if len(" ".join(line).encode()) > room:
+            line.remove(word)
+    return " ".join(line).strip()
 
 
 def _said(word: str, words: list[str]) -> bool:

@@ -61,6 +61,18 @@ def _identify_elf(program: elf.Elf) -> str:
     return f"elf{program.bits}"
 
 
+def command_line_room(image: Image, kind: str) -> int:
+    """Bytes of a command line that the image takes; what :func:`load` refuses is longer."""
+    from vmm.boot import layout
+
+    room = layout.CMDLINE_ROOM - 1
+    if kind != "bzimage":
+        return room
+    from vmm.boot.bzimage import SetupHeader
+
+    return min(SetupHeader(image).cmdline_size, room)
+
+
 def load(
     memory: GuestRam,
     *,
