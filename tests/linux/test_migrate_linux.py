@@ -35,7 +35,10 @@ def moved(machine: Machine, address: str, **how: bool) -> Machine:
     return came[0]
 
 
-@pytest.mark.parametrize("postcopy", [False, True], ids=["pre-copy", "post-copy"])
+@pytest.mark.parametrize(
+    "postcopy",
+    [pytest.param(False, id="pre-copy"), pytest.param(True, id="post-copy", marks=pytest.mark.slow)],
+)
 def test_a_shell_goes_on_elsewhere(small_kernel: SmallKernel, tmp_path: Path, postcopy: bool) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(8 << 20))
