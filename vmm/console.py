@@ -121,11 +121,8 @@ class Console:
             left = deadline - time.monotonic()
             if left > 0 and lib.vmm_console_wait(self.native, search.at, search.patience(left)):
                 continue
-            over = left <= 0 or self.closed  # before the last look: what came until then is seen by it
-            if match := search.last_look():
+            if match := search.conclude(left, timeout):
                 break
-            if over:
-                raise search.failure(timeout)
         self.position = search.start + match.end()
         return match
 
@@ -142,11 +139,8 @@ class Console:
             fd = lib.vmm_console_await(self.native, search.at)
             if left > 0 and await aio.readable(fd, search.patience(left) / 1000) and self.end > search.at:
                 continue
-            over = left <= 0 or self.closed  # before the last look: what came until then is seen by it
-            if match := search.last_look():
+            if match := search.conclude(left, timeout):
                 break
-            if over:
-                raise search.failure(timeout)
         self.position = search.start + match.end()
         return match
 
@@ -230,6 +224,15 @@ class _Search:
     def last_look(self) -> re.Match[bytes] | None:
         """The same once nothing new comes: for matches longer than the overlap."""
         return self.look() or (self._search_all() if self.searched < len(self.seen) else None)
+
+    def conclude(self, left: float, timeout: float) -> re.Match[bytes] | None:
+        """Nothing new came while ``left`` seconds of ``timeout`` were left: the match if there is one after all, and
+        ``None`` to wait on. Raises :class:`~vmm.errors.ConsoleTimeout` when nothing more can come."""
+        over = left <= 0 or self.console.closed  # before the last look: what came until then is seen by it
+        match = self.last_look()
+        if match is None and over:
+            raise self.failure(timeout)
+        return match
 
     def _search_all(self) -> re.Match[bytes] | None:
         self.searched = len(self.seen)

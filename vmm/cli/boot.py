@@ -216,6 +216,24 @@ def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None =
         return outcome, (brief if outcome.reason in ("timeout", "reset") and not verbose else report)(machine, outcome)
 
 
+def go_on(machine: Machine, verbose: bool) -> int:
+    """:func:`serve_once` of a machine that was not booted here, at the end its configuration names; the exit status."""
+    from vmm.console_host import open_end
+
+    try:
+        end = open_end(machine.config.console)
+    except BaseException:
+        machine.close()
+        raise
+    try:
+        outcome, report = serve_once(machine, end, verbose)
+    finally:
+        end.close()
+    if report:
+        sys.stderr.write(report)
+    return outcome.status
+
+
 def _gdb(machine: Any, option: str) -> GdbServer:
     from vmm.observe.gdb import GdbServer, parse_option
 

@@ -41,7 +41,6 @@ def run(argv: list[str]) -> int:
 
 def receive(given: dict[str, Any], *, standby: bool = False) -> int:
     """Wait as these arguments say, and serve the console; answers the exit status."""
-    from vmm.console_host import open_end
     from vmm.errors import ConfigError
     from vmm.migrate import Receiver, Tls
 
@@ -54,18 +53,7 @@ def receive(given: dict[str, Any], *, standby: bool = False) -> int:
     with Receiver(given["listen"], tls=tls, on_refused=_say, **fields) as receiver:
         _say(f"waiting for a machine at {receiver.address}")
         machine = receiver.stand_by() if standby else receiver.receive()
-    try:
-        end = open_end(machine.config.console)
-    except BaseException:
-        machine.close()
-        raise
-    try:
-        outcome, report = boot.serve_once(machine, end, given["verbose"])
-    finally:
-        end.close()
-    if report:
-        sys.stderr.write(report)
-    return outcome.status
+    return boot.go_on(machine, given["verbose"])
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from vmm.cli import boot, command_parser
@@ -52,7 +51,6 @@ def run(argv: list[str]) -> int:
         return _check(given["directory"])
     fields: dict[str, Any] = {**boot.DEFAULTS}
     fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
-    from vmm.console_host import open_end
     from vmm.machine import Machine
     from vmm.snapshot import read, working_set
 
@@ -62,21 +60,11 @@ def run(argv: list[str]) -> int:
             working_set.forget(snapshot)
     later = given["later"] or recorded
     machine = Machine.restore(directory, check=not given["no_check"], later=later, **fields)
-    try:
-        end = open_end(machine.config.console)
-    except BaseException:
-        machine.close()
-        raise
-    try:
-        outcome, report = boot.serve_once(machine, end, given["verbose"])
-    finally:
-        end.close()
-    if report:
-        sys.stderr.write(report)
+    status = boot.go_on(machine, given["verbose"])
     if recorded and machine.lazy:
         with read(directory) as snapshot:
             working_set.save(snapshot, machine.lazy.touched())
-    return outcome.status
+    return status
 
 
 def _check(directory: str) -> int:

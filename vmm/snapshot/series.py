@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from vmm.errors import SnapshotError
@@ -38,7 +39,7 @@ class Series:
         self._log.collect()
         dirty = self._log.take()
         try:
-            with parent or _Nothing() as under:
+            with parent or nullcontext() as under:
                 written = self._write(path, state, under, dirty if under else None)
         except BaseException:
             for gpa, size in dirty:  # not in any snapshot yet
@@ -82,14 +83,6 @@ class Series:
         if self._log is not None:
             self._log.close()
             self._log = None
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def state_of(machine: Machine) -> State:
