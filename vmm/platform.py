@@ -191,13 +191,14 @@ def load_image(machine: Machine) -> Entry:
     """Put ACPI tables and the configured image into guest memory."""
     from vmm import boot
     from vmm.boot import acpi
+    from vmm.boot.loader import command_line_room
 
     config = machine.config
     if config.kernel is None:
         raise ConfigError("there is nothing to boot: give a kernel image (kernel=..., --kernel FILE)")
     initrds = [boot.Image.open(path) for path in config.initrd]
     tables = describe(machine)
-    machine.command_line = command_line(machine, tables)
+    machine.command_line = command_line(machine, tables, command_line_room(machine.image, machine.kind))
     rsdp = 0
     if config.memory >= layout.ACPI_START + layout.ACPI_SIZE:
         rsdp, blobs = acpi.build(
@@ -221,13 +222,11 @@ def load_image(machine: Machine) -> Entry:
     )
 
 
-def command_line(machine: Machine, tables: Tables) -> str:
+def command_line(machine: Machine, tables: Tables, room: int) -> str:
     """The user's words; for Linux also a console, an end after a panic, and what this host needs.
 
-    What the user says about the same option wins: nothing is added then.
+    What the user says about the same option wins: nothing is added then. ``room``: the bytes an image takes.
     """
-    from vmm.boot.loader import command_line_room
-
     given = machine.config.append
     if machine.kind not in LINUX_KINDS:
         return given
@@ -247,7 +246,6 @@ def command_line(machine: Machine, tables: Tables) -> str:
     # Without ACPI a kernel learns of virtio-mmio devices here; with it, it would find them twice.
     found = tables.virtio_mmio if "acpi=off" in words else []
     line = [*added, *tables.cmdline, *found, given]
-    room = command_line_room(machine.image, machine.kind)
     # For programs, and for a clock: an image that takes so short a line (memtest86+) has neither.
     for word in [word for word in added if word.startswith(_DISPENSABLE)]:
         if len(" ".join(line).encode()) > room:

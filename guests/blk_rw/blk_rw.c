@@ -4,6 +4,7 @@
  *   sectors=N   how large it should be (required; at least 2048)
  *   packed=1 indirect=1 event_idx=1   agree to these
  *   ro=1        it is read-only
+ *   rounds=N    write and read everything so many times (1)
  * Block b of 4 KiB, for every third b below 256, then holds the words b << 32 | index: the host may look. Prints
  * "id " and what GET_ID says.
  */
@@ -113,7 +114,8 @@ static uint64_t run(uint64_t sectors)
     if (read_only) {
         CHECK_EQ(request(BLK_OUT, 0, 512, 0, &written), BLK_IOERR);
         CHECK_EQ(request(BLK_IN, 0, 512, 0, &written), BLK_OK);
-    } else {
+    }
+    for (uint64_t left = read_only ? 0 : argument("rounds", 1); left; left--) {
         move(BLK_OUT, SLOTS);
         CHECK_EQ(request(BLK_FLUSH, 0, 0, 0, &written), BLK_OK);
         move(BLK_IN, 1);

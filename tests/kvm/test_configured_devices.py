@@ -48,7 +48,17 @@ def test_linux_is_told_of_the_console_it_has(tmp_path: Path) -> None:
     for device, tty in (("uart", "ttyS0"), ("virtio", "hvc0")):
         with Machine(memory="16M", console_device=device, rng=False) as machine:
             machine.kind = "bzimage"
-            assert f"console={tty}" in command_line(machine, Tables()).split()
+            assert f"console={tty}" in command_line(machine, Tables(), 2047).split()
+
+
+def test_an_image_that_takes_a_short_line_is_told_what_it_needs(tmp_path: Path) -> None:
+    from vmm.boot.acpi import Tables
+    from vmm.platform import command_line
+
+    with Machine(memory="16M", rng=False, append="quiet") as machine:
+        machine.kind, machine.merge_ticks = "bzimage", True  # as where kernel code is emulated
+        whole, short = (command_line(machine, Tables(), room).split() for room in (2047, 120))
+        assert set(short) < set(whole) and {"console=ttyS0", "panic=-1", "quiet"} <= set(short)
 
 
 def test_a_disk_that_is_not_there_is_refused_in_a_sentence(tmp_path: Path) -> None:
