@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A checkpoint: a copy of guest memory and the processors' state, and the way back to them. */
+#include "core/bitmap.h"
 #include "core/dirty.h"
+#include "vmmsnapshot.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -37,29 +38,15 @@ static int copy_file(const struct vmm_region *r, uint8_t *copy)
     return 0;
 }
 
-/* /proc/self/pagemap: a page that is there, or swapped out, and is no page of a file's: our own */
-#define PAGEMAP_PRESENT (1ull << 63 | 1ull << 62)
-#define PAGEMAP_FILE (1ull << 61)
-
 /* The file is mapped anew; what was written over it is copied. */
 static int copy_private(const struct vmm_region *r, uint8_t *copy)
 {
-    uint64_t entries[512];
-    const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    if (pagemap < 0)
-        return vmm_error_errno("/proc/self/pagemap");
-    int rc = 0;
-    for (uint64_t page = 0, n; page < r->size / PAGE_SIZE && rc == 0; page += n) {
-        n = r->size / PAGE_SIZE - page;
-        n = n < sizeof(entries) / sizeof(entries[0]) ? n : sizeof(entries) / sizeof(entries[0]);
-        const off_t at = (off_t)(((uintptr_t)r->host / PAGE_SIZE + page) * sizeof(entries[0]));
-        if (pread(pagemap, entries, n * sizeof(entries[0]), at) != (ssize_t)(n * sizeof(entries[0])))
-            rc = vmm_error_errno("reading /proc/self/pagemap");
-        for (uint64_t i = 0; i < n && rc == 0; i++)
-            if (entries[i] & PAGEMAP_PRESENT && !(entries[i] & PAGEMAP_FILE))
-                memcpy(copy + (page + i) * PAGE_SIZE, r->host + (page + i) * PAGE_SIZE, PAGE_SIZE);
-    }
-    close(pagemap);
+    const uint64_t pages = r->size / PAGE_SIZE;
+    uint64_t *own = calloc((pages + 63) / 64, sizeof(*own));
+    const int rc = own ? vmm_pages_own(r->host, r->size, own) : vmm_error_set(-ENOMEM, "checkpoint");
+    for (uint64_t page = 0; rc == 0 && (page = vmm_bitmap_next(own, page, pages, true)) < pages; page++)
+        memcpy(copy + page * PAGE_SIZE, r->host + page * PAGE_SIZE, PAGE_SIZE);
+    free(own);
     return rc;
 }
 

@@ -7,6 +7,7 @@
  * reads the file and the socket, and holds no lock while it does.
  */
 #include "core/lazy.h"
+#include "core/bitmap.h"
 #include "vmmsnapshot.h"
 
 #include <endian.h>
@@ -96,20 +97,6 @@ static void set(uint64_t *bits, uint64_t n)
 static void clear(uint64_t *bits, uint64_t n)
 {
     bits[n / 64] &= ~(1ull << n % 64);
-}
-
-/* The first set bit from `from` on, or `end`. */
-static uint64_t next(const uint64_t *bits, uint64_t from, uint64_t end)
-{
-    while (from < end) {
-        const uint64_t rest = bits[from / 64] >> from % 64;
-        if (rest) {
-            from += (uint64_t)__builtin_ctzll(rest);
-            return from < end ? from : end;
-        }
-        from = (from / 64 + 1) * 64;
-    }
-    return end;
 }
 
 static void signal_fd(int fd)
@@ -389,7 +376,7 @@ static void take_stream(struct vmm_lazy *l)
     l->n_input = 0;
     for (uint64_t page = 0;; page++) {
         pthread_mutex_lock(&l->lock);
-        page = next(l->asked, page, l->pages);
+        page = vmm_bitmap_next(l->asked, page, l->pages, true);
         pthread_mutex_unlock(&l->lock);
         if (page >= l->pages || !request(l, page))
             return;
@@ -464,7 +451,7 @@ static uint64_t choose_locked(struct vmm_lazy *l, uint64_t *first)
         return 0;
     *first = l->reached;
     do
-        *first = next(l->wanted, *first, l->pages);
+        *first = vmm_bitmap_next(l->wanted, *first, l->pages, true);
     while (*first < l->pages && test(l->asked, *first) && ++*first);
     l->reached = *first;
     if (*first >= l->pages)
@@ -664,7 +651,8 @@ int vmm_lazy_want(vmm_lazy *l, uint32_t region, const uint64_t *bitmap)
     if (rc < 0)
         return rc;
     const struct part *p = &l->parts[region];
-    for (uint64_t from = 0, to; (from = next(bitmap, from, p->pages)) < p->pages; from = to) {
+    for (uint64_t from = 0, to; (from = vmm_bitmap_next(bitmap, from, p->pages, true)) < p->pages;
+         from = to) {
         for (to = from; to < p->pages && test(bitmap, to); to++) {
             l->stats.wanted += !test(l->wanted, p->first + to);
             set(l->wanted, p->first + to);
@@ -781,7 +769,8 @@ size_t vmm_lazy_wanted(vmm_lazy *l, uint64_t *gpas, size_t max)
 {
     size_t n = 0;
     pthread_mutex_lock(&l->lock);
-    for (uint64_t page = 0; n < max && (page = next(l->asked, page, l->pages)) < l->pages; page++) {
+    for (uint64_t page = 0; n < max && (page = vmm_bitmap_next(l->asked, page, l->pages, true)) < l->pages;
+         page++) {
         if (test(l->told, page))
             continue;
         set(l->told, page);

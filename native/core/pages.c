@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Pages of guest memory to and from a sparse file. */
+#include "core/bitmap.h"
 #include "core/core.h"
 #include "vmmsnapshot.h"
 
@@ -13,21 +14,9 @@
 enum { PAGES_PER_CHUNK = VMM_CHUNK / VMM_PAGE, PAGEMAP_BATCH = 4096 };
 _Static_assert(64 % PAGES_PER_CHUNK == 0, "a chunk's pages lie in one word of a bitmap");
 
-#define PAGEMAP_HERE (3ull << 62) /* Documentation/admin-guide/mm/pagemap.rst: present, or swapped */
-
-/* The first page from `from` on, below `end`, whose bit is `value`; `end`: none. */
-static uint64_t next(const uint64_t *bitmap, uint64_t from, uint64_t end, bool value)
-{
-    while (from < end) {
-        const uint64_t rest = (value ? bitmap[from / 64] : ~bitmap[from / 64]) >> from % 64;
-        if (rest) {
-            from += (uint64_t)__builtin_ctzll(rest);
-            return from < end ? from : end;
-        }
-        from = (from / 64 + 1) * 64;
-    }
-    return end;
-}
+/* Documentation/admin-guide/mm/pagemap.rst */
+#define PAGEMAP_HERE (3ull << 62) /* present, or swapped */
+#define PAGEMAP_FILE (1ull << 61) /* a page of a file's */
 
 static bool is_zero(const uint8_t *page)
 {
@@ -105,8 +94,9 @@ static int add_data(int fd, uint64_t offset, uint64_t size, uint64_t *bitmap)
     return rc;
 }
 
-static int add_own(const uint8_t *host, uint64_t pages, uint64_t *bitmap)
+int vmm_pages_own(const void *host, uint64_t size, uint64_t *bitmap)
 {
+    const uint64_t pages = size / VMM_PAGE;
     const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return vmm_error_errno("/proc/self/pagemap");
@@ -117,7 +107,7 @@ static int add_own(const uint8_t *host, uint64_t pages, uint64_t *bitmap)
         rc = read_all(fd, entries, n * sizeof(*entries),
                       ((uintptr_t)host / VMM_PAGE + first) * sizeof(*entries));
         for (uint64_t i = 0; i < n && rc == 0; i++)
-            if (entries[i] & PAGEMAP_HERE)
+            if (entries[i] & PAGEMAP_HERE && !(entries[i] & PAGEMAP_FILE))
                 add(bitmap, first + i, first + i + 1);
     }
     close(fd);
@@ -132,13 +122,13 @@ int64_t vmm_pages_find(const void *host, uint64_t size, int fd, uint64_t offset,
     memset(bitmap, 0, (pages + 63) / 64 * sizeof(*bitmap));
     int rc = fd >= 0 ? add_data(fd, offset, size, bitmap) : 0;
     if (rc == 0 && privately)
-        rc = add_own(memory, pages, bitmap);
+        rc = vmm_pages_own(memory, size, bitmap);
     if (rc < 0)
         return rc;
     if (fd < 0 && !privately)
         add(bitmap, 0, pages);
     int64_t found = 0;
-    for (uint64_t page = 0; (page = next(bitmap, page, pages, true)) < pages; page++) {
+    for (uint64_t page = 0; (page = vmm_bitmap_next(bitmap, page, pages, true)) < pages; page++) {
         if (is_zero(memory + page * VMM_PAGE))
             bitmap[page / 64] &= ~(1ull << page % 64);
         else
@@ -170,8 +160,8 @@ int vmm_pages_write(int fd, uint64_t offset, const void *host, uint64_t size, co
     for (uint64_t first = 0; first < pages; first += PAGES_PER_CHUNK) {
         const uint64_t end = first + PAGES_PER_CHUNK < pages ? first + PAGES_PER_CHUNK : pages;
         uint32_t crc = 0;
-        for (uint64_t from = first, to; (from = next(bitmap, from, end, true)) < end; from = to) {
-            to = next(bitmap, from, end, false);
+        for (uint64_t from = first, to; (from = vmm_bitmap_next(bitmap, from, end, true)) < end; from = to) {
+            to = vmm_bitmap_next(bitmap, from, end, false);
             crc = vmm_crc32c(crc, memory + from * VMM_PAGE, (to - from) * VMM_PAGE);
             const int rc = write_run(fd, offset, memory, from, to);
             if (rc < 0)
@@ -189,8 +179,8 @@ static int check_holes(int fd, uint64_t offset, uint64_t size, const uint64_t *b
     int rc;
     for (; (rc = next_data(fd, &start, &stop, offset + size)) > 0; start = stop) {
         const uint64_t end = (stop - offset + VMM_PAGE - 1) / VMM_PAGE;
-        for (uint64_t page = (start - offset) / VMM_PAGE; (page = next(bitmap, page, end, false)) < end;
-             page++) {
+        for (uint64_t page = (start - offset) / VMM_PAGE;
+             (page = vmm_bitmap_next(bitmap, page, end, false)) < end; page++) {
             rc = read_all(fd, buffer, VMM_PAGE, offset + page * VMM_PAGE);
             if (rc == 0 && !is_zero(buffer))
                 rc = vmm_error_set(-EBADMSG, "there are data at %#llx, where there were none",
@@ -206,8 +196,8 @@ static int check_chunk(int fd, uint64_t offset, const uint64_t *bitmap, uint64_t
                        uint32_t wanted, uint8_t *buffer)
 {
     uint32_t crc = 0;
-    for (uint64_t from = first, to; (from = next(bitmap, from, end, true)) < end; from = to) {
-        to = next(bitmap, from, end, false);
+    for (uint64_t from = first, to; (from = vmm_bitmap_next(bitmap, from, end, true)) < end; from = to) {
+        to = vmm_bitmap_next(bitmap, from, end, false);
         const int rc = read_all(fd, buffer, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
         if (rc < 0)
             return rc;
@@ -238,8 +228,8 @@ int vmm_pages_check(int fd, uint64_t offset, uint64_t size, const uint64_t *bitm
 int vmm_pages_read(int fd, uint64_t offset, void *host, uint64_t size, const uint64_t *bitmap)
 {
     const uint64_t pages = size / VMM_PAGE;
-    for (uint64_t from = 0, to; (from = next(bitmap, from, pages, true)) < pages; from = to) {
-        to = next(bitmap, from, pages, false);
+    for (uint64_t from = 0, to; (from = vmm_bitmap_next(bitmap, from, pages, true)) < pages; from = to) {
+        to = vmm_bitmap_next(bitmap, from, pages, false);
         const int rc =
             read_all(fd, (uint8_t *)host + from * VMM_PAGE, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
         if (rc < 0)

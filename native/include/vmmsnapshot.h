@@ -26,6 +26,10 @@ uint32_t vmm_crc32c_zeros(uint32_t crc, uint64_t n);
 /* CRC-32C of a whole file, whose holes are not read. -errno. */
 int vmm_file_crc32c(int fd, uint32_t *crc);
 
+/* Add to a bitmap the pages of a private mapping, or of anonymous memory, that are this process's own: a page that
+ * was only read is still the file's. -errno. */
+int vmm_pages_own(const void *host, uint64_t size, uint64_t *bitmap);
+
 /*
  * Find the pages of [host, host + size) that are not all zeros. Memory that was never touched is not touched now:
  * what lies in a hole of `fd` from `offset` on is known to be zeros (fd < 0: no such file). `privately`: the

@@ -82,6 +82,25 @@ static void test_pages_of_its_own_over_a_file_are_found(void)
     close(fd);
 }
 
+static void test_its_own_are_the_pages_it_wrote(void)
+{
+    const int fd = memory_file(SIZE);
+    uint8_t *memory = map(fd, MAP_SHARED);
+    memset(memory, 1, 30 * VMM_PAGE);
+    munmap(memory, SIZE);
+    memory = map(fd, MAP_PRIVATE);
+    uint64_t own[WORDS] = {0},
+             sum = memory[5 * VMM_PAGE] + memory[70 * VMM_PAGE]; /* read, in data and a hole */
+    memory[6 * VMM_PAGE] = 2;
+    memory[149 * VMM_PAGE] = 0;
+    CHECK_EQUAL(sum, 1);
+    CHECK_EQUAL(vmm_pages_own(memory, SIZE, own), 0);
+    for (unsigned page = 0; page < 64 * WORDS; page++)
+        CHECK_EQUAL(held(own, page), page == 6 || page == 149);
+    munmap(memory, SIZE);
+    close(fd);
+}
+
 struct written {
     int fd;
     uint64_t bitmap[WORDS];
@@ -213,6 +232,7 @@ int main(void)
 {
     test_found_are_the_pages_with_something_in_them();
     test_pages_of_its_own_over_a_file_are_found();
+    test_its_own_are_the_pages_it_wrote();
     test_what_was_written_is_read_and_zeros_take_no_room();
     test_every_changed_byte_is_found_in_held_pages_and_in_holes();
     test_a_file_that_ends_in_a_held_page_is_damaged();

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.errors import ConfigError, StateError
+from vmm.memory import runs_of
 from vmm.snapshot import identity
 from vmm.snapshot.origin import Origin, describe
-from vmm.snapshot.regions import PAGE, Ram, checksums_size, pages_not_zero, words
+from vmm.snapshot.regions import PAGE, Ram, bitmap_size, checksums_size, pages_not_zero, words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from vmm.config import MachineConfig
@@ -144,27 +145,12 @@ def _apart(index: int, net: Net) -> Net:
 
 # ---- memory ----
 
-_OWN = bytes((flags & 0xC0 != 0) and not flags & 0x20 for flags in range(256))
 
-
-def _changed(ram: Ram) -> Iterator[tuple[int, int]]:
-    """Runs ``(gpa, size)`` of the pages of a private mapping that are this machine's own: it wrote them.
-
-    By the kernel's page tables (Documentation/admin-guide/mm/pagemap.rst): present or swapped (bits 63, 62), and not
-    the file's (61).
-    """
-    first = int(ffi.cast("uintptr_t", ffi.from_buffer(ram.view))) // PAGE
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        entries = os.pread(pagemap.fileno(), ram.size // PAGE * 8, first * 8)
-    if len(entries) != ram.size // PAGE * 8:
-        raise OSError("/proc/self/pagemap ends early")
-    own = entries[7::8].translate(_OWN)
-    at = own.find(1)
-    while at >= 0:
-        end = own.find(0, at)
-        end = len(own) if end < 0 else end
-        yield ram.gpa + at * PAGE, (end - at) * PAGE
-        at = own.find(1, end)
+def _changed(ram: Ram) -> list[tuple[int, int]]:
+    """Runs ``(gpa, size)`` of the pages of a private mapping that are this machine's own: it wrote them."""
+    own = bytearray(bitmap_size(ram.size))
+    check(lib.vmm_pages_own(ffi.from_buffer(ram.view), ram.size, words(own)))
+    return [(ram.gpa + first * PAGE, n * PAGE) for first, n in runs_of(int.from_bytes(own, "little"))]
 
 
 def _held(ram: Ram) -> int:
