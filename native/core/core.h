@@ -104,7 +104,7 @@ struct vmm_vm {
     struct vmm_trace_point io_trace; /* of the I/O thread and the devices; several writers */
     pthread_mutex_t io_trace_lock;
     uint32_t trace_capacity;
-    bool sync_regs;      /* KVM can copy registers out with each exit */
+    bool sync_regs;      /* KVM can copy registers out with each exit, and in with an entry */
     bool shadowed;       /* KVM translates by copies of the guest's page tables */
     uint64_t nothing_at; /* where state.c has its slot; 0: none yet */
 
@@ -182,7 +182,11 @@ static inline void vmm_vm_wrote(struct vmm_vm *vm, const void *host, size_t n)
 
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
 
-/* vmm_vm_load, where it may be known that no page table was written meanwhile. */
+/* Registers that wait in the run structure for the next KVM_RUN: given to KVM now, before anybody asks it for them. Not
+ * while the vCPU runs. */
+int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu);
+
+/* vmm_vm_load of what vmm_vm_save gave for this machine, where it may be known that no page table was written meanwhile. */
 int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
                     bool remapped);
 

@@ -63,6 +63,9 @@ static int set_guest_debug(struct vmm_vcpu *vcpu, uint32_t more)
 {
     const struct vmm_debug *debug = &vcpu->vm->debug;
     struct kvm_guest_debug to = {.control = more};
+    const int rc = vmm_vcpu_give_registers(vcpu); /* KVM notes where a step begins */
+    if (rc < 0)
+        return rc;
     if (!vcpu->debug.step_over)
         debug_registers(vcpu, &to);
     if (debug->n_planted)
@@ -326,8 +329,8 @@ bool vmm_debug_wants(const struct vmm_vcpu *vcpu, uint64_t linear)
 
 static bool at_cpl3(struct vmm_vcpu *vcpu)
 {
-    struct kvm_sregs sregs;
-    return ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) == 0 && sregs.ss.dpl == 3 && sregs.cr0 & 1;
+    vmm_sregs sregs;
+    return vmm_vcpu_get_sregs(vcpu, &sregs) == 0 && sregs.ss.dpl == 3 && sregs.cr0 & 1;
 }
 
 int vmm_debug_step(vmm_vcpu *vcpu, int on)

@@ -140,7 +140,8 @@ static int save_vcpu(struct vmm_vcpu *vcpu, uint64_t moment, vmm_vcpu_state *to)
     struct kvm_mp_state mp;
     uint64_t read_at;
     memset(to, 0, sizeof(*to));
-    int rc = GET(vcpu, REGS, &to->regs);
+    int rc = vmm_vcpu_give_registers(vcpu);
+    rc = rc ? rc : GET(vcpu, REGS, &to->regs);
     rc = rc ? rc : GET(vcpu, SREGS, &to->sregs);
     rc = rc ? rc : GET(vcpu, VCPU_EVENTS, &to->events);
     rc = rc ? rc : GET(vcpu, DEBUGREGS, &to->debug);
@@ -198,7 +199,8 @@ static int forget_shadows(struct vmm_vm *vm)
     return rc;
 }
 
-/* The processor's own: KVM has it forget them when it is given another CR3, but not when it is given the same. */
+/* The processor's own: KVM has it forget them when it is given another CR3, but not when it is given the same. All else
+ * is as it will be. */
 static int forget_translations(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *next)
 {
     vmm_sregs other;
@@ -286,15 +288,44 @@ static int load_deadline(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint
                : vmm_error_set(-EINVAL, "KVM refuses the TSC deadline");
 }
 
-/* SREGS before LAPIC (the APIC's mode is in its base register), LAPIC before the deadline, REGS before EVENTS. */
-static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+/*
+ * Registers, segments and events may go in with the next entry, which costs nothing: each call does, and a roll-back is
+ * mostly calls. Not where the vCPU waits for others to start it, which comes before that in KVM_RUN, nor for a debugger,
+ * to whom KVM answers by where it believes the vCPU to be.
+ */
+static bool may_wait(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
+{
+    return vcpu->vm->sync_regs && !vcpu->vm->debug.open && from->mp_state == KVM_MP_STATE_RUNNABLE;
+}
+
+static void leave_registers(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
+{
+    struct kvm_sync_regs *to = &vcpu->run->s.regs;
+    memcpy(&to->regs, &from->regs, sizeof(to->regs));
+    memcpy(&to->sregs, &from->sregs, sizeof(to->sregs));
+    memcpy(&to->events, &from->events, sizeof(to->events));
+    vcpu->run->kvm_dirty_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+}
+
+static int set_registers(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
+{
+    int rc = SET(vcpu, SREGS, &from->sregs);
+    rc = rc ? rc : SET(vcpu, REGS, &from->regs);
+    return rc ? rc : SET(vcpu, VCPU_EVENTS, &from->events);
+}
+
+/*
+ * SREGS before LAPIC (the APIC's mode is in its base register), LAPIC before the deadline, REGS before EVENTS. `known`:
+ * KVM gave this state to us, and will not find fault with it.
+ */
+static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment, bool known)
 {
     const struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0].value = from->xcr0};
     const struct kvm_mp_state mp = {.mp_state = from->mp_state};
     if (from->n_msrs > VMM_STATE_MSRS_MAX)
         return vmm_error_set(-EINVAL, "%u MSRs", from->n_msrs);
+    vcpu->run->kvm_dirty_regs = 0;
     int rc = forget_translations(vcpu, from);
-    rc = rc ? rc : SET(vcpu, SREGS, &from->sregs);
     rc = rc ? rc : SET(vcpu, XCRS, &xcrs);
     rc = rc ? rc : SET(vcpu, XSAVE, from->xsave);
     rc = rc ? rc : load_msrs(vcpu, from, moment);
@@ -303,12 +334,14 @@ static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t
     rc = rc ? rc : load_deadline(vcpu, from, moment);
     rc = rc ? rc : SET(vcpu, DEBUGREGS, &from->debug);
     rc = rc ? rc : SET(vcpu, MP_STATE, &mp);
-    rc = rc ? rc : SET(vcpu, REGS, &from->regs);
-    rc = rc ? rc : SET(vcpu, VCPU_EVENTS, &from->events);
+    const bool wait = known && may_wait(vcpu, from);
+    if (rc == 0 && !wait)
+        rc = set_registers(vcpu, from);
     vcpu->unsettled = false;
-    vcpu->run->kvm_dirty_regs = 0;
     if (rc == 0 && vcpu->vm->compat && vcpu->vm->compat->loaded)
         vcpu->vm->compat->loaded(vcpu, from);
+    if (rc == 0 && wait)
+        leave_registers(vcpu, from);
     return rc;
 }
 
@@ -375,8 +408,8 @@ int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips)
     return rc;
 }
 
-int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
-                    bool remapped)
+static int load(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips, bool remapped,
+                bool known)
 {
     int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
     if (rc == 0 && remapped)
@@ -384,11 +417,17 @@ int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_ch
     rc = rc ? rc : load_chips(vm, chips);
     const uint64_t moment = __rdtsc();
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
-        rc = load_vcpu(vm->vcpus[i], &vcpus[i], moment);
+        rc = load_vcpu(vm->vcpus[i], &vcpus[i], moment, known);
     return rc ? rc : load_pit(vm, chips);
+}
+
+int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
+                    bool remapped)
+{
+    return load(vm, vcpus, chips, remapped, true);
 }
 
 int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
 {
-    return vmm_vm_put_back(vm, vcpus, chips, true);
+    return load(vm, vcpus, chips, true, false);
 }

@@ -82,7 +82,6 @@ int vmm_trace_start(vmm_vm *vm, uint32_t capacity)
 {
     if (capacity < CAPACITY_MIN || capacity > CAPACITY_MAX || (capacity & (capacity - 1)))
         return vmm_error_set(-EINVAL, "a trace of %u events", capacity);
-    vm->sync_regs = vmm_vm_check_extension(vm, KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
     pthread_mutex_lock(&vm->lock);
     int rc = start_locked(vm, capacity);
     pthread_mutex_unlock(&vm->lock);

@@ -70,9 +70,24 @@ int vmm_vcpu_fd(vmm_vcpu *vcpu)
 
 /* ---- registers ---- */
 
-static int vcpu_ioctl(const vmm_vcpu *vcpu, unsigned long request, void *argument, const char *what)
+static int vcpu_ioctl(vmm_vcpu *vcpu, unsigned long request, void *argument, const char *what)
 {
-    return ioctl(vcpu->fd, request, argument) < 0 ? vmm_error_errno(what) : 0;
+    const int rc = vmm_vcpu_give_registers(vcpu);
+    return rc < 0 ? rc : ioctl(vcpu->fd, request, argument) < 0 ? vmm_error_errno(what) : 0;
+}
+
+/* In the order in which KVM_RUN takes them. */
+int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
+{
+    const uint64_t waiting = vcpu->run->kvm_dirty_regs;
+    struct kvm_sync_regs *from = &vcpu->run->s.regs;
+    vcpu->run->kvm_dirty_regs = 0;
+    int rc = waiting & KVM_SYNC_X86_REGS ? vcpu_ioctl(vcpu, KVM_SET_REGS, &from->regs, "KVM_SET_REGS") : 0;
+    if (rc == 0 && waiting & KVM_SYNC_X86_SREGS)
+        rc = vcpu_ioctl(vcpu, KVM_SET_SREGS, &from->sregs, "KVM_SET_SREGS");
+    if (rc == 0 && waiting & KVM_SYNC_X86_EVENTS)
+        rc = vcpu_ioctl(vcpu, KVM_SET_VCPU_EVENTS, &from->events, "KVM_SET_VCPU_EVENTS");
+    return rc;
 }
 
 int vmm_vcpu_get_regs(vmm_vcpu *vcpu, vmm_regs *regs)
@@ -144,6 +159,9 @@ static int msrs(vmm_vcpu *vcpu, unsigned long request, const uint32_t *index, ui
     struct msr_list list = {.head.nmsrs = n};
     if (n > MAX_MSRS)
         return vmm_error_set(-E2BIG, "%u MSRs", n);
+    const int rc = vmm_vcpu_give_registers(vcpu); /* EFER and the APIC's base are among both */
+    if (rc < 0)
+        return rc;
     for (uint32_t i = 0; i < n; i++)
         list.entries[i] = (struct kvm_msr_entry){.index = index[i], .data = value[i]};
     int taken = ioctl(vcpu->fd, request, &list);
@@ -213,7 +231,8 @@ static int state(int fd, int kind, void *buffer, size_t size, bool set, bool mac
 
 int vmm_vcpu_get_state(vmm_vcpu *vcpu, int kind, void *buffer, size_t size)
 {
-    return state(vcpu->fd, kind, buffer, size, false, false);
+    const int rc = vmm_vcpu_give_registers(vcpu);
+    return rc ? rc : state(vcpu->fd, kind, buffer, size, false, false);
 }
 
 /* A private copy: the irqchip's number is written into it, and the caller's bytes are const. */
@@ -228,7 +247,8 @@ static int set_copy(int fd, int kind, const void *buffer, size_t size, bool mach
 
 int vmm_vcpu_set_state(vmm_vcpu *vcpu, int kind, const void *buffer, size_t size)
 {
-    return set_copy(vcpu->fd, kind, buffer, size, false);
+    const int rc = vmm_vcpu_give_registers(vcpu);
+    return rc ? rc : set_copy(vcpu->fd, kind, buffer, size, false);
 }
 
 int vmm_vm_get_state(vmm_vm *vm, int kind, void *buffer, size_t size)

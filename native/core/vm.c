@@ -78,6 +78,8 @@ static int prepare(struct vmm_vm *vm, const char *path)
         rc = create_vm(vm);
     if (rc < 0)
         return rc;
+    const int all = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+    vm->sync_regs = (vmm_vm_check_extension(vm, KVM_CAP_SYNC_REGS) & all) == all;
     vm->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (vm->stop_fd < 0)
         return vmm_error_errno("eventfd");

@@ -42,6 +42,43 @@ def test_a_run_is_undone_and_can_be_run_again(flat: Callable[..., Machine]) -> N
         assert machine.vcpus[0].registers() == start
 
 
+def test_registers_may_be_set_between_a_roll_back_and_the_next_run(flat: Callable[..., Machine]) -> None:
+    first = store(HEAP, 1) + EXIT
+    machine = flat(first + store(HEAP, 2) + EXIT)
+    before = machine.checkpoint()
+    start = machine.vcpus[0].registers()["rip"]
+    for there, wrote in ((start, 1), (start + len(first), 2), (start, 1)):
+        machine.rollback(before)
+        if there != start:
+            machine.vcpus[0].set_registers(rip=there)
+        assert machine.run(10).reason == "debug-exit"
+        assert machine.memory.read(HEAP, 1)[0] == wrote
+
+
+def test_what_is_saved_after_a_roll_back_is_the_checkpoint(flat: Callable[..., Machine]) -> None:
+    machine = flat(store(HEAP, 1) + EXIT)
+    before = machine.checkpoint()
+    then = machine.save()["processors"]["vcpus"][0]
+    machine.run(10)
+    machine.rollback(before)
+    now = machine.save()["processors"]["vcpus"][0]
+    assert {name for name in then if then[name] != now[name]} <= {"tsc"}
+
+
+def test_a_debugger_made_after_a_roll_back_steps_from_the_checkpoint(flat: Callable[..., Machine]) -> None:
+    machine = flat(store(COUNT, 0) + SPIN)
+    before = machine.checkpoint()
+    start = machine.vcpus[0].registers()["rip"]
+    machine.start()
+    machine.pause()
+    machine.rollback(before)
+    for _ in range(2):
+        stop = machine.debug.step(machine.vcpus[0])
+        assert (stop.kind, stop.address) == ("step", start + len(store(COUNT)))
+        machine.rollback(before)
+    machine.stop()
+
+
 def test_a_machine_that_runs_goes_on_from_the_checkpoint(flat: Callable[..., Machine]) -> None:
     machine = flat(store(COUNT, 0) + SPIN)
     machine.start()
