@@ -29,7 +29,10 @@ def _rate(value: Any) -> int:
     """Bytes a second: ``"10M"``, ``"512K"`` or a number of bytes; 0 is no limit."""
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = int(value)
-    size = parse_size(value)
+    try:
+        size = parse_size(value)
+    except ConfigError:
+        size = -1
     if size < 0:
         raise ConfigError(f"{value!r} is not a rate: write 10M, 512K or a number of bytes a second")
     return size
@@ -325,9 +328,19 @@ def read_vsock(value: Any, folder: str | None = None) -> Vsock | None:
     return one if folder is None else one.within(folder)
 
 
+def read_shares(value: Any, folder: str | None = None) -> tuple[Share, ...]:
+    """As :func:`_reader` reads them; each has a tag of its own, by which the guest tells them apart."""
+    shares = _read_shares(value, folder)
+    tags = [share.tag for share in shares]
+    for tag in tags:
+        if tags.count(tag) > 1:
+            raise ConfigError(f"two shares have the tag {tag!r}: give each its own, as in DIR:TAG")
+    return shares
+
+
 read_disks = _reader(Disk)
 read_nets = _reader(Net)
-read_shares = _reader(Share)
+_read_shares = _reader(Share)
 READERS: dict[str, Callable[..., Any]] = {
     "disks": read_disks, "nets": read_nets, "shares": read_shares, "vsock": read_vsock,
 }  # fmt: skip

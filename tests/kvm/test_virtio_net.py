@@ -172,7 +172,7 @@ def test_mac_and_mtu_are_told_and_several_queues_only_to_a_tap() -> None:
         assert net.mac == "52:54:00:12:34:56"
         assert struct.unpack("<HH", driver.transport.config(8, 4)) == (1, 9000)
         assert net.info()["offered"] & 1 << 3
-    with pytest.raises(ConfigError, match=r"2 pairs of queues: a Wire network has one.*tap=NAME"):
+    with pytest.raises(ConfigError, match=r"2 pairs of queues: a wire network has one.*tap=NAME"):
         machine_with(Wire(), queues=2)
 
 

@@ -113,6 +113,7 @@ REFUSED: list[tuple[str, str]] = [
     ("boot --kernel program --timeout=-1", "seconds greater than 0"),
     ("boot --kernel program --timeout nan", "seconds greater than 0"),
     ("boot --kernel program --timeout soon", "--timeout"),
+    ("boot --kernel program --rng maybe", "say on or off"),
     ("boot --config missing.toml", "cannot read machine file"),
     ("boot --config .", "cannot read machine file"),
     ("boot --config bad.toml", "is not a machine file"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vmm.config import MachineConfig, read_file
 from vmm.errors import ConfigError
-from vmm.parts import Disk, Net, Part, Share, Vsock, parse_hostfwd, read_disks, read_vsock
+from vmm.parts import Disk, Net, Part, Share, Vsock, parse_hostfwd, read_disks, read_shares, read_vsock
 
 SAME = [
     (Disk, "root.img", Disk("root.img")),
@@ -47,7 +47,7 @@ BAD = [
     (Disk, "d,queues=0", "give 1 to 16"),
     (Disk, "d,serial=" + "x" * 21, "up to 20"),
     (Disk, "d,ro,overlay=o", "give one of the two"),
-    (Disk, "d,bps=fast", "not a size"),
+    (Disk, "d,bps=fast", "a number of bytes a second"),
     (Net, "wire", "write user, tap=NAME or socket=PATH"),
     (Net, "tap=", "write user, tap=NAME"),
     (Net, "user,mac=52:54:00:12:34", "write 52:54:00:12:34:56"),
@@ -101,6 +101,12 @@ def test_lists_take_objects_texts_tables_and_paths() -> None:
     assert read_vsock(None) is None
     with pytest.raises(ConfigError, match="not a disk"):
         read_disks(5)
+
+
+def test_shares_are_told_apart_by_their_tags() -> None:
+    assert [share.tag for share in read_shares(["a:one", "a:two"])] == ["one", "two"]
+    with pytest.raises(ConfigError, match="two shares have the tag 'one': give each its own"):
+        read_shares(["a:one", "b:two", "c:one"])
 
 
 def test_a_machine_files_paths_are_relative_to_it(tmp_path: Path) -> None:

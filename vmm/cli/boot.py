@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def _on_off(text: str) -> bool:
     if text not in ("on", "off"):
-        raise ValueError(text)
+        raise ConfigError(f"--rng {text}: say on or off")
     return text == "on"
 
 

@@ -20,14 +20,16 @@ class Image:
     """An open file and its lock: shared for reading, alone for writing. Both last as long as a descriptor of it.
 
     ``fd``, ``path``, ``size`` in bytes, ``alignment`` that O_DIRECT asks of transfers (1 without ``direct``),
-    ``block_device``.
+    ``block_device``. ``kind`` is what messages call it: ``disk`` or ``overlay``.
     """
 
-    def __init__(self, path: str, *, readonly: bool, direct: bool = False, create: bool = False) -> None:
+    def __init__(
+        self, path: str, *, readonly: bool, direct: bool = False, create: bool = False, kind: str = "disk"
+    ) -> None:
         self.path = path
         self.readonly = readonly
         self.alignment = 1
-        self.fd = _open(path, readonly, create)
+        self.fd = _open(path, readonly, create, kind)
         try:
             _lock(self.fd, path, readonly)
             self.block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
@@ -105,29 +107,32 @@ def refuse_formats(image: Image) -> None:
         raise ConfigError(f"disk {image.path} is an overlay: give its base, as in --disk BASE,overlay={image.path}")
 
 
-def _open(path: str, readonly: bool, create: bool) -> int:
+def _open(path: str, readonly: bool, create: bool, kind: str) -> int:
     flags = os.O_CLOEXEC | (os.O_RDONLY if readonly else os.O_RDWR) | (os.O_CREAT if create else 0)
     try:
         mode = os.stat(path).st_mode if not create or os.path.exists(path) else stat.S_IFREG
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise ConfigError(f"disk {path} is no file and no block device: give one of the two")
+            raise ConfigError(f"{kind} {path} is no file and no block device: give one of the two")
         # A block device: EBUSY if the host has mounted it or something lies on it.
         return os.open(path, flags | (os.O_EXCL if stat.S_ISBLK(mode) and not readonly else 0), 0o666)
     except OSError as error:
-        _cannot_open(path, error)
+        _cannot_open(path, error, create, kind)
 
 
-def _cannot_open(path: str, error: OSError) -> NoReturn:
+def _cannot_open(path: str, error: OSError, create: bool, kind: str) -> NoReturn:
     import errno
 
+    missing = f"there is no such file; make one with 'truncate -s 1G {path}'"
+    if kind == "overlay":
+        missing = "there is no such directory; make it first" if create else "there is no such file; name one that is"
     fixes = {
-        errno.ENOENT: f"there is no such file; make one with 'truncate -s 1G {path}'",
+        errno.ENOENT: missing,
         errno.EACCES: "permission denied; give yourself access, or use it read-only (ro)",
         errno.EPERM: "permission denied; give yourself access, or use it read-only (ro)",
         errno.EROFS: "its file system is read-only; use it read-only too (ro)",
         errno.EBUSY: "the host uses it; unmount it first, or use it read-only (ro)",
     }
-    raise ConfigError(f"disk {path}: {fixes.get(error.errno or 0, error.strerror)}") from error
+    raise ConfigError(f"{kind} {path}: {fixes.get(error.errno or 0, error.strerror)}") from error
 
 
 def _lock(fd: int, path: str, readonly: bool) -> None:
@@ -143,8 +148,11 @@ def _lock(fd: int, path: str, readonly: bool) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
     except (BlockingIOError, PermissionError) as error:
-        other = "is being written by another machine" if readonly else "is in use by another machine"
-        raise ConfigError(f"disk {path} {other}: stop that one, or share the disk read-only (ro on both)") from error
+        other = "is being written" if readonly else "is in use"
+        raise ConfigError(
+            f"disk {path} {other} by another machine, or is given twice: stop that one, or share the disk read-only "
+            "(ro on both)"
+        ) from error
     except OSError:
         pass  # a file system without locks: nobody can be asked
 

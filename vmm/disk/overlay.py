@@ -108,7 +108,7 @@ class Overlay:
             raise ConfigError(f"disk {base_path} is empty: an overlay needs a base with a size")
         for path in between:
             below = self.layers[0]
-            self.layers.insert(0, Layer(Image(path, readonly=True), None))
+            self.layers.insert(0, Layer(Image(path, readonly=True, kind="overlay"), None))
             layout = _read(self.image, below)
             if self.image.size < _length(layout):
                 raise ConfigError(f"overlay {path} was cut short: it needs {_length(layout)} bytes, give a whole copy")
@@ -117,7 +117,7 @@ class Overlay:
     def _open(self, path: str | None, direct: bool) -> None:
         """What is written."""
         below = self.layers[0]
-        image = Image.temporary() if path is None else Image(path, readonly=False, create=True)
+        image = Image.temporary() if path is None else Image(path, readonly=False, create=True, kind="overlay")
         self.layers.insert(0, Layer(image, None))
         if image.block_device:
             raise ConfigError(f"overlay {path} is a block device: give a file")
@@ -127,7 +127,7 @@ class Overlay:
         _make_whole(image.fd, layout)
         if direct and path is not None:
             image.close()
-            image = Image(path, readonly=False, direct=True)
+            image = Image(path, readonly=False, direct=True, kind="overlay")
         self.layers[0] = Layer(image, layout)
 
     def grow(self, size: int) -> None:

@@ -18,6 +18,8 @@ class End:
     on a thread of the device's own if ``lasting``; :meth:`close`.
     """
 
+    backend = "wire"
+    """What a network on it is called, in messages."""
     offloads = False
     """Whether frames carry a virtio-net header, so that checksum and segmentation offloads cross."""
     lasting = False

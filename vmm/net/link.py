@@ -72,6 +72,7 @@ class SocketLink(End):
     process. The MAC address is made of it: two machines never share one, and who returns has the one it had.
     """
 
+    backend = "socket"
     offloads = True
     lasting = True
 

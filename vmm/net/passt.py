@@ -31,6 +31,7 @@ class Passt(End):
     """``hostfwd``: ``tcp:[ADDRESS]:PORT-:GUESTPORT`` or ``udp:...`` each: a port of the host (on all of its addresses
     unless one is given) that leads to one of the guest."""
 
+    backend = "user"
     lasting = True
     mtu = MTU
 

@@ -16,6 +16,7 @@ _NAME_MAX = 15
 class Tap(End):
     """The tap interface ``name``: one that this user may use, or, with CAP_NET_ADMIN, a new one."""
 
+    backend = "tap"
     offloads = True
     queues_max = 8
 

@@ -119,6 +119,14 @@ def test_an_empty_file_becomes_an_overlay_and_no_other_does(image: Path, tmp_pat
     assert path.read_bytes() == b"not an overlay at all"
 
 
+def test_what_cannot_be_opened_is_called_what_it_is(image: Path, tmp_path: Path) -> None:
+    away = tmp_path / "away" / "top.ovl"
+    with pytest.raises(ConfigError, match=f"overlay {away}: there is no such directory"):
+        Overlay(str(away), str(image))
+    with pytest.raises(ConfigError, match=f"overlay {away}: there is no such file; name one that is"):
+        Overlay(None, str(image), between=[str(away)])
+
+
 def test_an_overlay_knows_its_base_again(image: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "top.ovl")
     Overlay(path, str(image)).close()

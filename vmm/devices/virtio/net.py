@@ -52,7 +52,7 @@ class Net(VirtioDevice):
         self._stop = -1
         most = min(end.queues_max, QUEUES_MAX)
         if not 1 <= queues <= most:
-            raise ConfigError(f"{queues} pairs of queues: a {type(end).__name__} network has {_up_to(most)}")
+            raise ConfigError(f"{queues} pairs of queues: a {end.backend} network has {_up_to(most)}")
         mtu = mtu or end.mtu
         end.open(index, queues, mtu)
         try:
