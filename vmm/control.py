@@ -30,7 +30,7 @@ REQUESTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "resume": {},
     "snapshot": {"path": str, "differential": bool},
     "migrate": {
-        "to": str, "postcopy": bool, "downtime": (int, float), "bandwidth": int, "fence": str,
+        "to": str, "postcopy": bool, "mirror": (bool, list), "downtime": (int, float), "bandwidth": int, "fence": str,
         "certificate": str, "key": str, "authority": str,
     },
     "cancel": {},
@@ -214,7 +214,8 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
     known = REQUESTS[name]
     for field, value in request.items():
         kind = known.get(field)
-        if kind is None or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if kind is None or not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(f"{name} takes {', '.join(known) or 'nothing'}: {field} is not one of these, or is wrong")
     if missing := NEEDED.get(name, set()) - request.keys():
         raise ConfigError(f"{name} needs {', '.join(sorted(missing))}")

@@ -4,17 +4,19 @@
  *   sectors=N   how large it should be (required; at least 2048)
  *   packed=1 indirect=1 event_idx=1   agree to these
  *   ro=1        it is read-only
- *   rounds=N    write and read everything so many times (1)
- * Block b of 4 KiB, for every third b below 256, then holds the words b << 32 | index: the host may look. Prints
- * "id " and what GET_ID says.
+ *   blocks=N    the part of it that is written (256)
+ *   rounds=N    write and read everything so many times (1); 0: until a byte comes, and says "round N" after each
+ * Block b of 4 KiB, for every third b below that, then holds the words round << 48 | b << 32 | index, rounds counted from
+ * 0: the host may look. Prints "id " and what GET_ID says.
  */
 #include "cpu.h"
 #include "virtio.h"
 
-enum { BLOCK = 4096, BLOCKS = 256, STRIDE = 3, REQUEST_BUFFERS = 4, SLOTS = 16 };
+enum { BLOCK = 4096, STRIDE = 3, REQUEST_BUFFERS = 4, SLOTS = 16 };
 
 static struct virtio_device disk;
 static struct virtqueue queue;
+static uint64_t round, blocks;
 static struct {
     struct blk_header header;
     volatile uint8_t status;
@@ -56,13 +58,13 @@ static uint8_t request(uint32_t type, uint64_t sector, uint32_t first, uint32_t 
 static void fill(unsigned slot, uint64_t block)
 {
     for (unsigned i = 0; i < BLOCK / 8; i++)
-        data[slot][i] = block << 32 | i;
+        data[slot][i] = round << 48 | block << 32 | i;
 }
 
 static void check(unsigned slot, uint64_t block)
 {
     for (unsigned i = 0; i < BLOCK / 8; i++)
-        CHECK_EQ(data[slot][i], block << 32 | i);
+        CHECK_EQ(data[slot][i], round << 48 | block << 32 | i);
 }
 
 /* Every third block, as many at a time as the ring holds, in pieces of two sizes. */
@@ -70,9 +72,9 @@ static void move(uint32_t type, unsigned depth)
 {
     static unsigned block_of[SLOTS];
     unsigned block = 0, in_flight = 0;
-    while (block < BLOCKS || in_flight) {
+    while (block < blocks || in_flight) {
         unsigned slot = 0;
-        for (; in_flight == 0 && slot < depth && block < BLOCKS; slot++, block += STRIDE) {
+        for (; in_flight == 0 && slot < depth && block < blocks; slot++, block += STRIDE) {
             if (type == BLK_OUT)
                 fill(slot, block);
             block_of[slot] = block;
@@ -92,9 +94,16 @@ static void move(uint32_t type, unsigned depth)
     }
 }
 
+static bool told_to_end(void)
+{
+    enum { LSR = PORT_SERIAL + 5, DATA_READY = 1 };
+    return inb(LSR) & DATA_READY;
+}
+
 static uint64_t run(uint64_t sectors)
 {
     uint32_t written;
+    blocks = argument("blocks", 256);
     bool read_only = argument("ro", 0);
     REQUIRE(EXIT_DEVICE, virtio_find(VIRTIO_BLK, 0, &disk));
     uint64_t wanted = BLK_F_FLUSH | BLK_F_RO | (argument("packed", 0) ? VIRTIO_F_RING_PACKED : 0) |
@@ -115,11 +124,15 @@ static uint64_t run(uint64_t sectors)
         CHECK_EQ(request(BLK_OUT, 0, 512, 0, &written), BLK_IOERR);
         CHECK_EQ(request(BLK_IN, 0, 512, 0, &written), BLK_OK);
     }
-    for (uint64_t left = read_only ? 0 : argument("rounds", 1); left; left--) {
+    const uint64_t rounds = argument("rounds", 1);
+    for (bool more = !read_only; more; round++) {
         move(BLK_OUT, SLOTS);
         CHECK_EQ(request(BLK_FLUSH, 0, 0, 0, &written), BLK_OK);
         move(BLK_IN, 1);
         move(BLK_IN, SLOTS);
+        if (!rounds)
+            print("round %u\n", (unsigned)round);
+        more = rounds ? round + 1 < rounds : !told_to_end();
     }
 
     /* The last sector is there, and nothing behind it. */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Operations step by step: a step is one run of the disk that lies together, and one call of the engine. */
 #include "disk/disk.h"
+#include "disk/dirty.h"
 #include "disk/undo.h"
 
 #include <errno.h>
@@ -225,6 +226,8 @@ static void over(struct vmm_disk *disk, struct vmm_disk_io *io)
     io->bounce = NULL;
     io->over = true;
     disk->under_way--;
+    if (io->op == VMM_DISK_WRITE || io->op == VMM_DISK_ZERO || io->op == VMM_DISK_DISCARD)
+        vmm_disk_dirty_mark(disk, io->at, io->size);
     if (io->later)
         io->done(io);
 }
@@ -385,8 +388,8 @@ uint64_t vmm_disk_size(const vmm_disk *disk)
 
 int vmm_disk_resize(struct vmm_disk *disk, uint64_t size, bool follow)
 {
-    if (disk->undo)
-        return vmm_error_set(-EBUSY, "a checkpoint holds the disk at its size: close it first");
+    if (disk->undo || disk->dirty)
+        return vmm_error_set(-EBUSY, "a checkpoint or a migration holds the disk at its size");
     const int rc = disk->kind->resize(disk, size, follow);
     if (!rc)
         disk->size = size;
@@ -420,6 +423,18 @@ int vmm_disk_write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at)
         done += put > 0 ? (uint64_t)put : 0;
     }
     return 0;
+}
+
+int vmm_disk_clear(int fd, uint64_t at, uint64_t size)
+{
+    if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)size) == 0)
+        return 0;
+    int rc = 0;
+    for (uint64_t n; size && !rc; at += n, size -= n) {
+        n = size < ZEROS_SIZE ? size : ZEROS_SIZE;
+        rc = vmm_disk_write_whole(fd, zeros, n, at);
+    }
+    return rc;
 }
 
 int vmm_disk_read_now(struct vmm_disk *disk, uint64_t at, uint64_t size, uint8_t *to)
@@ -477,6 +492,8 @@ void vmm_disk_destroy(vmm_disk *disk)
         return;
     while (disk->undo)
         vmm_disk_undo_close(disk->undo);
+    while (disk->dirty)
+        vmm_disk_dirty_close(disk->dirty);
     if (disk->kind->close)
         disk->kind->close(disk);
     vmm_engine_deinit(&disk->engine);

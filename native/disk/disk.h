@@ -57,7 +57,7 @@ int vmm_disk_fd(const struct vmm_disk *disk); /* -1: everything is over at once 
 /* Wait until nothing is under way; io.done is called on the way. cancel: no operation takes another step. */
 void vmm_disk_drain(struct vmm_disk *disk, bool cancel);
 
-/* Another size. follow: the file has it already. -EBUSY: not while an undo log is open. */
+/* Another size. follow: the file has it already. -EBUSY: not while an undo log or a dirty log is open. */
 int vmm_disk_resize(struct vmm_disk *disk, uint64_t size, bool follow);
 
 /* ---- kinds of disks: raw.c, overlay.c ---- */
@@ -109,7 +109,8 @@ struct vmm_disk {
     int flush_failed; /* the first error; every flush answers it from then on */
 
     struct vmm_overlay *overlay;
-    struct vmm_undo *undo; /* the logs that are open: undo.h */
+    struct vmm_undo *undo;        /* the logs that are open: undo.h */
+    struct vmm_disk_dirty *dirty; /* likewise: dirty.h */
 };
 
 /* All of a file's [at, at + n), or as much as there is; -errno. */

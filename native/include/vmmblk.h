@@ -68,7 +68,7 @@ void vmm_blk_destroy(vmm_blk *blk); /* after vmm_vm_destroy */
 
 /*
  * Another size, in bytes: the file is made to hold it, the guest is told. -EINVAL: not a whole number of sectors, or an
- * overlay without room; -EBUSY: an overlay cannot shrink; else as ftruncate. follow: the file has that size already.
+ * overlay without room; -EBUSY: an overlay cannot shrink, or a log is open; else as ftruncate. follow: the file has that size already.
  */
 int vmm_blk_resize(vmm_blk *blk, uint64_t size, int follow);
 uint64_t vmm_blk_size(vmm_blk *blk);
@@ -87,6 +87,29 @@ typedef struct vmm_undo vmm_undo;
 int vmm_blk_undo_open(vmm_blk *blk, int fd, vmm_undo **out);
 int64_t vmm_blk_undo_back(vmm_blk *blk, vmm_undo *undo);
 void vmm_blk_undo_close(vmm_blk *blk, vmm_undo *undo);
+
+/*
+ * Copying a disk while its guest writes: a log of the clusters of 4096 bytes that requests have changed since it was
+ * opened, and what the disk holds. While a log is open the disk keeps its size (-EBUSY).
+ *   count  clusters in the log
+ *   take   The first run at or after byte *at, which it is set to, at most `max` bytes of it: clean from now on. Answers
+ *          its bytes, 0 if there is none. Taken before it is read, whatever a request changes meanwhile is in the log
+ *          again.
+ *   alike  From byte `at` on, how many bytes lie in one piece. *zeros: nothing has to be read to know that they are. In whole
+ *          clusters, but at the end of a layer and of the disk; 0 behind that.
+ *   peek   Copy what a request would read; memory as O_DIRECT has it. The device's requests do not wait for it. -errno.
+ * A device that is destroyed closes its logs.
+ */
+typedef struct vmm_disk_dirty vmm_disk_dirty;
+int vmm_blk_dirty_open(vmm_blk *blk, vmm_disk_dirty **out);
+uint64_t vmm_blk_dirty_count(vmm_blk *blk, vmm_disk_dirty *log);
+uint64_t vmm_blk_dirty_take(vmm_blk *blk, vmm_disk_dirty *log, uint64_t *at, uint64_t max);
+void vmm_blk_dirty_close(vmm_blk *blk, vmm_disk_dirty *log);
+uint64_t vmm_blk_alike(vmm_blk *blk, uint64_t at, int *zeros);
+int vmm_blk_peek(vmm_blk *blk, uint64_t at, uint64_t size, void *to);
+
+/* Make [at, at + size) of a file that is being filled zeros, and a hole if it can have one. -errno. */
+int vmm_disk_clear(int fd, uint64_t at, uint64_t size);
 
 /* Wait for the requests under way, and put the disk on stable storage, an overlay's bitmap included. -errno. */
 int vmm_blk_sync(vmm_blk *blk);

@@ -275,7 +275,7 @@ def change(guest: Guest, model: bytearray, kind: int, sector: int, sectors: int,
         status, _ = guest.ask(kind, 0, struct.pack("<QII", sector, sectors, 0))
         if kind == WRITE_ZEROES:
             model[at : at + size] = bytes(size)
-        elif not guest.blk.checkpoints:
+        elif not guest.blk.held:
             model[at : at + size] = guest.ask(IN, sector, room=size)[1]
     assert status == OK
 

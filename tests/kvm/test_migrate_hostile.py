@@ -89,7 +89,7 @@ def test_what_the_source_would_send_is_accepted(greeting: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"version": 2}, "version 2 of the protocol"),
+        ({"version": 1}, "version 1 of the protocol"),
         ({"how": "teleport"}, "does not know"),
         ({"how": "standby"}, "the other a standby"),
         ({"token": b"short"}, "does not know"),
@@ -100,6 +100,8 @@ def test_what_the_source_would_send_is_accepted(greeting: dict[str, Any]) -> Non
         ({"description": {"config": {"disks": ["/etc/shadow"]}}}, "nobody says where they are"),
         ({"fence": "/etc/passwd"}, "names a file here"),
         ({"more": 1}, "as it should"),
+        ({"disks": [1 << 20]}, "which disks come along"),
+        ({"disks": {}}, "as it should"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -144,6 +146,73 @@ def test_a_frame_that_cannot_come_now_is_refused(
     source, _ = greeted(greeting)
     source.channel.send(kind, payload, address=address)
     source.refused()
+
+
+@pytest.fixture
+def with_disks(greeting: dict[str, Any]) -> dict[str, Any]:
+    """What says that two disks come along; the first may not be here, the second is where it is."""
+    greeting.pop("state")
+    greeting["description"]["config"]["disks"] = [{"path": "/etc/shadow"}, {"path": "/etc/passwd", "serial": "b"}]
+    return {**greeting, "disks": [1 << 20, 8192]}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ([1 << 20], "which disks come along"),
+        ([1 << 20, -1], "which disks come along"),
+        ([1 << 20, 1 << 63], "which disks come along"),
+        ([1 << 20, "8192"], "which disks come along"),
+        ([1 << 20, True], "which disks come along"),
+        ([1 << 20, 0], "nobody says where they are"),
+        ([0, 0], "nobody says where they are"),
+        ([1 << 20, 8193], "not whole sectors"),
+        ([1 << 20, (1 << 63) - 512], "cannot be made as large"),
+    ],
+    ids=str,
+)
+def test_disks_that_cannot_come_are_refused_and_leave_nothing(
+    with_disks: dict[str, Any], tmp_path: Path, sizes: list[Any], why: str
+) -> None:
+    source = Source(disks_in=tmp_path)
+    source.channel.send_value(Kind.HELLO, {**with_disks, "disks": sizes})
+    with pytest.raises(MigrationError, match="the other side says"):
+        source.channel.receive(Kind.ACCEPT)
+    source.refused(why)
+    assert list(tmp_path.glob("disk*")) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "disk", "address"),
+    [
+        (Kind.DISK, bytes(512), 2, 0),
+        (Kind.DISK, bytes(512), 65535, 0),
+        (Kind.DISK, bytes(512), 1, 8192),
+        (Kind.DISK, bytes(512), 1, 7681),
+        (Kind.DISK, bytes(512), 1, (1 << 64) - 512),
+        (Kind.DISK, b"", 1, 8193),
+        (Kind.DISK, bytes(16384), 1, 0),
+        (Kind.DISK_ZEROS, (8193).to_bytes(8, "little"), 1, 0),
+        (Kind.DISK_ZEROS, (512).to_bytes(8, "little"), 1, (1 << 64) - 512),
+        (Kind.DISK_ZEROS, (DATA_MAX + 1).to_bytes(8, "little"), 0, 0),
+    ],
+)
+def test_bytes_outside_a_disk_are_refused_and_the_files_removed(
+    with_disks: dict[str, Any], tmp_path: Path, kind: Kind, payload: bytes, disk: int, address: int
+) -> None:
+    source = Source(disks_in=tmp_path)
+    source.channel.send_value(Kind.HELLO, with_disks)
+    source.channel.receive(Kind.ACCEPT)
+    assert [(path.name, path.stat().st_size) for path in sorted(tmp_path.glob("disk*"))] == [
+        ("disk0.img", 1 << 20), ("disk1.img", 8192),
+    ]  # fmt: skip
+    source.channel.send(Kind.DISK, bytes(512), disk=1, address=7680)
+    source.channel.send(Kind.DISK_ZEROS, (8192).to_bytes(8, "little"), disk=1)
+    source.channel.send(Kind.ROUND)
+    source.channel.receive(Kind.SEEN)
+    source.channel.send(kind, payload, address=address, disk=disk)
+    source.refused("bytes of" if len(payload) != 8 or payload[2] < 4 else "zeros in one frame")
+    assert list(tmp_path.glob("disk*")) == []
 
 
 PLAIN = st.recursive(

@@ -11,6 +11,7 @@ import os
 import random
 import select
 import signal
+import struct
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+SIZE = 1 << 20
+BLOCKS = 12
+DISK_WORDS = f"sectors={SIZE // 512} blocks={BLOCKS} rounds=0"
 WORDS = "pages=16 ballast=64 rate=2000 tsc_jump=60000 jump=60000"
 PATIENCE = 5.0
 TRIES = 60  # beside the hundred of every step
-SWEEP = 40  # more steps than either side takes
+SWEEP = 150  # more steps than either side takes
 _SPAWN = multiprocessing.get_context("forkserver")
 _SPAWN.set_forkserver_preload(["vmm.machine", "vmm.migrate.source", "vmm.migrate.destination", "vmm.platform"])
 
@@ -58,18 +62,37 @@ def die_at(step: int | None) -> None:
 def has_passed(machine: Machine) -> str:
     machine.console.send(b"q")
     outcome = machine.wait(30)
-    return "runs" if outcome.code == 0x10 and outcome.reason == "debug-exit" else outcome.reason
+    if outcome.code != 0x10 or outcome.reason != "debug-exit":
+        return outcome.reason
+    return "runs" if all(holds_the_last_round(machine, disk.path) for disk in machine.config.disks) else "other bytes"
 
 
-def source(pipe: Any, kernel: str, address: str, fence: str, postcopy: bool, step: int | None) -> None:
-    with Machine(kernel=kernel, memory="32M", append=WORDS) as machine:
+def holds_the_last_round(machine: Machine, image: str) -> bool:
+    """Whether the file is what blk_rw wrote in the end."""
+    last = int(machine.console.tail().rpartition(b"round ")[2].split()[0])
+    with open(image, "rb") as file:
+        data = file.read()
+    written = {
+        block: struct.pack("<512Q", *((last << 48 | block << 32) + n for n in range(512)))
+        for block in range(0, BLOCKS, 3)
+    }
+    return len(data) == SIZE and all(
+        data[block * 4096 :][:4096] == written.get(block, b"\x11" * 4096) for block in range(SIZE // 4096)
+    )
+
+
+def source(
+    pipe: Any, kernel: str, address: str, fence: str, postcopy: bool, image: str | None, step: int | None
+) -> None:
+    words, disks = (DISK_WORDS, [image]) if image else (WORDS, [])
+    with Machine(kernel=kernel, memory="32M", append=words, disks=disks) as machine:
         machine.start()
         machine.console.expect(rb"round 2\n", 30)
         pipe.send("ready")
         pipe.recv()
         die_at(step)
         try:
-            machine.migrate(address, fence=fence, postcopy=postcopy, patience=PATIENCE)
+            machine.migrate(address, fence=fence, postcopy=postcopy, patience=PATIENCE, mirror=bool(image))
             pipe.send("moved")
         except MigrationError as error:
             if select.select([machine.stop_fd], [], [], 0)[0]:
@@ -81,11 +104,11 @@ def source(pipe: Any, kernel: str, address: str, fence: str, postcopy: bool, ste
                 pipe.send(has_passed(machine))
 
 
-def destination(pipe: Any, address: str, step: int | None) -> None:
+def destination(pipe: Any, address: str, directory: str | None, step: int | None) -> None:
     def refused(why: str) -> None:
         raise MigrationError(why)
 
-    with migrate.Receiver(address, patience=PATIENCE, on_refused=refused) as receiver:
+    with migrate.Receiver(address, patience=PATIENCE, on_refused=refused, disks_in=directory) as receiver:
         die_at(step)
         pipe.send("ready")
         try:
@@ -98,23 +121,38 @@ def destination(pipe: Any, address: str, step: int | None) -> None:
 
 
 class End(NamedTuple):
-    """How a try ended: what each side said last ("" if it was killed before), and the fence's record."""
+    """How a try ended: what each side said last ("" if it was killed before), the fence's record, and the files that
+    were made there."""
 
     source: str
     destination: str
     record: bytes
+    files: list[str]
 
 
 class Try:
-    """Two processes and a machine between them."""
+    """Two processes and a machine between them. ``mirror``: with a disk, which its guest writes."""
 
-    def __init__(self, guest: str, folder: Path, postcopy: bool, steps: tuple[int | None, int | None]) -> None:
+    def __init__(
+        self,
+        guest: Callable[[str], str],
+        folder: Path,
+        postcopy: bool,
+        steps: tuple[int | None, int | None],
+        mirror: bool = False,
+    ) -> None:
         self.fence = folder / "fence"
+        self.directory = folder / "images"
+        self.directory.mkdir()
+        image = folder / "disk.img"
+        if mirror:
+            image.write_bytes(b"\x11" * SIZE)
         address = f"unix:{folder}/there"
+        kernel = guest("blk_rw" if mirror else "self_check")
         self.pipes, self.processes = [], []
         for target, args in (
-            (source, (guest, address, str(self.fence), postcopy, steps[0])),
-            (destination, (address, steps[1])),
+            (source, (kernel, address, str(self.fence), postcopy, str(image) if mirror else None, steps[0])),
+            (destination, (address, str(self.directory) if mirror else None, steps[1])),
         ):
             ours, theirs = _SPAWN.Pipe()
             process = _SPAWN.Process(target=target, args=(theirs, *args), daemon=True)
@@ -142,7 +180,7 @@ class Try:
                 pass
             pipe.close()
         record = self.fence.read_bytes() if self.fence.exists() else b""
-        return End(said[0], said[1], record[TOKEN:])
+        return End(said[0], said[1], record[TOKEN:], os.listdir(self.directory))
 
 
 def is_right(end: End, killed: int, postcopy: bool) -> bool:
@@ -164,19 +202,30 @@ def check(end: End, killed: int, postcopy: bool, what: str) -> None:
         assert end.record == TAKEN, (what, end)
         return
     assert is_right(end, killed, postcopy), (what, end)
+    if end.destination.startswith("gave up"):
+        assert not end.files, (what, end)
 
 
-@pytest.mark.parametrize("postcopy", [False, True], ids=["pre-copy", "post-copy"])
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("postcopy", "mirror"),
+    [
+        pytest.param(False, False, id="pre-copy"),
+        pytest.param(True, False, id="post-copy"),
+        pytest.param(False, True, id="pre-copy with a disk"),
+        pytest.param(True, True, id="post-copy with a disk", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("killed", [0, 1], ids=["source", "destination"])
 def test_a_side_is_killed_at_every_step(
-    guest: Callable[[str], str], tmp_path: Path, killed: int, postcopy: bool
+    guest: Callable[[str], str], tmp_path: Path, killed: int, postcopy: bool, mirror: bool
 ) -> None:
     records = set()
     for step in range(SWEEP):
         folder = tmp_path / str(step)
         folder.mkdir()
         steps = (step, None) if killed == 0 else (None, step)
-        end = Try(guest("self_check"), folder, postcopy, steps).end()
+        end = Try(guest, folder, postcopy, steps, mirror).end()
         check(end, killed, postcopy, f"step {step}")
         records.add(end.record)
         if end.source == "moved" and end.destination == "runs":
@@ -194,7 +243,7 @@ def test_a_side_is_killed_at_random_moments(guest: Callable[[str], str], tmp_pat
         folder = tmp_path / str(number)
         folder.mkdir()
         killed, postcopy, delay = choose.randrange(2), choose.random() < 0.4, choose.uniform(0, 0.3)
-        tried = Try(guest("self_check"), folder, postcopy, (None, None))
+        tried = Try(guest, folder, postcopy, (None, None), mirror=number % 3 == 0)
         time.sleep(delay)
         tried.kill(killed)
         end = tried.end()

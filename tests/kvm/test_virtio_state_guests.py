@@ -91,4 +91,4 @@ def test_a_disk_s_guest_finds_what_it_wrote_through_roll_backs(
     content = image.read_bytes()
     for number in range(0, 256, 3):
         block = content[number * 4096 : (number + 1) * 4096]
-        assert block == struct.pack("<512Q", *(number << 32 | index for index in range(512)))
+        assert block == struct.pack("<512Q", *(39 << 48 | number << 32 | index for index in range(512)))

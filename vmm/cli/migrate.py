@@ -21,6 +21,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("control", metavar="CONTROL", help="what the machine's --control says")
     parser.add_argument("destination", metavar="DESTINATION", help="unix:PATH or tcp:HOST:PORT")
     parser.add_argument("--postcopy", action="store_true", help="the machine first, its memory when it is touched")
+    parser.add_argument(
+        "--mirror", action="store_true", help="its disks go along, with what the guest writes meanwhile"
+    )
+    parser.add_argument(
+        "--mirror-disk", metavar="N", type=int, action="append", help="this one goes along (from 0); again for more"
+    )
     parser.add_argument("--downtime", metavar="MS", type=float, default=300, help="longest pause wanted (300)")
     parser.add_argument("--bandwidth", metavar="RATE", help="bytes a second while the guest runs, e.g. 100M")
     parser.add_argument("--fence", metavar="FILE", help="a file both sides see, by which they know whose it is")
@@ -50,6 +56,8 @@ def run(argv: list[str]) -> int:
     request["downtime"] = given["downtime"] / 1000
     if given["postcopy"]:
         request["postcopy"] = True
+    if given["mirror"] or given["mirror_disk"]:
+        request["mirror"] = given["mirror"] or given["mirror_disk"]
     if given["bandwidth"]:
         request["bandwidth"] = parse_size(given["bandwidth"])
     if given["fence"]:
@@ -63,7 +71,7 @@ def run(argv: list[str]) -> int:
             return 130
     print(
         f"moved: held for {done['downtime'] * 1000:.0f} ms, {done['bytes'] / 1e6:.1f} MB in {done['seconds']:.1f} s, "
-        f"{done['rounds']} rounds over memory"
+        f"{done['rounds']} rounds"
     )
     return 0
 

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    return parser(
+    made = parser(
         "receive",
         "Wait at LISTEN for a machine that pyvmm migrate sends, and go on with it. Over TCP without TLS its disks and "
         "networks must be named here.",
     )
+    made.add_argument("--disks-in", metavar="DIR", help="make files here for disks that come along (disk0.img, ...)")
+    return made
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -50,7 +52,7 @@ def receive(given: dict[str, Any], *, standby: bool = False) -> int:
     if files and len(files) < 3:
         raise ConfigError("TLS takes --tls-certificate, --tls-key and --tls-authority together")
     tls = Tls(**files) if files else None
-    with Receiver(given["listen"], tls=tls, on_refused=_say, **fields) as receiver:
+    with Receiver(given["listen"], tls=tls, on_refused=_say, disks_in=given.get("disks_in"), **fields) as receiver:
         _say(f"waiting for a machine at {receiver.address}")
         machine = receiver.stand_by() if standby else receiver.receive()
     return boot.go_on(machine, given["verbose"])

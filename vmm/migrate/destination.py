@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, MigrationError, VmmError
-from vmm.migrate import postcopy, standby, wire
+from vmm.migrate import mirror, postcopy, standby, wire
 from vmm.migrate.address import Address, Listener, Tls
 from vmm.migrate.fence import TOKEN, Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
@@ -21,15 +21,20 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 HELLO_SECONDS = 10.0
-_HELLO = {"version": int, "description": dict, "regions": list, "how": str, "token": bytes, "fence": str | None}
+_HELLO = {
+    "version": int, "description": dict, "regions": list, "how": str, "token": bytes, "fence": str | None,
+    "disks": list,
+}  # fmt: skip
 
 
 class Receiver:
     """Listens at ``address`` for one machine. A context manager.
 
     ``fields`` say how the machine is used here and where its disks and networks are, as with
-    :meth:`vmm.Machine.restore`. Over TCP without TLS anybody can connect, and cannot name files of this host: the
-    machine's disks, networks, shares and sockets must be given. ``on_refused`` is told why a connection was no use.
+    :meth:`vmm.Machine.restore`. ``disks_in``: a directory in which files ``disk0.img`` and so on are made for disks
+    that come along with their machine; or ``disks`` name files for them, which must not exist yet. Over TCP without
+    TLS anybody can connect, and cannot name files of this host: the machine's disks, networks, shares and sockets must
+    be given. ``on_refused`` is told why a connection was no use.
     """
 
     def __init__(
@@ -40,9 +45,13 @@ class Receiver:
         kvm: str = "/dev/kvm",
         patience: float = wire.PATIENCE,
         on_refused: Callable[[str], object] | None = None,
+        disks_in: str | os.PathLike[str] | None = None,
         **fields: Any,
     ) -> None:
+        if disks_in is not None and fields.get("disks"):
+            raise ConfigError("disks have one place: give --disks-in, or --disk for each of them")
         self._fields = fields
+        self.disks_in = None if disks_in is None else os.fspath(disks_in)
         self._kvm = kvm
         self._patience = patience
         self._on_refused = on_refused
@@ -127,6 +136,7 @@ class Arrival:
         self._fence: Fence | None = None
         self._how, self._token = "", b""
         self._pages: socket.socket | None = None
+        self._images: mirror.Images | None = None
         with self._refusing():
             self._greet(fd)
 
@@ -151,6 +161,8 @@ class Arrival:
         # The machine first: its disks are the source's again before that hears of it by the end of the link.
         if self._machine is not None:
             self._machine.close()
+        if self._images is not None:
+            self._images.remove()
         self._close()
 
     def _close(self) -> None:
@@ -176,6 +188,7 @@ class Arrival:
                 "one side wants a machine moved, the other a standby: use pyvmm receive, or pyvmm standby"
             )
         self._machine = self._prepare(hello)
+        self._images = mirror.Images(self._machine.config.disks, hello["disks"])
         self._channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
 
     def _join(self, hello: dict[str, Any], fd: int | None) -> Fence | None:
@@ -196,10 +209,16 @@ class Arrival:
         if not isinstance(config, dict) or config.keys() & set(USES):
             raise MigrationError("the machine is not described")
         fields = dict(receiver._fields)
+        sizes = hello["disks"]
         if not receiver.trusted:
-            _refuse_places(config, fields)
+            _refuse_places(config, {*fields, *(["disks"] if receiver.disks_in is not None and all(sizes) else [])})
         origin = Origin(description, arriving=True)
-        machine = Machine(origin.config(**fields), kvm=receiver._kvm, origin=origin)
+        made = origin.config(**fields)
+        mirror.check_sizes(sizes, len(made.disks))
+        if any(sizes) and receiver.disks_in is None and "disks" not in fields:
+            raise ConfigError("the machine's disks come along: say where to, with --disks-in DIR, or --disk for each")
+        made = made.with_(disks=mirror.placed(made.disks, sizes, receiver.disks_in))
+        machine = Machine(made, kvm=receiver._kvm, origin=origin)
         if hello["regions"] != [list(region) for region in machine.memory.regions]:
             machine.close()
             raise MigrationError("the machine's memory lies elsewhere than this pyvmm puts it: take one of its version")
@@ -222,9 +241,12 @@ class Arrival:
                 self._pages = postcopy.await_pages(self._receiver.listener, self._token)
             state, later = self._fill()
             tending = self._expect(machine, later)
+            assert self._images is not None
+            self._images.finish()  # stable before the machine can be ours, and its own before it opens them
             machine.arrive(state)
             self._channel.send(Kind.READY)
             self._take()
+            self._images.keep()
             machine.start()
         with contextlib.suppress(MigrationError):  # it is ours, whether the other side hears of it or not
             self._channel.send(Kind.TAKEN)
@@ -246,18 +268,21 @@ class Arrival:
         )
 
     def _fill(self) -> tuple[Any, Any]:
-        """Memory as it comes; answers the state that ends it, and which pages come later."""
-        assert self._machine is not None
-        memory, channel = self._machine.memory, self._channel
+        """Memory and disks as they come; answers the state that ends it, and which pages come later."""
+        assert self._machine is not None and self._images is not None
+        memory, channel, images = self._machine.memory, self._channel, self._images
         while True:
-            frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.ROUND, Kind.STATE)
+            frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.DISK, Kind.DISK_ZEROS, Kind.ROUND, Kind.STATE)
             if frame.kind == Kind.STATE:
                 value = frame.value
                 if not isinstance(value, dict) or value.keys() != {"machine", "later"}:
                     raise MigrationError("the other side sent no state")
                 return value["machine"], value["later"]
             if frame.kind == Kind.ROUND:
+                images.sync()  # little is left for the moment in which nobody runs, and the source sees what it takes
                 channel.send(Kind.SEEN)
+            elif frame.kind in (Kind.DISK, Kind.DISK_ZEROS):
+                images.put(frame)
             elif frame.kind == Kind.PAGES:
                 memory.write(frame.address, frame.payload)
             else:
@@ -299,11 +324,11 @@ def _checked(hello: Any) -> dict[str, Any]:
     return hello
 
 
-def _refuse_places(config: dict[str, Any], fields: dict[str, Any]) -> None:
+def _refuse_places(config: dict[str, Any], given: set[str]) -> None:
     if config.get("shares"):
         raise ConfigError("the machine has a share, which names a directory here: that takes TLS or a UNIX socket")
     for name in PLACES:
-        if config.get(name) and name not in fields:
+        if config.get(name) and name not in given:
             raise ConfigError(
                 f"the machine has {name}, and nobody says where they are on this host: give {name} to who receives it, "
                 "or use TLS or a UNIX socket"

@@ -1,4 +1,5 @@
-"""The side that has the machine: its memory goes over while it runs, then it is held for a moment, then it is gone."""
+"""The side that has the machine: its memory, and disks that go along, go over while it runs; then it is held for a
+moment, then it is gone."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmm.errors import ConfigError, MigrationError, StateError, VmmError
 from vmm.memory import runs_of
@@ -20,11 +21,12 @@ from vmm.snapshot.origin import describe
 from vmm.snapshot.regions import Ram, pages_not_zero
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from vmm.devices.device import State
     from vmm.machine import Machine
     from vmm.memory import DirtyLog, GuestMemory
+    from vmm.migrate.mirror import MirroredDisk
 
     Runs = Iterable[tuple[int, int]]
 
@@ -51,7 +53,7 @@ class Progress(NamedTuple):
 
 
 class Migrated(NamedTuple):
-    """How it went: ``rounds`` over memory while the guest ran, ``bytes`` sent, seconds it was held and in all."""
+    """How it went: ``rounds`` in which it was sent while it ran, ``bytes`` sent, seconds it was held and in all."""
 
     rounds: int
     bytes: int
@@ -67,10 +69,11 @@ class Migration:
     """One machine on its way to ``destination``. :meth:`run` it once; :meth:`cancel` from any thread.
 
     ``downtime``: seconds the guest may be held in the end. ``bandwidth``: bytes a second while the guest runs, or
-    ``None``. ``postcopy``: the machine goes first and its memory after it. ``fence``: a path that both sides see, by
-    which death of one is told from a broken link; a UNIX socket needs none. ``progress`` is called with a
-    :class:`Progress` some times a second; what it raises cancels. ``patience``: seconds for the other side after the
-    handover.
+    ``None``. ``postcopy``: the machine goes first and its memory after it. ``mirror``: its disks go along, all of them
+    or those with these numbers; the others are where the destination says (:mod:`vmm.migrate.mirror`). ``fence``: a
+    path that both sides see, by which death of one is told from a broken link; a UNIX socket needs none. ``progress``
+    is called with a :class:`Progress` some times a second; what it raises cancels. ``patience``: seconds for the other
+    side after the handover.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Migration:
         destination: str,
         *,
         postcopy: bool = False,
+        mirror: bool | Sequence[int] = False,
         tls: Tls | None = None,
         downtime: float = 0.3,
         bandwidth: int | None = None,
@@ -86,6 +90,8 @@ class Migration:
         progress: Callable[[Progress], object] | None = None,
         patience: float = wire.PATIENCE,
     ) -> None:
+        from vmm.migrate.mirror import chosen
+
         self._machine = machine
         self._address = Address.parse(destination)
         if postcopy and tls:
@@ -97,7 +103,9 @@ class Migration:
         self._fence_path = fence
         self._progress = progress
         self._patience = patience
-        self._disks = machine.disks
+        self._mirrored = chosen(mirror, len(machine.config.disks))
+        self._shared = [disk for number, disk in enumerate(machine.disks) if number not in self._mirrored]
+        self._disks: list[MirroredDisk] = []
         self._fence: Fence | None = None
         self._token = b""
         self._channel: Channel | None = None
@@ -113,7 +121,8 @@ class Migration:
         """Move the machine. It has ended here then, with the outcome ``migrated``.
 
         Raises :class:`~vmm.errors.MigrationError`; the machine runs here as before, unless the error is ``undecided``:
-        then it is held, for a person to :meth:`~vmm.Machine.resume` or to :meth:`~vmm.Machine.stop`.
+        then it is held, for a person to :meth:`~vmm.Machine.resume` or to :meth:`~vmm.Machine.stop`. It runs here also
+        after :class:`~vmm.errors.HostError`: a disk that goes along cannot be read.
         """
         began = time.monotonic()
         try:
@@ -123,6 +132,8 @@ class Migration:
             return Migrated(rounds, self._channel.sent, downtime, time.monotonic() - began)
         finally:
             self._over.set()
+            for disk in self._disks:
+                disk.close()
             if self._fence is not None:
                 if not self._gone:
                     self._fence.keep()
@@ -150,10 +161,11 @@ class Migration:
             raise StateError("a machine that does not run cannot move: start it, or take a snapshot")
         if machine.config.shares:
             raise StateError("a machine with a share cannot move: what is open in it is its server's, another process")
-        for disk in machine.config.disks:
-            if disk.temporary:
+        for number, disk in enumerate(machine.config.disks):
+            if disk.temporary and number not in self._mirrored:
                 raise StateError(
-                    f"disk {disk.path} is written to a file without a name, which cannot move: give overlay="
+                    f"disk {disk.path} is written to a file without a name, which cannot move: "
+                    "have it go along (--mirror), or give overlay="
                 )
         local = self._address.port < 0
         self._fence = Fence.make(self._fence_path) if self._fence_path or local else None
@@ -166,30 +178,44 @@ class Migration:
                 os.close(given)
         self._channel = Channel(connection, bandwidth=self._bandwidth)
         how = "postcopy" if self._postcopy else "precopy"
-        self._channel.send_value(Kind.HELLO, hello(machine, how, self._token, None if local else self._fence_path))
+        greeting = hello(machine, how, self._token, None if local else self._fence_path)
+        self._disks = self._open_disks()
+        for mirrored in self._disks:
+            greeting["disks"][mirrored.number] = mirrored.size
+        self._channel.send_value(Kind.HELLO, greeting)
         self._channel.receive(Kind.ACCEPT)
+
+    def _open_disks(self) -> list[MirroredDisk]:
+        if not self._mirrored:
+            return []
+        from vmm.migrate.mirror import MirroredDisk
+
+        return [MirroredDisk(number, self._machine.disks[number]) for number in self._mirrored]
 
     def _move(self) -> tuple[int, float]:
         assert self._channel is not None
         if self._postcopy:
-            return 0, self._go_ahead(self._channel)
-        with contextlib.ExitStack() as stack:
-            log = self._open_log()
-            stack.callback(log.close)
-            with Brake(self._machine) as brake:
-                rounds = _Rounds(self, self._channel, self._machine.memory, log, brake).run()
+            return self._go_ahead(self._channel)
+        with contextlib.closing(self._open_log()) as log:
+            parts: list[Part] = [_Memory(self._machine.memory, log), *self._disks]
+            rounds = self._send_running(parts)
 
-            def last_pages(channel: Channel, state: State) -> None:
-                log.collect()
-                send_runs(channel, self._machine.memory, log.take())
+            def last_of_all(channel: Channel, state: State) -> None:
+                send_rest(channel, parts)
                 channel.send_value(Kind.STATE, {"machine": state, "later": None})
 
-            downtime = self._hand_over(last_pages)
+            downtime = self._hand_over(last_of_all)
         self._machine.left()
         return rounds, downtime
 
-    def _go_ahead(self, channel: Channel) -> float:
-        """The machine first, its memory behind it."""
+    def _send_running(self, parts: Sequence[Part]) -> int:
+        """Send them while the guest writes, until little is left; answers how many rounds it took."""
+        assert self._channel is not None
+        with Brake(self._machine) as brake:
+            return _Rounds(self, self._channel, parts, brake).run()
+
+    def _go_ahead(self, channel: Channel) -> tuple[int, float]:
+        """The machine first, its memory behind it; its disks before it, of which nothing can follow."""
         from vmm.migrate import postcopy
 
         memory = self._machine.memory
@@ -198,8 +224,10 @@ class Migration:
             contextlib.closing(postcopy.Pages(self._address, memory, self._token)) as pages,
         ):
             touched = postcopy.Touched(memory, log)
+            rounds = self._send_running(self._disks) if self._disks else 0
 
             def bitmaps(channel: Channel, state: State) -> None:
+                send_rest(channel, self._disks)
                 pages.start()  # its devices touch memory before it runs
                 channel.send_value(Kind.STATE, {"machine": state, "later": touched.bitmaps()})
 
@@ -210,7 +238,7 @@ class Migration:
             finally:
                 self._machine.left()  # it is lost where it went, if anywhere
         channel.sent += pages.sent
-        return downtime
+        return rounds, downtime
 
     def _open_log(self) -> DirtyLog:
         self._machine.pause()
@@ -237,7 +265,7 @@ class Migration:
 
     # ---- the handover ----
 
-    def _hand_over(self, send_rest: Callable[[Channel, State], None]) -> float:
+    def _hand_over(self, send_last: Callable[[Channel, State], None]) -> float:
         """Hold the machine and give it away; answers for how long nobody ran it."""
         channel, machine = self._channel, self._machine
         assert channel is not None
@@ -245,11 +273,11 @@ class Migration:
         machine.pause()
         try:
             channel.unlimited()
-            # Devices let go of what they have in flight, and write memory for it: before the last pages.
+            # Devices let go of what they have in flight, and write memory and disks for it: before the last of both.
             state = machine.save()
-            for disk in self._disks:
+            for disk in self._shared:
                 disk.let_go()
-            send_rest(channel, state)
+            send_last(channel, state)
             channel.receive(Kind.READY)
             with self._lock:
                 self.check()
@@ -268,7 +296,7 @@ class Migration:
         deadline = time.monotonic() + self._patience
         while True:
             try:
-                for disk in self._disks:
+                for disk in self._shared:
                     disk.take_back()
                 break
             except VmmError as refused:  # the other side has not let go of it yet
@@ -327,6 +355,7 @@ def hello(machine: Machine, how: str, token: bytes, fence: str | None) -> State:
         "how": how,
         "token": token,
         "fence": fence,
+        "disks": [0] * len(machine.config.disks),
     }
 
 
@@ -335,16 +364,42 @@ def has_ended(machine: Machine) -> bool:
     return bool(select.select([machine.stop_fd], [], [], 0)[0])
 
 
-class _Rounds:
-    """Memory while the guest writes it: again and again what was written meanwhile, until little is left."""
+class Part(Protocol):
+    """Something of a machine that goes over while the guest writes it."""
 
-    def __init__(
-        self, migration: Migration, channel: Channel, memory: GuestMemory, log: DirtyLog, brake: Brake
-    ) -> None:
+    def remaining(self) -> int:
+        """Look what was written since it was sent last; bytes to send now, all of it at first."""
+        ...
+
+    def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
+        """Send that; ``each`` is called after every frame, with the bytes that it stood for."""
+        ...
+
+
+class _Memory:
+    """A machine's memory, as a :class:`Part`. ``log`` was opened before."""
+
+    def __init__(self, memory: GuestMemory, log: DirtyLog) -> None:
+        self._memory = memory
+        self._log = log
+        self._first: list[tuple[int, int]] | None = resident(memory)
+
+    def remaining(self) -> int:
+        return self._log.collect() * wire.PAGE if self._first is None else sum(size for _, size in self._first)
+
+    def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
+        runs, self._first = self._first, None
+        send_runs(channel, self._memory, self._log.take() if runs is None else runs, each)
+
+
+class _Rounds:
+    """Parts of a machine while its guest writes them: again and again what was written meanwhile, until little is
+    left."""
+
+    def __init__(self, migration: Migration, channel: Channel, parts: Sequence[Part], brake: Brake) -> None:
         self.migration = migration
         self.channel = channel
-        self.memory = memory
-        self.log = log
+        self.parts = parts
         self.brake = brake
         self.round = 0
         self.rate = 0.0
@@ -352,34 +407,37 @@ class _Rounds:
 
     def run(self) -> int:
         """Answers how many rounds it took."""
-        runs = resident(self.memory)
-        remaining, before = _bytes(runs), 0
+        remaining, before = self._remaining(), 0
         while True:
             self.round += 1
             left_before, before = before, remaining
-            seconds = self._send(runs, remaining)
-            dirtied = self.log.collect() * wire.PAGE
-            self.dirty_rate = dirtied / seconds
-            remaining = dirtied
+            seconds = self._send(remaining)
+            remaining = self._remaining()
+            self.dirty_rate = remaining / seconds
             self._show(remaining, always=True)
             if self._expected(remaining) <= self.migration._downtime or self.round >= ROUNDS_MAX:
                 return self.round
             if self.round > 1 and remaining > WORTH_IT * left_before:
                 self.brake.press()
-            runs = self.log.take()
+
+    def _remaining(self) -> int:
+        return sum(part.remaining() for part in self.parts)
 
     def _expected(self, remaining: int) -> float:
         return remaining / self.rate + HANDOVER if self.rate else 0.0
 
-    def _send(self, runs: list[tuple[int, int]], remaining: int) -> float:
+    def _send(self, remaining: int) -> float:
         began, sent = time.monotonic(), self.channel.sent
 
-        def each(done: int) -> None:
+        def each(n: int) -> None:
+            nonlocal remaining
+            remaining = max(remaining - n, 0)
             self.migration.check()
-            self._show(remaining - done)
+            self._show(remaining)
 
         self.migration.check()
-        send_runs(self.channel, self.memory, runs, each)
+        for part in self.parts:
+            part.send(self.channel, each)
         self.channel.send(Kind.ROUND)
         self.channel.receive(Kind.SEEN)  # it is there, not only in a buffer on the way
         seconds = max(time.monotonic() - began, 1e-6)
@@ -442,8 +500,7 @@ def resident(memory: GuestMemory) -> list[tuple[int, int]]:
 
 
 def send_runs(channel: Channel, memory: GuestMemory, runs: Runs, each: Callable[[int], object] | None = None) -> None:
-    """Send these parts of memory; ``each`` is called with the bytes done, after every frame."""
-    done = 0
+    """Send these parts of memory; ``each`` is called after every frame, with its bytes of memory."""
     for gpa, size in runs:
         for at in range(gpa, gpa + size, wire.DATA_MAX):
             # A copy: the guest writes meanwhile, and the checksum is to be of what is sent.
@@ -452,13 +509,15 @@ def send_runs(channel: Channel, memory: GuestMemory, runs: Runs, each: Callable[
                 channel.send(Kind.ZEROS, len(data).to_bytes(8, "little"), address=at)
             else:
                 channel.send(Kind.PAGES, data, address=at)
-            done += len(data)
             if each:
-                each(done)
+                each(len(data))
 
 
-def _bytes(runs: Runs) -> int:
-    return sum(size for _, size in runs)
+def send_rest(channel: Channel, parts: Iterable[Part]) -> None:
+    """What was written since these were sent last, of a machine that is held."""
+    for part in parts:
+        part.remaining()
+        part.send(channel)
 
 
 def _undecided(text: str) -> MigrationError:

@@ -1,8 +1,8 @@
 """Frames on a stream socket: what the two sides of a migration say to each other (docs/migration.md).
 
-A frame is a header of 24 bytes and a payload: kind, length of the payload, an address, CRC-32C of the header before it
-and of the payload, zeros. What a frame of a kind may be long is bounded before it is read; whoever breaks a rule is
-refused with :class:`~vmm.errors.MigrationError`.
+A frame is a header of 24 bytes and a payload: kind, number of a disk, length of the payload, an address, CRC-32C of the
+header before it and of the payload, zeros. What a frame of a kind may be long is bounded before it is read; whoever
+breaks a rule is refused with :class:`~vmm.errors.MigrationError`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     Bytes = bytes | bytearray | memoryview
 
-VERSION = 1
+VERSION = 2
 PAGE = 4096
-_HEADER = struct.Struct("<IIQII")
+_HEADER = struct.Struct("<HHIQII")
 _SUMMED = 16  # bytes of the header under the checksum, which follows them
 
 VALUE_MAX = 64 << 20  # a vCPU's state has 10 KiB, and a region of 1 TiB a bitmap of 32 MiB
@@ -43,6 +43,8 @@ class Kind(IntEnum):
     YOURS = 6  # the machine is the destination's
     ABORT = 7  # value: why it stays where it was
     EPOCH = 8  # value: a state to go on from, if the source dies; all pages before belong to it
+    DISK = 9  # what a disk holds at the address, a byte's
+    DISK_ZEROS = 10  # as many bytes of zeros (8 bytes: their number) there
     # From the destination:
     ACCEPT = 32  # value: it can become that machine
     SEEN = 33
@@ -53,8 +55,9 @@ class Kind(IntEnum):
 
 
 _VALUES = {Kind.HELLO, Kind.STATE, Kind.ABORT, Kind.EPOCH, Kind.ACCEPT, Kind.REFUSE}
-_DATA = {Kind.PAGES}
-_RANGES = {Kind.ZEROS}
+_DATA = {Kind.PAGES, Kind.DISK}
+_RANGES = {Kind.ZEROS, Kind.DISK_ZEROS}
+_DISKS = {Kind.DISK, Kind.DISK_ZEROS}
 _BARE = {Kind.ROUND, Kind.YOURS, Kind.SEEN, Kind.READY, Kind.TAKEN, Kind.ALL}
 _LONGEST = {
     **dict.fromkeys(_VALUES, VALUE_MAX),
@@ -65,12 +68,13 @@ _LONGEST = {
 
 
 class Frame(NamedTuple):
-    """What came: ``payload`` is bytes, ``value`` what it decodes to where the kind has one."""
+    """What came: ``payload`` is bytes, ``value`` what it decodes to where the kind has one, ``disk`` a number."""
 
     kind: Kind
     address: int
     payload: bytes
     value: Any
+    disk: int = 0
 
 
 class LinkLost(MigrationError):
@@ -93,10 +97,10 @@ class Channel:
 
     # ---- out ----
 
-    def send(self, kind: Kind, payload: Bytes = b"", *, address: int = 0) -> None:
-        """One frame."""
+    def send(self, kind: Kind, payload: Bytes = b"", *, address: int = 0, disk: int = 0) -> None:
+        """One frame. Where the other side has gone and has said why, that is raised."""
         assert len(payload) <= _LONGEST[kind]
-        head = struct.pack("<IIQ", kind, len(payload), address)
+        head = struct.pack("<HHIQ", kind, disk, len(payload), address)
         crc = _crc(_crc(0, head), payload)
         try:
             # One packet where it fits one: a header on its own would wait for the acknowledgement of the last.
@@ -106,10 +110,19 @@ class Channel:
                 self._socket.sendall(head + struct.pack("<II", crc, 0))
                 self._socket.sendall(payload)
         except (OSError, ValueError) as error:
+            self._raise_reason()
             raise LinkLost(f"the link to the other side is lost ({_why(error)})") from error
         self.sent += _HEADER.size + len(payload)
         if self._bandwidth:
             self._pay(_HEADER.size + len(payload))
+
+    def _raise_reason(self) -> None:
+        """Who refuses closes the connection with what it has not read, so sending fails before its reason is read."""
+        try:
+            last = self.receive(Kind.REFUSE, Kind.ABORT, timeout=1.0)
+        except MigrationError:
+            return
+        raise MigrationError(_text(last.value))
 
     def _pay(self, n: int) -> None:
         now = time.monotonic()
@@ -136,8 +149,8 @@ class Channel:
     def receive(self, *kinds: Kind, timeout: float | None = PATIENCE) -> Frame:
         """The next frame, which must be of one of ``kinds``. REFUSE and ABORT raise with the reason they give."""
         head = self._read(_HEADER.size, timeout)
-        kind, length, address, crc, zeros = _HEADER.unpack(head)
-        if kind not in _LONGEST or zeros:
+        kind, disk, length, address, crc, zeros = _HEADER.unpack(head)
+        if kind not in _LONGEST or zeros or (disk and kind not in _DISKS):
             raise MigrationError(f"the other side does not speak this protocol: a frame begins {head[:8].hex()}")
         if length > _LONGEST[kind] or (kind in _RANGES and length != 8):
             raise MigrationError(f"the other side sent a frame {Kind(kind).name} of {length} bytes: it is refused")
@@ -155,7 +168,7 @@ class Channel:
         if kind not in kinds:
             expected = " or ".join(k.name for k in kinds)
             raise MigrationError(f"the other side sent {Kind(kind).name} where only {expected} can come: it is refused")
-        return Frame(Kind(kind), address, payload, value)
+        return Frame(Kind(kind), address, payload, value, disk)
 
     def _read(self, n: int, timeout: float | None) -> bytes:
         buffer = bytearray(n)
@@ -186,7 +199,7 @@ class Channel:
 
 
 def cleared(frame: Frame) -> int:
-    """How many bytes a ZEROS frame is for. Raises :class:`~vmm.errors.MigrationError` for more than one may be."""
+    """How many bytes of zeros a frame is for. Raises :class:`~vmm.errors.MigrationError` for more than one may be."""
     size = int.from_bytes(frame.payload, "little")
     if size > DATA_MAX:
         raise MigrationError(f"{size} bytes of zeros in one frame: {DATA_MAX} are the most")

@@ -58,6 +58,32 @@ def test_data_come_as_they_were_sent(data: bytes, address: int) -> None:
     into.close()
 
 
+def test_a_disk_has_a_number_and_nothing_else_has() -> None:
+    out, into, raw, _ = pair()
+    out.send(Kind.DISK, b"bytes", address=512, disk=65535)
+    out.send(Kind.DISK_ZEROS, bytes(8), disk=1)
+    assert into.receive(Kind.DISK) == (Kind.DISK, 512, b"bytes", None, 65535)
+    assert into.receive(Kind.DISK_ZEROS).disk == 1
+    head = struct.pack("<HHIQ", Kind.ROUND, 1, 0, 0)
+    raw.sendall(head + struct.pack("<II", wire._crc(0, head), 0))
+    with pytest.raises(MigrationError, match="does not speak this protocol"):
+        into.receive(Kind.ROUND)
+    out.close()
+    into.close()
+
+
+def test_who_refused_and_went_is_heard_by_who_still_sends() -> None:
+    out, into, *_ = pair()
+    out.send(Kind.PAGES, bytes(4096))  # which nobody reads
+    into.send_value(Kind.REFUSE, "there is no room")
+    into.close()
+    with pytest.raises(MigrationError, match="the other side says: there is no room") as caught:
+        for _ in range(2):
+            out.send(Kind.PAGES, bytes(4096))
+    assert not isinstance(caught.value, LinkLost)
+    out.close()
+
+
 @given(data=st.binary(max_size=200))
 @settings(max_examples=examples(300), deadline=None)
 def test_any_bytes_are_refused(data: bytes) -> None:

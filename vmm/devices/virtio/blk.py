@@ -11,7 +11,7 @@ from vmm.disk.image import temporary_file
 from vmm.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vmm.disk.image import Image
     from vmm.disk.overlay import Overlay
@@ -55,7 +55,7 @@ class Blk(VirtioDevice):
         self.name = f"virtio-blk{index}"
         self.path = os.fspath(path)
         self.readonly = readonly
-        self.checkpoints = 0  # open: each holds the disk at its size
+        self.held = 0  # logs that are open, of checkpoints or migrations: each holds the disk at its size
         self._blk: Any = None
         self._raw: Image | None = None
         self._overlay: Overlay | None = None
@@ -141,10 +141,10 @@ class Blk(VirtioDevice):
 
         ``None``: the file's own, which somebody else has changed. A file is made longer or shorter (the guest had
         better know before its disk shrinks); an overlay only grows. Raises :class:`~vmm.errors.ConfigError`, and
-        :class:`~vmm.errors.StateError` while a checkpoint is open.
+        :class:`~vmm.errors.StateError` while a checkpoint is open, or the disk is copied to where the machine moves.
         """
-        if self.checkpoints:
-            raise StateError(f"{self.name}: an open checkpoint holds the disk at its size: close it first")
+        if self.held:
+            raise StateError(f"{self.name}: a checkpoint or a migration holds the disk at its size: close it first")
         follow = new_size is None
         if new_size is None:
             if self._raw is None:
@@ -182,6 +182,30 @@ class Blk(VirtioDevice):
         """A way back to what the disk holds now; ``None`` for a disk that is read-only."""
         return None if self.readonly else DiskUndo(self)
 
+    # ---- copying it while the guest writes ----
+
+    def dirty_log(self) -> DiskDirtyLog:
+        """A log of what is written from now on."""
+        return DiskDirtyLog(self)
+
+    def in_use(self) -> Iterator[tuple[int, int]]:
+        """The ranges ``(at, size)`` of the disk that are not known to be zeros, ascending, looked up as they are asked
+        for. Clusters of 4096 bytes, but at the end of a layer."""
+        zeros = ffi.new("int *")
+        at = first = 0
+        while size := int(lib.vmm_blk_alike(self._blk, at, zeros)):
+            if zeros[0] and at > first:
+                yield first, at - first
+            at += size
+            first = at if zeros[0] else first
+        if at > first:
+            yield first, at - first
+
+    def read(self, at: int, buffer: memoryview) -> None:
+        """What the guest would read at byte ``at``, into memory that begins a page: the guest's requests do not wait
+        for it. Raises :class:`~vmm.errors.HostError`."""
+        check(lib.vmm_blk_peek(self._blk, at, len(buffer), ffi.from_buffer(buffer)))
+
     def statistics(self) -> dict[str, Any]:
         """Since the start: reads, writes, flushes, discards, zeroings (requests answered without an error),
         bytes_read, bytes_written, errors, unsupported; throttled, how often the rate limits held requests back;
@@ -209,7 +233,7 @@ class DiskUndo:
         with temporary_file() as kept:
             check(lib.vmm_blk_undo_open(blk._blk, kept.fileno(), out))
         self._undo: Any = out[0]
-        blk.checkpoints += 1
+        blk.held += 1
 
     def rollback(self) -> int:
         """Make the disk what it was, as often as wanted. Answers how many clusters of 4096 bytes were written.
@@ -225,5 +249,36 @@ class DiskUndo:
         """Forget the past. A device that is gone has done so already."""
         if self._undo is not None and self._blk._blk is not None:
             lib.vmm_blk_undo_close(self._blk._blk, self._undo)
-            self._blk.checkpoints -= 1
+            self._blk.held -= 1
         self._undo = None
+
+
+class DiskDirtyLog:
+    """The clusters of a disk that were written since this was made, or since :meth:`take`: :class:`vmm.memory.DirtyLog`
+    of a disk. It keeps its size meanwhile. Raises :class:`~vmm.errors.HostError`."""
+
+    def __init__(self, blk: Blk) -> None:
+        self._blk = blk
+        out = ffi.new("vmm_disk_dirty **")
+        check(lib.vmm_blk_dirty_open(blk._blk, out))
+        self._log: Any = out[0]
+        blk.held += 1
+
+    def collect(self) -> int:
+        """How many clusters of 4096 bytes are in the log."""
+        return int(lib.vmm_blk_dirty_count(self._blk._blk, self._log))
+
+    def take(self, most: int) -> Iterator[tuple[int, int]]:
+        """The ranges ``(at, size)`` in the log, ascending, of at most ``most`` bytes each, clean once it is answered.
+        What is written meanwhile before that range waits for the next call."""
+        at = ffi.new("uint64_t *")
+        while size := int(lib.vmm_blk_dirty_take(self._blk._blk, self._log, at, most)):
+            yield int(at[0]), size
+            at[0] += size
+
+    def close(self) -> None:
+        """Give it up. Twice is fine, and after the device."""
+        if self._log is not None and self._blk._blk is not None:
+            lib.vmm_blk_dirty_close(self._blk._blk, self._log)
+            self._blk.held -= 1
+        self._log = None

@@ -1,0 +1,263 @@
+"""Disks that go along with a machine: each is copied while its guest writes it, as memory is.
+
+What goes over is what the guest sees, whatever the disk is made of here; there it is one raw file, which is made for
+it and removed again if the machine does not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmm._ffi import check, lib
+from vmm.disk.image import Image, open_raw
+from vmm.errors import ConfigError, HostError, MigrationError
+from vmm.migrate import wire
+from vmm.migrate.wire import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vmm.devices.virtio.blk import Blk
+    from vmm.migrate.wire import Channel, Frame
+    from vmm.parts import Disk
+
+CLUSTER = 4096  # what is written is known by so many bytes
+SIZE_MAX = (1 << 63) - 1  # of a file
+SYNC_EVERY = 64 << 20  # bytes after which they are put on stable storage: nobody waits for all of them at the end
+
+
+# ---- the source ----
+
+
+class MirroredDisk:
+    """One of a running machine's disks: all that it holds, then what was written meanwhile. ``number`` among the
+    machine's disks; ``size`` in bytes, which it keeps until :meth:`close`."""
+
+    def __init__(self, number: int, blk: Blk) -> None:
+        self.number = number
+        self._blk = blk
+        self._log = blk.dirty_log()  # before anything is read
+        self.size = blk.size
+        self._begun = False
+        self._page = mmap.mmap(-1, wire.DATA_MAX)  # aligned, for O_DIRECT
+
+    def remaining(self) -> int:
+        """Bytes to send now. At first about so many: holes are found on the way."""
+        return self._log.collect() * CLUSTER if self._begun else self._in_use()
+
+    def _in_use(self) -> int:
+        files = [os.fstat(image.fd) for image in self._blk.files()]
+        blocks = sum(file.st_blocks for file in files)
+        return min(self.size, blocks * 512) if all(file.st_size for file in files) else self.size
+
+    def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
+        """Send them; ``each`` is called after every frame, with its bytes of the disk.
+
+        Raises :class:`~vmm.errors.HostError` for what cannot be read here.
+        """
+        runs = self._log.take(wire.DATA_MAX) if self._begun else self._blk.in_use()
+        self._begun = True
+        for start, size in runs:
+            for at in range(start, start + size, wire.DATA_MAX):
+                data = self._read(at, min(wire.DATA_MAX, start + size - at))
+                if data.strip(b"\0"):
+                    channel.send(Kind.DISK, data, address=at, disk=self.number)
+                else:
+                    channel.send(Kind.DISK_ZEROS, len(data).to_bytes(8, "little"), address=at, disk=self.number)
+                if each:
+                    each(len(data))
+
+    def _read(self, at: int, size: int) -> bytes:
+        with memoryview(self._page) as whole, whole[:size] as part:
+            self._blk.read(at, part)
+            return bytes(part)
+
+    def close(self) -> None:
+        """The disk may have another size again. Twice is fine."""
+        self._log.close()
+
+
+def chosen(mirror: bool | Sequence[int], n: int) -> list[int]:
+    """The numbers of the disks that go along, of ``n``. Raises :class:`~vmm.errors.ConfigError`."""
+    if isinstance(mirror, bool):
+        return list(range(n)) if mirror else []
+    for number in mirror:
+        if type(number) is not int or not 0 <= number < n:
+            raise ConfigError(f"the machine has no disk {number!r} to go along: its {n} are numbered from 0")
+    return sorted(set(mirror))
+
+
+# ---- the destination ----
+
+
+def check_sizes(sizes: list[Any], n: int) -> None:
+    """What the other side says of ``n`` disks: the bytes of each that comes along, 0 for one that does not.
+
+    Raises :class:`~vmm.errors.MigrationError`.
+    """
+    if len(sizes) != n or not all(type(size) is int and 0 <= size <= SIZE_MAX for size in sizes):
+        raise MigrationError("the other side does not say which disks come along")
+
+
+def placed(disks: Sequence[Disk], sizes: Sequence[int], directory: str | None) -> list[Disk]:
+    """The machine's disks as they are here: those that come along, with a size, are raw files in ``directory``, or
+    where ``disks`` say. Raises :class:`~vmm.errors.ConfigError`."""
+    if directory is not None and disks and not any(sizes):
+        raise ConfigError("the machine's disks do not come along: move it with --mirror, or give --disk here")
+    return [
+        _plain(number, disk, directory) if size else disk
+        for number, (disk, size) in enumerate(zip(disks, sizes, strict=True))
+    ]
+
+
+def _plain(number: int, disk: Disk, directory: str | None) -> Disk:
+    if directory is not None:
+        path = os.path.join(os.path.abspath(directory), f"disk{number}.img")
+        placed: Disk = disk.with_(path=path, overlay=None, layers=(), temporary=False)
+        return placed
+    if disk.overlay or disk.temporary:
+        raise ConfigError(f"disk {disk.path} comes along, into one raw file: leave out overlay= and temporary")
+    return disk
+
+
+class Images:
+    """The files of disks that come along, made here. Where ``sizes`` has 0 there is none.
+
+    Raises :class:`~vmm.errors.ConfigError` for a file that is there, :class:`~vmm.errors.HostError` where the host
+    refuses (a full file system); none is left then.
+    """
+
+    def __init__(self, disks: Sequence[Disk], sizes: Sequence[int]) -> None:
+        self._files: dict[int, _File] = {}
+        try:
+            for number, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
+                if size:
+                    self._files[number] = _File(disk, size)
+        except BaseException:
+            self.remove()
+            raise
+
+    def put(self, frame: Frame) -> None:
+        """A DISK or DISK_ZEROS frame. Raises :class:`~vmm.errors.MigrationError` for one that is outside its disk."""
+        file = self._files.get(frame.disk)
+        zeros = wire.cleared(frame) if frame.kind == Kind.DISK_ZEROS else 0
+        size = zeros or len(frame.payload)
+        if file is None or frame.address > file.size or size > file.size - frame.address:
+            raise MigrationError(f"the other side sent bytes of disk {frame.disk} that there are not")
+        if zeros:
+            file.clear(frame.address, zeros)
+        else:
+            file.write(frame.address, frame.payload)
+
+    def sync(self) -> None:
+        """All that came is on stable storage."""
+        for file in self._files.values():
+            file.sync()
+
+    def finish(self) -> None:
+        """:meth:`sync`, and let the machine have the files."""
+        for file in self._files.values():
+            file.finish()
+
+    def keep(self) -> None:
+        """The machine is here: the files stay, whatever happens."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def remove(self) -> None:
+        """It is not: they go. Twice is fine."""
+        for file in self._files.values():
+            file.remove()
+        self._files.clear()
+
+
+class _File:
+    """One that did not exist before, and is another machine's to nobody."""
+
+    def __init__(self, disk: Disk, size: int) -> None:
+        self._path = disk.path
+        self.size = size
+        self._dirty = 0  # bytes that are not on stable storage yet
+        self._image: Image | None = None
+        try:
+            with self._refusals("made"):
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except HostError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise ConfigError(
+                    f"disk {self._path} is here already, and nothing is written over: remove it, or name another file"
+                ) from None
+            raise
+        self._made = os.fstat(fd)
+        os.close(fd)
+        try:
+            with self._refusals("made as large"):
+                os.truncate(self._path, size)
+            # As the machine will open it: what cannot be is known before much was sent.
+            open_raw(self._path, readonly=disk.readonly, direct=disk.cache == "none", sector=disk.sector).close()
+            self._image = Image(self._path, readonly=False)
+        except BaseException:
+            self.remove()
+            raise
+
+    @contextlib.contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HostError(
+                f"disk {self._path} cannot be {what} ({error.strerror}): make room for it, or name another place",
+                error.errno or 0,
+            ) from error
+
+    @property
+    def _fd(self) -> int:
+        assert self._image is not None
+        return self._image.fd
+
+    def write(self, at: int, data: bytes) -> None:
+        rest = memoryview(data)
+        with self._refusals("written"):
+            while rest:
+                n = os.pwrite(self._fd, rest, at)
+                at, rest = at + n, rest[n:]
+        self._wrote(len(data))
+
+    def clear(self, at: int, size: int) -> None:
+        check(lib.vmm_disk_clear(self._fd, at, size))
+        self._wrote(size)
+
+    def _wrote(self, size: int) -> None:
+        self._dirty += size
+        if self._dirty >= SYNC_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._dirty:
+            with self._refusals("written"):
+                os.fdatasync(self._fd)
+        self._dirty = 0
+
+    def finish(self) -> None:
+        with self._refusals("written"):
+            os.fsync(self._fd)
+            directory = os.open(os.path.dirname(os.path.abspath(self._path)), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)  # its name
+            finally:
+                os.close(directory)
+        self.close()
+
+    def close(self) -> None:
+        if self._image is not None:
+            self._image.close()
+
+    def remove(self) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path), self._made):
+                os.unlink(self._path)
