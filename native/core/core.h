@@ -106,6 +106,7 @@ struct vmm_vm {
     uint32_t trace_capacity;
     bool sync_regs;      /* KVM can copy registers out with each exit, and in with an entry */
     bool shadowed;       /* KVM translates by copies of the guest's page tables */
+    bool ran;            /* some vCPU was in its run loop; under lock */
     uint64_t nothing_at; /* where state.c has its slot; 0: none yet */
 
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */

@@ -8,6 +8,7 @@
  */
 #include "core/lazy.h"
 #include "core/bitmap.h"
+#include "core/thread.h"
 #include "vmmsnapshot.h"
 
 #include <endian.h>
@@ -16,7 +17,6 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -494,7 +494,6 @@ static void let_go(struct vmm_lazy *l)
 static void *serve(void *opaque)
 {
     struct vmm_lazy *l = opaque;
-    pthread_setname_np(pthread_self(), "lazy-memory");
     for (bool more = true;;) {
         struct pollfd fds[] = {{.fd = l->wake_fd, .events = POLLIN},
                                {.fd = l->uffd, .events = POLLIN},
@@ -699,15 +698,11 @@ int vmm_lazy_start(vmm_lazy *l)
     enter_locked(l, VMM_LAZY_SERVING);
     finish_locked(l);
     pthread_mutex_unlock(&l->lock);
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(&l->thread, NULL, serve, l);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    rc = vmm_thread_start(&l->thread, "lazy-memory", serve, l);
     l->started = rc == 0;
-    if (rc)
+    if (rc < 0)
         let_go(l);
-    return rc ? vmm_error_set(-rc, "thread for memory that comes later") : 0;
+    return rc;
 }
 
 /* ---- from outside ---- */

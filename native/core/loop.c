@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The I/O thread: epoll, and a lock that is taken only between batches of events. */
 #include "core/loop.h"
+#include "core/thread.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -69,19 +69,12 @@ static void *loop_main(void *opaque)
     return NULL;
 }
 
-/* Signals are for the caller's threads. */
 static int start_locked(struct vmm_loop *loop)
 {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(&loop->thread, NULL, loop_main, loop);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc)
-        return vmm_error_set(-rc, "starting the I/O thread");
-    pthread_setname_np(loop->thread, "vmm-io");
-    atomic_store(&loop->started, true);
-    return 0;
+    const int rc = vmm_thread_start(&loop->thread, "vmm-io", loop_main, loop);
+    if (rc == 0)
+        atomic_store(&loop->started, true);
+    return rc;
 }
 
 static void wake(struct vmm_loop *loop)

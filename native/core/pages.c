@@ -2,16 +2,26 @@
 /* Pages of guest memory to and from a sparse file. */
 #include "core/bitmap.h"
 #include "core/core.h"
+#include "core/thread.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { PAGES_PER_CHUNK = VMM_CHUNK / VMM_PAGE, PAGEMAP_BATCH = 4096 };
+enum {
+    PAGES_PER_CHUNK = VMM_CHUNK / VMM_PAGE,
+    PIECE = 16 * PAGES_PER_CHUNK, /* what is checked by one thread before it looks for more */
+    PAGES_WORTH_A_THREAD = 2048,  /* are read and summed in a millisecond: ten times what a thread takes */
+    HELPERS_MAX = 7,
+    PAGEMAP_BATCH = 4096,
+};
 _Static_assert(64 % PAGES_PER_CHUNK == 0, "a chunk's pages lie in one word of a bitmap");
 
 /* Documentation/admin-guide/mm/pagemap.rst */
@@ -172,19 +182,63 @@ int vmm_pages_write(int fd, uint64_t offset, const void *host, uint64_t size, co
     return 0;
 }
 
-/* No page that is not held may be anything but zeros: it is mapped along with the others. */
-static int check_holes(int fd, uint64_t offset, uint64_t size, const uint64_t *bitmap, uint8_t *buffer)
+struct checking {
+    int fd;
+    uint64_t offset, pages;
+    const uint64_t *bitmap;
+    const uint32_t *checksums;
+    _Atomic uint64_t next; /* page that nobody has taken on yet */
+    _Atomic bool failed;
+};
+
+static int check_chunk(const struct checking *c, uint64_t first, uint64_t end, uint8_t *buffer)
 {
-    uint64_t start = offset, stop = 0;
+    uint32_t crc = 0;
+    for (uint64_t from = first, to; (from = vmm_bitmap_next(c->bitmap, from, end, true)) < end; from = to) {
+        to = vmm_bitmap_next(c->bitmap, from, end, false);
+        const int rc = read_all(c->fd, buffer, (to - from) * VMM_PAGE, c->offset + from * VMM_PAGE);
+        if (rc < 0)
+            return rc;
+        crc = vmm_crc32c(crc, buffer, (to - from) * VMM_PAGE);
+    }
+    return crc == c->checksums[first / PAGES_PER_CHUNK]
+               ? 0
+               : vmm_error_set(-EBADMSG, "a page from %#llx on is not what was written",
+                               (unsigned long long)(c->offset + first * VMM_PAGE));
+}
+
+/* Piece after piece, as long as there are any: on each of the threads. */
+static int check_pieces(struct checking *c)
+{
+    uint8_t *buffer =
+        aligned_alloc(VMM_PAGE, VMM_CHUNK); /* small enough to be in the cache when it is summed */
+    int rc = buffer ? 0 : vmm_error_set(-ENOMEM, "checking memory");
+    for (uint64_t first; rc == 0 && !c->failed && (first = atomic_fetch_add(&c->next, PIECE)) < c->pages;) {
+        const uint64_t end = first + PIECE < c->pages ? first + PIECE : c->pages;
+        for (uint64_t chunk = first; chunk < end && rc == 0; chunk += PAGES_PER_CHUNK)
+            rc = check_chunk(c, chunk, chunk + PAGES_PER_CHUNK < end ? chunk + PAGES_PER_CHUNK : end, buffer);
+    }
+    if (rc < 0)
+        c->failed = true; /* the others need not go on */
+    free(buffer);
+    return rc;
+}
+
+/* No page that is not held may be anything but zeros: it is mapped along with the others. One thread's: to find where
+ * data end, the file system walks over all of them. */
+static int check_holes(const struct checking *c)
+{
+    uint8_t page[VMM_PAGE];
+    uint64_t start = c->offset, stop = 0;
     int rc;
-    for (; (rc = next_data(fd, &start, &stop, offset + size)) > 0; start = stop) {
-        const uint64_t end = (stop - offset + VMM_PAGE - 1) / VMM_PAGE;
-        for (uint64_t page = (start - offset) / VMM_PAGE;
-             (page = vmm_bitmap_next(bitmap, page, end, false)) < end; page++) {
-            rc = read_all(fd, buffer, VMM_PAGE, offset + page * VMM_PAGE);
-            if (rc == 0 && !is_zero(buffer))
+    for (; (rc = next_data(c->fd, &start, &stop, c->offset + c->pages * VMM_PAGE)) > 0; start = stop) {
+        const uint64_t end = (stop - c->offset + VMM_PAGE - 1) / VMM_PAGE;
+        for (uint64_t n = (start - c->offset) / VMM_PAGE;
+             (n = vmm_bitmap_next(c->bitmap, n, end, false)) < end; n++) {
+            rc = read_all(c->fd, page, VMM_PAGE, c->offset + n * VMM_PAGE);
+            if (rc == 0 && !is_zero(page))
                 rc = vmm_error_set(-EBADMSG, "there are data at %#llx, where there were none",
-                                   (unsigned long long)(offset + page * VMM_PAGE));
+                                   (unsigned long long)(c->offset + n * VMM_PAGE));
             if (rc < 0)
                 return rc;
         }
@@ -192,36 +246,55 @@ static int check_holes(int fd, uint64_t offset, uint64_t size, const uint64_t *b
     return rc;
 }
 
-static int check_chunk(int fd, uint64_t offset, const uint64_t *bitmap, uint64_t first, uint64_t end,
-                       uint32_t wanted, uint8_t *buffer)
+struct helper {
+    struct checking *checking;
+    pthread_t thread;
+    int rc;
+    char why[160]; /* what went wrong is remembered for each thread */
+};
+
+static void *help(void *opaque)
 {
-    uint32_t crc = 0;
-    for (uint64_t from = first, to; (from = vmm_bitmap_next(bitmap, from, end, true)) < end; from = to) {
-        to = vmm_bitmap_next(bitmap, from, end, false);
-        const int rc = read_all(fd, buffer, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
-        if (rc < 0)
-            return rc;
-        crc = vmm_crc32c(crc, buffer, (to - from) * VMM_PAGE);
-    }
-    return crc == wanted ? 0
-                         : vmm_error_set(-EBADMSG, "a page from %#llx on is not what was written",
-                                         (unsigned long long)(offset + first * VMM_PAGE));
+    struct helper *h = opaque;
+    h->rc = check_pieces(h->checking);
+    if (h->rc < 0)
+        snprintf(h->why, sizeof(h->why), "%s", vmm_error_text());
+    return NULL;
+}
+
+/* Reading is copying from the page cache: it takes as long as there are bytes, and goes as fast as there are CPUs. */
+static unsigned helpers_for(const uint64_t *bitmap, uint64_t pages)
+{
+    cpu_set_t cpus;
+    uint64_t held = 0;
+    for (uint64_t word = 0; word < (pages + 63) / 64; word++)
+        held += (unsigned)__builtin_popcountll(bitmap[word]);
+    const uint64_t others =
+        sched_getaffinity(0, sizeof(cpus), &cpus) == 0 ? (uint64_t)CPU_COUNT(&cpus) - 1 : 0;
+    const uint64_t worth = held / PAGES_WORTH_A_THREAD;
+    const uint64_t n = worth < others ? worth : others;
+    return n < HELPERS_MAX ? (unsigned)n : HELPERS_MAX;
 }
 
 int vmm_pages_check(int fd, uint64_t offset, uint64_t size, const uint64_t *bitmap, const uint32_t *checksums)
 {
-    const uint64_t pages = size / VMM_PAGE;
-    uint8_t *buffer = malloc(VMM_CHUNK); /* small enough to be in the cache when it is summed */
-    if (!buffer)
-        return vmm_error_set(-ENOMEM, "checking memory");
-    int rc = 0;
-    for (uint64_t first = 0; first < pages && rc == 0; first += PAGES_PER_CHUNK) {
-        const uint64_t end = first + PAGES_PER_CHUNK < pages ? first + PAGES_PER_CHUNK : pages;
-        rc = check_chunk(fd, offset, bitmap, first, end, checksums[first / PAGES_PER_CHUNK], buffer);
+    struct checking c = {
+        .fd = fd, .offset = offset, .pages = size / VMM_PAGE, .bitmap = bitmap, .checksums = checksums};
+    struct helper helpers[HELPERS_MAX];
+    const unsigned wanted = helpers_for(bitmap, c.pages);
+    unsigned n = 0;
+    for (; n < wanted; n++) {
+        helpers[n] = (struct helper){.checking = &c};
+        if (vmm_thread_start(&helpers[n].thread, "snapshot-check", help, &helpers[n]) < 0)
+            break; /* fewer do it too */
     }
-    if (rc == 0)
-        rc = check_holes(fd, offset, size, bitmap, buffer);
-    free(buffer);
+    int rc = check_pieces(&c);
+    rc = rc ? rc : check_holes(&c);
+    for (unsigned i = 0; i < n; i++) {
+        pthread_join(helpers[i].thread, NULL);
+        if (rc == 0 && helpers[i].rc < 0)
+            rc = vmm_error_set(helpers[i].rc, "%s", helpers[i].why);
+    }
     return rc;
 }
 

@@ -400,6 +400,7 @@ static void enter_loop(struct vmm_vcpu *vcpu)
     pthread_mutex_lock(&vcpu->vm->lock);
     vcpu->thread = (pid_t)syscall(SYS_gettid);
     vcpu->state = VMM_VCPU_RUNNING;
+    vcpu->vm->ran = true;
     pthread_mutex_unlock(&vcpu->vm->lock);
 }
 

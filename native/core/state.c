@@ -66,7 +66,7 @@ static bool readable(const struct vmm_vcpu *vcpu, uint32_t index)
     return ioctl(vcpu->fd, KVM_GET_MSRS, &one) == 1;
 }
 
-static void add_msr(struct vmm_vcpu *vcpu, uint32_t index)
+static void add_msr(const struct vmm_vcpu *vcpu, uint32_t index)
 {
     struct vmm_vm *vm = vcpu->vm;
     if (vm->n_msrs == VMM_STATE_MSRS_MAX || index == MSR_TSC || index == MSR_TSC_DEADLINE ||
@@ -79,7 +79,7 @@ static void add_msr(struct vmm_vcpu *vcpu, uint32_t index)
 }
 
 /* KVM's own list, and those it has but leaves out of it. */
-static int find_msrs(struct vmm_vcpu *vcpu)
+static int find_msrs(const struct vmm_vcpu *vcpu)
 {
     static const uint32_t fixed_mtrrs[] = {0x250, 0x258, 0x259, 0x268, 0x269, 0x26a,
                                            0x26b, 0x26c, 0x26d, 0x26e, 0x26f};
@@ -268,8 +268,9 @@ static int load_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, ui
     uint64_t read_at;
     if (!has_wall_clock(from) && set_msrs(vcpu, from, NULL, moment) == 0)
         return 0;
-    const int rc = read_msrs(vcpu, &now, &read_at);
-    return rc < 0 ? rc : set_msrs(vcpu, from, &now, moment);
+    int rc = find_msrs(vcpu);
+    rc = rc ? rc : read_msrs(vcpu, &now, &read_at);
+    return rc ? rc : set_msrs(vcpu, from, &now, moment);
 }
 
 /* It is a TSC value. Where KVM takes no TSC from us (the guest's is the host's), the time that is left is what counts. */
@@ -411,9 +412,7 @@ int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips)
 static int load(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips, bool remapped,
                 bool known)
 {
-    int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
-    if (rc == 0 && remapped)
-        rc = forget_shadows(vm);
+    int rc = remapped ? forget_shadows(vm) : 0;
     rc = rc ? rc : load_chips(vm, chips);
     const uint64_t moment = __rdtsc();
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
@@ -429,5 +428,5 @@ int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_ch
 
 int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
 {
-    return load(vm, vcpus, chips, true, false);
+    return load(vm, vcpus, chips, vm->ran, false); /* before any guest's instruction nothing was copied */
 }

@@ -2,6 +2,7 @@
 /* A machine: /dev/kvm, guest memory, interrupt lines, life cycle. */
 #include "core/lazy.h"
 #include "core/loop.h"
+#include "core/thread.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>
@@ -137,7 +138,7 @@ static void close_machine(int fd)
     pthread_t thread;
     if (fd < 0)
         return;
-    if (CLOSE_ON_THREAD && pthread_create(&thread, NULL, close_on_thread, (void *)(intptr_t)fd) == 0)
+    if (CLOSE_ON_THREAD && vmm_thread_start(&thread, "vmm-close", close_on_thread, (void *)(intptr_t)fd) == 0)
         pthread_detach(thread);
     else
         close(fd);

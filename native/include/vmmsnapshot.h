@@ -43,7 +43,8 @@ int64_t vmm_pages_find(const void *host, uint64_t size, int fd, uint64_t offset,
 int vmm_pages_write(int fd, uint64_t offset, const void *host, uint64_t size, const uint64_t *bitmap,
                     uint32_t *checksums);
 
-/* Read all of them; every other page must be zeros. -EBADMSG: some byte is not what was written, or is not there. */
+/* Read all of them; every other page must be zeros. On as many threads as are worth it, which end with the call.
+ * -EBADMSG: some byte is not what was written, or is not there. */
 int vmm_pages_check(int fd, uint64_t offset, uint64_t size, const uint64_t *bitmap,
                     const uint32_t *checksums);
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Pages to and from sparse files: found, written, checked, read; and what was changed in between is seen. */
 #include "check.h"
+#include "vmmcore.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>
@@ -169,6 +170,38 @@ static void test_every_changed_byte_is_found_in_held_pages_and_in_holes(void)
     close(w.fd);
 }
 
+/* Of several threads' work, on a host with several CPUs: what one of them finds is the caller's to know. */
+static void test_damage_anywhere_in_a_large_memory_is_found_and_told_where(void)
+{
+    enum { LARGE = 5 * 2048, LARGE_CHUNKS = LARGE * VMM_PAGE / VMM_CHUNK };
+    const uint64_t size = (uint64_t)LARGE * VMM_PAGE;
+    const int fd = memory_file(size), file = memory_file(size);
+    static uint64_t bitmap[LARGE / 64];
+    static uint32_t checksums[LARGE_CHUNKS];
+    uint8_t *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    CHECK(memory != MAP_FAILED);
+    for (unsigned page = 0; page < LARGE; page++)
+        memory[page * (uint64_t)VMM_PAGE + page % VMM_PAGE] = (uint8_t)(page % 255 + 1);
+    CHECK_EQUAL(vmm_pages_find(memory, size, fd, 0, false, bitmap), LARGE);
+    CHECK_EQUAL(vmm_pages_write(file, 0, memory, size, bitmap, checksums), 0);
+    CHECK_EQUAL(vmm_pages_check(file, 0, size, bitmap, checksums), 0);
+    for (uint64_t chunk = 0; chunk < LARGE_CHUNKS; chunk += 71) {
+        const off_t at = (off_t)(chunk * VMM_CHUNK + chunk);
+        char where[32];
+        uint8_t byte;
+        CHECK_EQUAL(pread(file, &byte, 1, at), 1);
+        CHECK_EQUAL(pwrite(file, &(uint8_t){byte ^ 4}, 1, at), 1);
+        CHECK_EQUAL(vmm_pages_check(file, 0, size, bitmap, checksums), -EBADMSG);
+        snprintf(where, sizeof(where), "from %#llx on", (unsigned long long)(chunk * VMM_CHUNK));
+        CHECK(strstr(vmm_error_text(), where) != NULL);
+        CHECK_EQUAL(pwrite(file, &byte, 1, at), 1);
+    }
+    CHECK_EQUAL(vmm_pages_check(file, 0, size, bitmap, checksums), 0);
+    munmap(memory, size);
+    close(file);
+    close(fd);
+}
+
 static void test_a_file_that_ends_in_a_held_page_is_damaged(void)
 {
     struct written w = write_some();
@@ -235,6 +268,7 @@ int main(void)
     test_its_own_are_the_pages_it_wrote();
     test_what_was_written_is_read_and_zeros_take_no_room();
     test_every_changed_byte_is_found_in_held_pages_and_in_holes();
+    test_damage_anywhere_in_a_large_memory_is_found_and_told_where();
     test_a_file_that_ends_in_a_held_page_is_damaged();
     test_a_full_device_says_so();
     test_checksums_agree_at_every_length();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
@@ -32,6 +33,7 @@ _FEATURES = {
     (KVM_FEATURES, 0): ("eax",),
 }  # fmt: skip
 _COLUMNS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
+_LEAF = Struct(f"={len(_COLUMNS)}I12x")  # a vmm_cpuid_entry
 
 _STAMPED = (1, 4, 0xB, 0x1F, 0x8000001E)  # leaves that tell a vCPU's place
 
@@ -78,7 +80,7 @@ class CpuidTable:
 
     def value(self) -> list[list[int]]:
         """The leaves as plain values: function, index, flags, EAX, EBX, ECX, EDX of each."""
-        return [[int(getattr(self._entries[i], column)) for column in _COLUMNS] for i in range(self.count)]
+        return [list(leaf) for leaf in _LEAF.iter_unpack(ffi.buffer(self._entries, self.count * _LEAF.size))]
 
     def become(self, value: object) -> None:
         """Have the leaves that :meth:`value` gave, perhaps on another host. Before :meth:`apply`.
@@ -93,11 +95,9 @@ class CpuidTable:
                 "use a host of the same kind, or one with more"
             )
         self.count = len(leaves)
-        self._entries = ffi.new("vmm_cpuid_entry[]", self.count)
+        self._entries = ffi.from_buffer("vmm_cpuid_entry[]", bytearray(b"".join(_LEAF.pack(*row) for row in leaves)))
         self._places = {}
         for i, row in enumerate(leaves):
-            for column, number in zip(_COLUMNS, row, strict=True):
-                setattr(self._entries[i], column, number)
             self._places.setdefault(row[0], []).append(i)
         self._per_vcpu = list(self._entries_of(*_STAMPED))
 

@@ -79,83 +79,84 @@ def _name(way: tuple[Any, ...]) -> str:
 
 def decode(encoded: bytes) -> Any:
     """The value that ``encoded`` is the encoding of, all of it. Raises ``ValueError`` for any other bytes."""
-    reader = _Reader(encoded)
-    value = reader.value(0)
-    if reader.at != len(encoded):
-        raise ValueError(f"{len(encoded) - reader.at} bytes follow the value")
+    try:
+        value, end = _decode(encoded, 0, 0)
+    except IndexError:
+        raise ValueError("the bytes end within a value") from None
+    if end != len(encoded):
+        raise ValueError(f"{len(encoded) - end} bytes follow the value")
     return value
 
 
-class _Reader:
-    def __init__(self, encoded: bytes) -> None:
-        self.encoded = encoded
-        self.at = 0
+# A snapshot has some two thousand values, and a restore waits for them: each of these takes where a value begins and
+# answers it with where the next one does.
 
-    def take(self, n: int) -> bytes:
-        if n > len(self.encoded) - self.at:
-            raise ValueError(f"{n} bytes are said to be at {self.at}, where there are fewer")
-        self.at += n
-        return self.encoded[self.at - n : self.at]
 
-    def head(self) -> tuple[int, int]:
-        first = self.take(1)[0]
-        major, info = first >> 5, first & 31
-        if info < 24:
-            return major, info
-        if info > 27 or major == _SIMPLE:
-            raise ValueError(f"byte {first:#x} at {self.at - 1} begins nothing known")
-        size = 1 << (info - 24)
-        argument = int.from_bytes(self.take(size), "big")
-        if argument < (24 if size == 1 else 1 << 4 * size):
-            raise ValueError(f"a number at {self.at - size} is longer than need be")
-        return major, argument
-
-    def value(self, depth: int) -> Any:
-        if depth > DEPTH_MAX:
-            raise ValueError(f"more than {DEPTH_MAX} lists and maps within each other")
-        major, argument = self.head()
-        if major == _UNSIGNED:
-            return argument
-        if major == _NEGATIVE:
-            return -1 - argument
-        if major == _BYTES:
-            return self.take(argument)
-        if major == _TEXT:
-            return self.take(argument).decode()  # a UnicodeDecodeError is a ValueError
-        if major == _LIST:
-            return [self.value(depth + 1) for _ in range(self.fitting(argument))]
-        if major == _MAP:
-            return self.map(self.fitting(argument), depth)
-        if major == _TAG:
-            return self.bignum(argument)
+def _decode(encoded: bytes, at: int, depth: int) -> tuple[Any, int]:
+    if depth > DEPTH_MAX:
+        raise ValueError(f"more than {DEPTH_MAX} lists and maps within each other")
+    first = encoded[at]
+    major, argument, at = first >> 5, first & 31, at + 1
+    if argument >= 24:
+        argument, at = _argument(encoded, at, first)
+    if major == _UNSIGNED:
+        return argument, at
+    if major == _TAG:
+        return _bignum(encoded, at, argument)
+    if major == _NEGATIVE:
+        return -1 - argument, at
+    if major == _SIMPLE:
         if argument not in _SIMPLE_VALUES:
             raise ValueError(f"simple value {argument} is not known")
-        return _SIMPLE_VALUES[argument]
+        return _SIMPLE_VALUES[argument], at
+    # Items take at least a byte each: more than are left is a lie.
+    if argument > len(encoded) - at:
+        raise ValueError(f"{argument} bytes or items are said to be at {at}, where there are fewer bytes")
+    if major == _LIST:
+        items = []
+        for _ in range(argument):
+            item, at = _decode(encoded, at, depth + 1)
+            items.append(item)
+        return items, at
+    if major == _MAP:
+        return _map(encoded, at, argument, depth)
+    part = encoded[at : at + argument]
+    return part if major == _BYTES else part.decode(), at + argument  # a UnicodeDecodeError is a ValueError
 
-    def fitting(self, n: int) -> int:
-        """``n`` items take at least as many bytes: more than are left is a lie."""
-        if n > len(self.encoded) - self.at:
-            raise ValueError(f"{n} items are said to be at {self.at}, where there are fewer bytes")
-        return n
 
-    def map(self, n: int, depth: int) -> dict[int | str, Any]:
-        value: dict[int | str, Any] = {}
-        before = b""
-        for _ in range(n):
-            start = self.at
-            key = self.value(DEPTH_MAX)
-            if type(key) not in (int, str) or self.encoded[start : self.at] <= before:
-                raise ValueError(f"a key at {start} is no number or text, or not in its place")
-            before = self.encoded[start : self.at]
-            value[key] = self.value(depth + 1)
-        return value
+def _argument(encoded: bytes, at: int, first: int) -> tuple[int, int]:
+    """What follows a first byte that does not hold it itself."""
+    if first & 31 > 27 or first >> 5 == _SIMPLE:
+        raise ValueError(f"byte {first:#x} at {at - 1} begins nothing known")
+    size = 1 << (first & 31) - 24
+    if size > len(encoded) - at:
+        raise ValueError("the bytes end within a number")
+    argument = int.from_bytes(encoded[at : at + size], "big")
+    if argument < (24 if size == 1 else 1 << 4 * size):
+        raise ValueError(f"a number at {at} is longer than need be")
+    return argument, at + size
 
-    def bignum(self, tag: int) -> int:
-        major, size = self.head()
-        if tag not in (_POSITIVE_BIGNUM, _NEGATIVE_BIGNUM) or major != _BYTES or not 8 < size <= BIGNUM_MAX:
-            raise ValueError(f"tag {tag} before {self.at} is no large integer")
-        digits = self.take(size)
-        if digits[0] == 0:
-            raise ValueError(f"a number before {self.at} is longer than need be")
-        number = int.from_bytes(digits, "big")
-        return number if tag == _POSITIVE_BIGNUM else -1 - number
+
+def _map(encoded: bytes, at: int, n: int, depth: int) -> tuple[dict[int | str, Any], int]:
+    value: dict[int | str, Any] = {}
+    before = b""
+    for _ in range(n):
+        start = at
+        key, at = _decode(encoded, at, DEPTH_MAX)
+        if type(key) not in (int, str) or encoded[start:at] <= before:
+            raise ValueError(f"a key at {start} is no number or text, or not in its place")
+        before = encoded[start:at]
+        value[key], at = _decode(encoded, at, depth + 1)
+    return value, at
+
+
+def _bignum(encoded: bytes, at: int, tag: int) -> tuple[int, int]:
+    if tag not in (_POSITIVE_BIGNUM, _NEGATIVE_BIGNUM) or encoded[at] >> 5 != _BYTES:
+        raise ValueError(f"tag {tag} before {at} is no large integer's")
+    digits, end = _decode(encoded, at, DEPTH_MAX)
+    if not 8 < len(digits) <= BIGNUM_MAX:
+        raise ValueError(f"a large integer at {at} is of {len(digits)} bytes")
+    if digits[0] == 0:
+        raise ValueError(f"a number before {at} is longer than need be")
+    number = int.from_bytes(digits, "big")
+    return number if tag == _POSITIVE_BIGNUM else -1 - number, end
