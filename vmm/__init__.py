@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from vmm.config import MachineConfig as MachineConfig
     from vmm.console import Console as Console
     from vmm.cpu.vcpu import Vcpu as Vcpu
@@ -36,35 +38,43 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "BusError": "errors",
-    "ConfigError": "errors",
-    "Console": "console",
-    "ConsoleTimeout": "errors",
-    "Device": "devices.device",
-    "Disk": "parts",
-    "GuestMemory": "memory",
-    "GuestMemoryError": "errors",
-    "HostError": "errors",
-    "ImageError": "errors",
-    "Machine": "machine",
-    "MachineConfig": "config",
-    "Net": "parts",
-    "Outcome": "outcome",
-    "Share": "parts",
-    "StateError": "errors",
-    "Vcpu": "cpu.vcpu",
-    "VmmError": "errors",
-    "Vsock": "parts",
+    "BusError": "vmm.errors",
+    "ConfigError": "vmm.errors",
+    "Console": "vmm.console",
+    "ConsoleTimeout": "vmm.errors",
+    "Device": "vmm.devices.device",
+    "Disk": "vmm.parts",
+    "GuestMemory": "vmm.memory",
+    "GuestMemoryError": "vmm.errors",
+    "HostError": "vmm.errors",
+    "ImageError": "vmm.errors",
+    "Machine": "vmm.machine",
+    "MachineConfig": "vmm.config",
+    "Net": "vmm.parts",
+    "Outcome": "vmm.outcome",
+    "Share": "vmm.parts",
+    "StateError": "vmm.errors",
+    "Vcpu": "vmm.cpu.vcpu",
+    "VmmError": "vmm.errors",
+    "Vsock": "vmm.parts",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vmm' has no attribute {name!r}")
-    from importlib import import_module
+def imported_when_used(package: str, home: Mapping[str, str]) -> Callable[[str], object]:
+    """The ``__getattr__`` of a package whose names are in other modules: ``home`` has the module of each."""
 
-    value = getattr(import_module(f"vmm.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    def get(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(home[name]), name)
+        setattr(import_module(package), name, value)  # found there the next time
+        return value
+
+    return get
+
+
+__getattr__ = imported_when_used(__name__, _HOME)

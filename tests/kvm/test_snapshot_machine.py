@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from vmm.cli import boot, restore
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.machine import Machine
 
@@ -174,6 +176,45 @@ def test_the_command_goes_on_checks_and_refuses(guest: Callable[[str], str], tmp
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("pyvmm: ")
+
+
+def test_the_command_makes_another_machine_or_the_same(
+    guest: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Machine(kernel=guest("hello"), memory="64M") as machine:
+        machine.snapshot(tmp_path / "snap").close()
+        then = machine.generation_id.value
+    found = []
+
+    def look(machine: Machine, verbose: bool) -> int:
+        with machine:
+            found.append(machine.generation_id.value)
+        return 0
+
+    monkeypatch.setattr(boot, "go_on", look)
+    for flags in ([], ["--identity", "new"], ["--identity", "same"]):
+        assert restore.run([*flags, "--console", "none", str(tmp_path / "snap")]) == 0
+    assert [now == then for now in found] == [False, False, True]
+    with pytest.raises(ConfigError, match="--identity: invalid choice: 'old'"):
+        restore.run(["--identity", "old", str(tmp_path / "snap")])
+
+
+def test_the_command_merges_a_chain_into_one_that_stands_alone(guest: Callable[[str], str], tmp_path: Path) -> None:
+    with Machine(kernel=guest("hello"), memory="64M") as machine:
+        machine.snapshot(tmp_path / "base", differential=True).close()
+        machine.memory.write(HEAP, b"written since")
+        machine.snapshot(tmp_path / "since", differential=True).close()
+    done = pyvmm("merge", tmp_path / "since", tmp_path / "whole")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/whole: full, 64 MiB of memory, ")
+    shutil.rmtree(tmp_path / "base")
+    with Machine.restore(tmp_path / "whole") as again:
+        assert again.memory.read(HEAP, 13) == b"written since"
+        assert again.run(timeout=30).status == 33
+    done = pyvmm("merge", tmp_path / "since", tmp_path / "whole")  # whose parent is gone
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "without its parent" in done.stderr
+    Machine.restore(tmp_path / "whole").close()
 
 
 def test_what_is_no_snapshot_is_named_with_the_fix(tmp_path: Path) -> None:

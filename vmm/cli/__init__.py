@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "boot": "boot a kernel, or a Linux that pyvmm gets for itself",
     "doctor": "say what this host's KVM is and can do",
+    "merge": "make one full snapshot of a chain of them",
     "migrate": "move a running machine to another process",
     "profile": "boot, and say where the guest spends its time",
     "receive": "wait for a machine that moves here, and go on with it",

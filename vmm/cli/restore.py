@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.cli import boot, command_parser
 from vmm.config import FIELDS
+from vmm.snapshot import identity
 from vmm.snapshot.origin import PLACES, USES
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="only compare the snapshot and all it is built on with its checksums"
     )
     parser.add_argument("--no-check", action="store_true", help="do not compare its memory before it is used")
+    parser.add_argument(
+        "--identity",
+        choices=identity.KINDS,
+        default="new",
+        help="same: it is the machine that was saved, with its addresses, of which there is no other any more "
+        "(default: new, another one)",
+    )
     parser.add_argument(
         "--later",
         action="store_true",
@@ -59,7 +67,7 @@ def run(argv: list[str]) -> int:
         with read(directory) as snapshot:
             working_set.forget(snapshot)
     later = given["later"] or recorded
-    machine = Machine.restore(directory, check=not given["no_check"], later=later, **fields)
+    machine = Machine.restore(directory, identity=given["identity"], check=not given["no_check"], later=later, **fields)
     status = boot.go_on(machine, given["verbose"])
     if recorded and machine.lazy:
         with read(directory) as snapshot:

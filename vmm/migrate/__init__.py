@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmm import imported_when_used
+
 if TYPE_CHECKING:
     from vmm.errors import MigrationError as MigrationError
     from vmm.migrate.address import Tls as Tls
@@ -31,11 +33,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vmm.migrate' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = imported_when_used(__name__, _HOME)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmm import imported_when_used
+
 if TYPE_CHECKING:
     from vmm.errors import SnapshotError as SnapshotError
     from vmm.snapshot.reading import Snapshot as Snapshot
@@ -35,11 +37,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vmm.snapshot' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = imported_when_used(__name__, _HOME)
