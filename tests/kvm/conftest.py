@@ -17,6 +17,8 @@ from vmm.machine import Machine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.migrate import Tls
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "guests"
 
@@ -72,3 +74,25 @@ def flat(tmp_path: Path) -> Any:
     yield make
     for machine in made:
         machine.close()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tls]:
+    """TLS files by name: ``a`` and ``b`` are of one authority, which each trusts, ``other`` of another."""
+    from vmm import migrate
+
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed: there are no certificates")
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    for authority in ("one", "two"):
+        openssl(*new, "-x509", "-subj", f"/CN={authority}", "-keyout", f"{authority}.key", "-out", f"{authority}.pem")
+    for name, authority in (("a", "one"), ("b", "one"), ("other", "two")):
+        openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signing = ("-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.pem")
+    return lambda name: migrate.Tls(*(f"{folder}/{file}" for file in (f"{name}.pem", f"{name}.key", "one.pem")))

@@ -264,11 +264,16 @@ class Link:
         self.cut()
 
 
-def test_pages_come_after_the_link_was_cut(running: Callable[..., Machine]) -> None:
+@pytest.mark.parametrize("secure", [False, True], ids=["in the clear", "TLS"])
+def test_pages_come_after_the_link_was_cut(
+    running: Callable[..., Machine], request: pytest.FixtureRequest, secure: bool
+) -> None:
+    tls = request.getfixturevalue("certificates") if secure else lambda name: None
     machine = running("pages=512 ballast=12000 rate=20000 tsc_jump=20000 jump=20000")
-    there = Arriving("tcp:127.0.0.1:0")
+    there = Arriving("tcp:127.0.0.1:0", tls=tls("a"))
     link = Link(there.address)
-    moving = threading.Thread(target=machine.migrate, args=(link.address,), kwargs={"postcopy": True})
+    how = {"postcopy": True, "tls": tls("b")}
+    moving = threading.Thread(target=machine.migrate, args=(link.address,), kwargs=how)
     moving.start()
     moved = there.machine()
     cuts = 0

@@ -106,6 +106,7 @@ class Listener:
 
     def __init__(self, address: Address, tls: Tls | None) -> None:
         self._context = tls.context(server=True) if tls else None
+        self._tls = tls
         family = socket.AF_UNIX if address.port < 0 else socket.AF_INET6 if ":" in address.host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -128,8 +129,10 @@ class Listener:
         finally:
             os.umask(mask)
 
-    def accept(self, timeout: float | None) -> tuple[socket.socket, int | None]:
+    def accept(self, timeout: float | None, *, native: bool = False) -> tuple[socket.socket, int | None]:
         """The next connection and the descriptor that came with it, which is the caller's.
+
+        ``native``: it is for native code, which knows no TLS; who is no friend closes it later then.
 
         Raises ``TimeoutError``, or :class:`~vmm.errors.MigrationError` for one that is no migration: accept again.
         """
@@ -150,7 +153,11 @@ class Listener:
                 preface += part
             if preface != PREFACE:
                 raise MigrationError("somebody connected who is not a machine that moves")
-            if self._context:
+            if self._tls and native:
+                from vmm.migrate.relay import relayed
+
+                connection = relayed(connection, self._tls)
+            elif self._context:
                 connection = self._context.wrap_socket(connection, server_side=True)
         except (OSError, MigrationError) as error:
             connection.close()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.errors import MigrationError, VmmError
 from vmm.migrate import wire
-from vmm.migrate.address import Address, Listener, connect
+from vmm.migrate.address import Address, Listener, Tls, connect
 from vmm.migrate.wire import Channel, Kind, LinkLost
 from vmm.snapshot.regions import Region, bitmap_size, pages_in
 
@@ -64,8 +64,9 @@ class Touched:
 class Pages:
     """The source's end: answers requests for pages of a machine that is held, and connects again when it must."""
 
-    def __init__(self, address: Address, memory: GuestMemory, token: bytes) -> None:
+    def __init__(self, address: Address, tls: Tls | None, memory: GuestMemory, token: bytes) -> None:
         self._address = address
+        self._tls = tls
         self._memory = memory
         self._token = token
         self._over = threading.Event()
@@ -74,7 +75,7 @@ class Pages:
         self._thread = threading.Thread(target=self._serve, name="pages", daemon=True)
 
     def _connect(self) -> socket.socket:
-        connection = connect(self._address, None)
+        connection = connect(self._address, self._tls)
         channel = Channel(connection)
         try:
             channel.send_value(Kind.HELLO, greeting(self._token))
@@ -91,7 +92,7 @@ class Pages:
 
     def _serve(self) -> None:
         while not self._over.is_set():
-            with contextlib.suppress(OSError), self._connection:
+            with contextlib.suppress(OSError, ValueError), self._connection:  # the latter of TLS that was shut down
                 self._answer_all(self._connection)
             while not self._over.wait(_AGAIN):
                 with contextlib.suppress(VmmError):
@@ -129,7 +130,7 @@ class Pages:
             self._thread.join()
 
 
-def await_all(channel: Channel, fence: Fence | None, address: Address, token: bytes) -> None:
+def await_all(channel: Channel, fence: Fence | None, address: Address, tls: Tls | None, token: bytes) -> None:
     """Until the other side has every page. Without the connection it is asked again and again.
 
     Raises :class:`~vmm.errors.MigrationError` when it is dead, and the machine with it.
@@ -145,7 +146,7 @@ def await_all(channel: Channel, fence: Fence | None, address: Address, token: by
                 raise MigrationError("the machine ended there before all of its memory was there: it is lost")
             time.sleep(_AGAIN)
             with contextlib.suppress(VmmError):
-                channel = Channel(connect(address, None))
+                channel = Channel(connect(address, tls))
                 channel.send_value(Kind.HELLO, {**greeting(token), "how": "all"})
                 break
 
@@ -164,7 +165,7 @@ def await_pages(listener: Listener, token: bytes) -> socket.socket:
 
 def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socket.socket]:
     try:
-        connection, fd = listener.accept(timeout)
+        connection, fd = listener.accept(timeout, native=True)
     except TimeoutError:
         raise LinkLost("the other side did not connect again") from None
     if fd is not None:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from vmm.errors import ConfigError, MigrationError, StateError, VmmError
+from vmm.errors import MigrationError, StateError, VmmError
 from vmm.memory import runs_of
 from vmm.migrate import fence as record
 from vmm.migrate import wire
@@ -94,8 +94,6 @@ class Migration:
 
         self._machine = machine
         self._address = Address.parse(destination)
-        if postcopy and tls:
-            raise ConfigError("post-copy does not go over TLS: move it with pre-copy, or through a tunnel")
         self._postcopy = postcopy
         self._tls = tls
         self._downtime = downtime
@@ -221,7 +219,7 @@ class Migration:
         memory = self._machine.memory
         with (
             contextlib.closing(self._open_log()) as log,
-            contextlib.closing(postcopy.Pages(self._address, memory, self._token)) as pages,
+            contextlib.closing(postcopy.Pages(self._address, self._tls, memory, self._token)) as pages,
         ):
             touched = postcopy.Touched(memory, log)
             rounds = self._send_running(self._disks) if self._disks else 0
@@ -234,7 +232,7 @@ class Migration:
             downtime = self._hand_over(bitmaps)
             self.show(Progress("memory behind it", 0, channel.sent, 0, 0.0, 0.0, downtime, 1.0), always=True)
             try:
-                postcopy.await_all(channel, self._fence, self._address, self._token)
+                postcopy.await_all(channel, self._fence, self._address, self._tls, self._token)
             finally:
                 self._machine.left()  # it is lost where it went, if anywhere
         channel.sent += pages.sent

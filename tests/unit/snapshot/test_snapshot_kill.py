@@ -45,10 +45,20 @@ def killed(act: Callable[[], None], seconds: float) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def seconds_of(act: Callable[[], None]) -> float:
-    start = time.monotonic()
-    act()
-    return time.monotonic() - start
+class Killer:
+    """Kills at moments spread over all of an act, however long that takes on a host that is busy now and then."""
+
+    def __init__(self, seed: int, act: Callable[[], None]) -> None:
+        self._chance = random.Random(seed)
+        start = time.monotonic()
+        act()
+        self._span = time.monotonic() - start
+
+    def kill(self, act: Callable[[], None]) -> bool:
+        """Whether it was still at it: about every other time."""
+        still = killed(act, self._chance.uniform(0, self._span))
+        self._span *= 1.1 if still else 0.9
+        return still
 
 
 def partial(folder: Path) -> int:
@@ -56,7 +66,6 @@ def partial(folder: Path) -> int:
 
 
 def test_a_writer_killed_at_any_moment_leaves_one_whole_snapshot(tmp_path: Path) -> None:
-    chance = random.Random(1)
     contents = []
     memories = [Memory(), Memory()]
     for n, memory in enumerate(memories):
@@ -67,11 +76,11 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_snapshot(tmp_path: Path)
     def write(n: int) -> None:
         snapshot.write(path, n, memories[n].ram).close()
 
-    whole = max(seconds_of(lambda: write(0)) for _ in range(5))
+    killer = Killer(1, lambda: write(0))
     seen, during, left = set(), 0, 0
     for n in range(TRIES):
         before = _state(path)
-        during += killed(lambda to=1 - before: write(to), chance.uniform(0, 1.2 * whole))
+        during += killer.kill(lambda to=1 - before: write(to))
         left += partial(tmp_path)
         with snapshot.read(path) as found:
             found.check()
@@ -93,7 +102,6 @@ def _state(path: Path) -> int:
 
 
 def test_a_merge_in_place_killed_at_any_moment_leaves_the_chain_or_the_whole(tmp_path: Path) -> None:
-    chance = random.Random(2)
     memory = Memory()
     memory.scatter(0, 200)
     with snapshot.write(tmp_path / "base", "base", memory.ram) as base:
@@ -108,11 +116,11 @@ def test_a_merge_in_place_killed_at_any_moment_leaves_the_chain_or_the_whole(tmp
                 snapshot.merge(top, tmp_path / "top").close()
 
         begin()
-        whole = seconds_of(merge)
+        killer = Killer(2, merge)
         begin()
         seen = set()
         for n in range(TRIES):
-            killed(merge, chance.uniform(0, 1.2 * whole))
+            killer.kill(merge)
             with snapshot.read(tmp_path / "top") as found:
                 found.check()
                 assert (found.state, content_of(found)) == ("top", memory.content()), f"try {n}"
