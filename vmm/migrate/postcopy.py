@@ -138,6 +138,8 @@ def await_all(channel: Channel, fence: Fence | None, address: Address, tls: Tls 
     while True:
         try:
             channel.receive(Kind.ALL, timeout=None)
+            with contextlib.suppress(LinkLost):  # it may ask again, and finds nobody: as good an answer
+                channel.send(Kind.OVER)
             return
         except LinkLost:
             channel.close()
@@ -282,17 +284,25 @@ class Tending:
                 self._lazy.connect(connection)
 
     def _tell(self) -> None:
-        """Have the source know. One that lost the connection connects again."""
-        while True:
-            try:
-                self._channel.send(Kind.ALL)
+        """Have the source know, and hear that it does: one that lost the connection connects again."""
+        while not self._is_heard():
+            if self._fence is not None and not self._fence.source_lives():
                 return
-            except LinkLost:
-                if self._fence is not None and not self._fence.source_lives():
-                    return
-                if self._stop in select.select([self._listener.fileno(), self._stop], [], [], _AGAIN)[0]:
-                    return
+            listening = self._listener.fileno()
+            readable = select.select([listening, self._stop], [], [], _AGAIN)[0]
+            if self._stop in readable:
+                return
+            if listening in readable:
                 self._connected()
+
+    def _is_heard(self) -> bool:
+        with contextlib.suppress(MigrationError):
+            self._channel.send(Kind.ALL)
+            # Its answer, or the end; it may also have connected again, and hear nothing on this one.
+            if self._channel in select.select([self._channel, self._listener, self._stop], [], [])[0]:
+                self._channel.receive(Kind.OVER)
+                return True
+        return False
 
     def stop(self) -> None:
         """The machine is about to be closed. Twice is fine."""

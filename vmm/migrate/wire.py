@@ -45,12 +45,13 @@ class Kind(IntEnum):
     EPOCH = 8  # value: a state to go on from, if the source dies; all pages before belong to it
     DISK = 9  # what a disk holds at the address, a byte's
     DISK_ZEROS = 10  # as many bytes of zeros (8 bytes: their number) there
+    OVER = 11  # it has heard ALL, and forgets the machine
     # From the destination:
     ACCEPT = 32  # value: it can become that machine
     SEEN = 33
     READY = 34  # it has become it, and waits to be told to go on
     TAKEN = 35  # it goes on
-    ALL = 36  # every page is here
+    ALL = 36  # every page is here: answered by OVER
     REFUSE = 37  # value: why not
 
 
@@ -58,7 +59,7 @@ _VALUES = {Kind.HELLO, Kind.STATE, Kind.ABORT, Kind.EPOCH, Kind.ACCEPT, Kind.REF
 _DATA = {Kind.PAGES, Kind.DISK}
 _RANGES = {Kind.ZEROS, Kind.DISK_ZEROS}
 _DISKS = {Kind.DISK, Kind.DISK_ZEROS}
-_BARE = {Kind.ROUND, Kind.YOURS, Kind.SEEN, Kind.READY, Kind.TAKEN, Kind.ALL}
+_BARE = {Kind.ROUND, Kind.YOURS, Kind.OVER, Kind.SEEN, Kind.READY, Kind.TAKEN, Kind.ALL}
 _LONGEST = {
     **dict.fromkeys(_VALUES, VALUE_MAX),
     **dict.fromkeys(_DATA, DATA_MAX),
@@ -184,6 +185,10 @@ class Channel:
         except (OSError, ValueError) as error:
             raise LinkLost(f"the link to the other side is lost ({_why(error)})") from error
         return bytes(buffer)
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._socket.fileno()
 
     def interrupt(self) -> None:
         """Have whoever is in :meth:`send` or :meth:`receive` find the link lost. From any thread."""
