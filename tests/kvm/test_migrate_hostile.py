@@ -24,6 +24,7 @@ from vmm.migrate.wire import DATA_MAX, Channel, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 EXIT = bytes.fromhex("b010e6f4")  # mov al, 16; out 0xf4, al
 TOKEN = bytes(16)

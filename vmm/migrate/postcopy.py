@@ -299,7 +299,8 @@ class Tending:
         with contextlib.suppress(MigrationError):
             self._channel.send(Kind.ALL)
             # Its answer, or the end; it may also have connected again, and hear nothing on this one.
-            if self._channel in select.select([self._channel, self._listener, self._stop], [], [])[0]:
+            told = self._channel.fileno()
+            if told in select.select([told, self._listener.fileno(), self._stop], [], [])[0]:
                 self._channel.receive(Kind.OVER)
                 return True
         return False
