@@ -102,6 +102,18 @@ static bool aligned(const struct vmm_disk_io *io, uint32_t alignment)
 
 /* ---- one step ---- */
 
+/* The first of the step's bytes, as many as there is room for, go by way of a buffer. */
+static void stand_in(struct vmm_disk_io *io, uint8_t *buffer, uint64_t room)
+{
+    if (io->piece > room) {
+        restore(io);
+        cut(io, room);
+    }
+    io->bounce_iov = (struct iovec){.iov_base = buffer, .iov_len = io->piece};
+    if (io->op == VMM_DISK_WRITE)
+        copy(io, false, buffer, io->piece);
+}
+
 static int64_t transfer(struct vmm_disk *disk, struct vmm_disk_io *io, struct vmm_extent extent)
 {
     const bool write = io->op == VMM_DISK_WRITE;
@@ -113,13 +125,13 @@ static int64_t transfer(struct vmm_disk *disk, struct vmm_disk_io *io, struct vm
         return (int64_t)extent.size;
     }
     if (direct && !aligned(io, disk->alignment)) {
-        restore(io);
-        cut(io, extent.size < BOUNCE_SIZE ? extent.size : BOUNCE_SIZE);
         if (!io->bounce && posix_memalign((void **)&io->bounce, 4096, BOUNCE_SIZE))
             return -ENOMEM;
-        io->bounce_iov = (struct iovec){.iov_base = io->bounce, .iov_len = io->piece};
-        if (write)
-            copy(io, false, io->bounce, io->piece);
+        stand_in(io, io->bounce, BOUNCE_SIZE);
+    } else if (direct) {
+        io->buffer = vmm_bounce_take(&disk->bounce, extent.size);
+        if (io->buffer)
+            stand_in(io, io->buffer, VMM_BOUNCE_SIZE);
     }
     const bool bounced = io->bounce_iov.iov_base;
     return vmm_engine_transfer(&disk->engine, &io->op_under_way, write, direct, extent.fd,
@@ -197,7 +209,9 @@ static void end_step(struct vmm_disk *disk, struct vmm_disk_io *io, int64_t resu
     if (io->allocate_mode && result == 0)
         result = (int64_t)io->piece;
     if (io->op == VMM_DISK_READ && io->bounce_iov.iov_base && result > 0)
-        copy(io, true, io->bounce, (uint64_t)result);
+        copy(io, true, io->bounce_iov.iov_base, (uint64_t)result);
+    vmm_bounce_give_back(&disk->bounce, io->buffer);
+    io->buffer = NULL;
     io->bounce_iov.iov_base = NULL;
     restore(io);
     settled(io);
@@ -343,6 +357,7 @@ bool vmm_disk_start(struct vmm_disk *disk, struct vmm_disk_io *io)
     io->finished = 0;
     io->later = io->over = io->unkept = false;
     io->bounce = NULL;
+    io->buffer = NULL;
     io->bounce_iov.iov_base = NULL;
     io->cut = 0;
     io->allocating = NULL;
@@ -497,6 +512,7 @@ void vmm_disk_destroy(vmm_disk *disk)
     if (disk->kind->close)
         disk->kind->close(disk);
     vmm_engine_deinit(&disk->engine);
+    vmm_bounce_deinit(&disk->bounce);
     close(disk->fd);
     free(disk);
 }

@@ -15,6 +15,7 @@
 #ifndef VMM_DISK_DISK_H
 #define VMM_DISK_DISK_H
 
+#include "disk/bounce.h"
 #include "disk/engine.h"
 #include "vmmblk.h"
 
@@ -43,6 +44,7 @@ struct vmm_disk_io {
     unsigned cut;             /* pieces of iov under way; the last is shortened to end with the piece */
     size_t cut_size;          /* what it was before */
     uint8_t *bounce;          /* stands in for buffers that O_DIRECT cannot use */
+    uint8_t *buffer;          /* of disk->bounce; NULL: none */
     struct iovec bounce_iov;  /* what is under way in place of iov; its base is NULL else */
     struct vmm_disk_io **allocating; /* in disk->allocating: the link that points here */
     struct vmm_disk_io *next_allocating;
@@ -93,6 +95,7 @@ struct vmm_disk_list {
 struct vmm_disk {
     const struct vmm_disk_kind *kind;
     struct vmm_engine engine;
+    struct vmm_bounce bounce;
     int fd;                 /* what is written */
     uint64_t size, data_at; /* bytes of the disk; where they begin in fd */
     uint32_t alignment;     /* O_DIRECT: of offsets, sizes and addresses; else 1 */

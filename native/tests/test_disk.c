@@ -347,6 +347,45 @@ static void test_a_file_size_limit_is_an_error(void)
     bench_close(&b);
 }
 
+/* Buffers as O_DIRECT would have them, so that what stands in for them does so for their length alone. */
+static void test_long_transfers_are_whole_whether_there_is_a_buffer_for_them_or_not(bool overlay)
+{
+    enum { AT_ONCE = VMM_BOUNCE_BUFFERS + 4, ROOM = (SIZE + 4095) / 4096 * 4096 };
+    static struct bench b;
+    static struct job jobs[AT_ONCE];
+    if (!bench_open(&b, overlay, DIRECT))
+        return;
+    for (unsigned round = 0; round < 4; round++) {
+        uint8_t *bytes = aligned_alloc(4096, ROOM);
+        for (unsigned i = 0; i < SIZE; i++)
+            bytes[i] = b.model[i] = (uint8_t)draw(256);
+        b.disk->bounce.off = round == 3;
+        CHECK_EQUAL(simple(b.disk, VMM_DISK_WRITE, 0, bytes, SIZE), 0);
+        free(bytes);
+        for (unsigned i = 0; i < AT_ONCE; i++) {
+            struct job *j = &jobs[i];
+            const uint64_t at = i % 3 * SECTOR, size = SIZE - at - i % 2 * (SIZE / 3 / SECTOR * SECTOR);
+            *j = (struct job){.at = at, .size = size, .buffer = aligned_alloc(4096, ROOM)};
+            const uint64_t first = 4096 * (1 + draw(200));
+            j->iov[0] = (struct iovec){j->buffer, first};
+            j->iov[1] = (struct iovec){j->buffer + first, size - first};
+            j->io = (struct vmm_disk_io){.op = VMM_DISK_READ, .at = at, .size = size, .done = job_done};
+            j->io.iov = j->iov;
+            j->io.n_iov = 2;
+            j->over = vmm_disk_start(b.disk, &j->io);
+        }
+        CHECK_EQUAL(!b.disk->bounce.taken, round == 3);
+        for (unsigned i = 0; i < AT_ONCE; i++) {
+            finish(b.disk, &jobs[i]);
+            CHECK_EQUAL(jobs[i].io.error, 0);
+            CHECK(!memcmp(jobs[i].buffer, b.model + jobs[i].at, jobs[i].size));
+            free(jobs[i].buffer);
+        }
+        CHECK_EQUAL(b.disk->bounce.taken, 0);
+    }
+    bench_close(&b);
+}
+
 static void test_cancelling_ends_what_is_under_way(void)
 {
     static struct bench b;
@@ -471,6 +510,7 @@ int main(void)
         test_a_full_host_is_an_error_and_a_base_keeps_showing(overlay);
         test_a_write_the_host_shortens_is_finished(overlay);
         test_once_flushing_has_failed_no_flush_succeeds(overlay);
+        test_long_transfers_are_whole_whether_there_is_a_buffer_for_them_or_not(overlay);
     }
     test_a_cluster_the_host_stopped_in_is_still_the_base();
     for (enum how how = 0; how < HOWS; how++) {

@@ -603,6 +603,8 @@ int vmm_blk_create(vmm_vm *vm, const char *name, const char *label, vmm_disk *di
     }
     fill_config(blk, options);
     blk->disk = disk;
+    for (uint32_t i = 0; i < vm->n_regions; i++)
+        disk->bounce.off |= vm->regions[i].flags & VMM_MEMORY_HUGE_2M;
     blk->completions = (struct vmm_source){.fd = vmm_disk_fd(disk), .ready = completed, .opaque = blk};
     *out = blk;
     return 0;
