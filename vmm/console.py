@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.errors import ConfigError, ConsoleTimeout
+from vmm.errors import ConfigError, ConsoleTimeout, StateError
 
 if TYPE_CHECKING:
     import re
@@ -26,8 +26,15 @@ class Console:
     def __init__(self) -> None:
         out = ffi.new("vmm_console **")
         check(lib.vmm_console_create(INPUT_LIMIT, LOG_LIMIT, HIGH_WATER, out))
-        self.native: Any = out[0]
+        self._native: Any = out[0]
         self.position = 0
+
+    @property
+    def native(self) -> Any:
+        """The native console. Raises :class:`~vmm.errors.StateError` when its machine is closed."""
+        if self._native is None:
+            raise StateError("the machine is closed, and its console with it: read the transcript before that")
+        return self._native
 
     def send(self, data: bytes | str) -> None:
         """Queue bytes for the guest; blocks while its input queue is full (64 KiB)."""
@@ -183,9 +190,9 @@ class Console:
 
     def destroy(self) -> None:
         """Free it, after every device that uses it."""
-        if self.native is not None:
-            lib.vmm_console_destroy(self.native)
-            self.native = None
+        if self._native is not None:
+            lib.vmm_console_destroy(self._native)
+            self._native = None
 
 
 class _Search:

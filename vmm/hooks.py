@@ -118,6 +118,8 @@ class Hooks:
             return
         answer = callback(Access(native.vcpu, native.address, native.size, bool(native.write), native.value))
         if answer is not None:
+            if not isinstance(answer, int):
+                raise TypeError(f"a hook answered {answer!r}: it answers a number, or None to leave the value alone")
             native.value = answer & _MASK
 
     # exits

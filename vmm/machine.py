@@ -935,7 +935,7 @@ class Machine:
             self.memory.close()
         vm, self._vm = self._vm, None
         for vcpu in self.vcpus:
-            vcpu.native = None  # who still holds one gets an exception, not freed memory
+            vcpu.closed()
         lib.vmm_vm_destroy(vm)
         self._run_closers()
         if hasattr(self, "console"):

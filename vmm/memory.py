@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.errors import GuestMemoryError, HostError
+from vmm.errors import GuestMemoryError, HostError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,6 +100,8 @@ class GuestMemory:
         for start, end, mapped in self._maps:
             if start <= gpa < end and 0 <= size <= end - gpa:
                 return mapped[gpa - start : gpa - start + size]
+        if self._vm is None:
+            raise StateError("the machine is closed, and its memory with it: read it before that")
         raise GuestMemoryError(gpa, size)
 
     def wrote(self, gpa: int, size: int) -> None:

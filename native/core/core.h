@@ -137,7 +137,7 @@ struct vmm_vcpu {
     struct kvm_run *run;
     int fd;
     uint32_t id;
-    int state;              /* enum vmm_vcpu_place, under vm->lock */
+    _Atomic int state;      /* enum vmm_vcpu_place, written under vm->lock */
     pid_t thread;           /* who runs it, while state is not OUT */
     bool unsettled;         /* an I/O exit's result is not yet in the registers */
     uint32_t last_range[2]; /* per space: where the last hit was */

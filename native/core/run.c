@@ -170,7 +170,7 @@ int vmm_vm_pause(vmm_vm *vm)
 int vmm_vm_resume(vmm_vm *vm)
 {
     pthread_mutex_lock(&vm->lock);
-    int rc = vm->pauses ? 0 : vmm_error_set(-EINVAL, "resume without pause");
+    int rc = vm->pauses ? 0 : vmm_error_set(-EBUSY, "resume without a pause: the machine is not paused");
     if (rc == 0 && vm->loop)
         vmm_loop_resume(vm->loop);
     if (rc == 0 && --vm->pauses == 0) {

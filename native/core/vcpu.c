@@ -70,6 +70,19 @@ int vmm_vcpu_fd(vmm_vcpu *vcpu)
 
 /* ---- registers ---- */
 
+/*
+ * A vCPU in KVM_RUN keeps everybody else's ioctls waiting until it exits: for ever, if it halts. So of one that runs,
+ * only its own thread may ask. With a request made it is about to leave, and the ioctl waits for no more than that.
+ * Without vm->lock, which a caller may hold: who paused the machine has seen every vCPU park under it.
+ */
+static int at_rest(const vmm_vcpu *vcpu)
+{
+    if (atomic_load(&vcpu->state) != VMM_VCPU_RUNNING || vcpu == vmm_current_vcpu ||
+        atomic_load(&vcpu->vm->requests))
+        return 0;
+    return vmm_error_set(-EBUSY, "vCPU %u runs: pause the machine before you look at it", vcpu->id);
+}
+
 static int vcpu_ioctl(vmm_vcpu *vcpu, unsigned long request, void *argument, const char *what)
 {
     const int rc = vmm_vcpu_give_registers(vcpu);
@@ -81,8 +94,12 @@ int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
 {
     const uint64_t waiting = vcpu->run->kvm_dirty_regs;
     struct kvm_sync_regs *from = &vcpu->run->s.regs;
+    int rc = at_rest(vcpu);
+    if (rc < 0)
+        return rc;
     vcpu->run->kvm_dirty_regs = 0;
-    int rc = waiting & KVM_SYNC_X86_REGS ? vcpu_ioctl(vcpu, KVM_SET_REGS, &from->regs, "KVM_SET_REGS") : 0;
+    if (waiting & KVM_SYNC_X86_REGS)
+        rc = vcpu_ioctl(vcpu, KVM_SET_REGS, &from->regs, "KVM_SET_REGS");
     if (rc == 0 && waiting & KVM_SYNC_X86_SREGS)
         rc = vcpu_ioctl(vcpu, KVM_SET_SREGS, &from->sregs, "KVM_SET_SREGS");
     if (rc == 0 && waiting & KVM_SYNC_X86_EVENTS)

@@ -221,7 +221,10 @@ typedef struct vmm_cpuid_entry {
     uint32_t function, index, flags, eax, ebx, ecx, edx, padding[3];
 } vmm_cpuid_entry;
 
-/* Registers of a vCPU that is not running (created, paused or stopped). */
+/*
+ * A vCPU's registers and state, from here to vmm_vcpu_set_state, are of one that does not run (created, paused or
+ * stopped), or are asked for on its own thread: -EBUSY otherwise.
+ */
 int vmm_vcpu_get_regs(vmm_vcpu *vcpu, vmm_regs *regs);
 int vmm_vcpu_set_regs(vmm_vcpu *vcpu, const vmm_regs *regs);
 int vmm_vcpu_get_sregs(vmm_vcpu *vcpu, vmm_sregs *sregs);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.cpu.paging import MODES, Mode, PageFault, Paging, Translation
-from vmm.errors import LinearMemoryError
+from vmm.errors import ConfigError, LinearMemoryError
 
 PG, PE, WP = 1 << 31, 1, 1 << 16
 PSE, PAE, LA57, SMEP, SMAP = 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
@@ -324,3 +325,50 @@ def test_the_last_page_of_the_address_space_is_followed_by_the_first() -> None:
     tables.map(0, 0xB000, [0, 0])
     tables.ram[0xAFFF], tables.ram[0xB000] = b"ab"
     assert linear_memory(tables).read(0xFFFFFFFF, 2) == b"ab"
+
+
+def test_a_view_is_of_memory_itself_where_pages_lie_one_behind_the_other() -> None:
+    tables = Tables("4-level")
+    first = tables.map(0x1000, 0xA000, [W] * 4)["PTE"]
+    tables.put(first + 8, 0xB000 | P)
+    tables.put(first + 16, 0x9000 | P)
+    memory = linear_memory(tables)
+    memory.array(0x1FF8, 16, "<u8")[:] = 1, 2
+    assert memory.read(0x1FF8, 16) == (1).to_bytes(8, "little") + (2).to_bytes(8, "little")
+    assert bytes(memory.view(0x3000, 0)) == b""
+    with pytest.raises(LinearMemoryError, match=r"0x3000: its page, 0x9000, is not behind") as caught:
+        memory.view(0x2FF8, 16)
+    assert caught.value.linear == 0x3000
+    with pytest.raises(LinearMemoryError, match="0x4000: the PTE"):
+        memory.view(0x3FF8, 16)
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_a_search_finds_what_lies_across_pages_and_passes_over_holes(name: str) -> None:
+    tables = Tables(name)
+    high = (1 << (32 if name in ("32-bit", "pae") else 64)) - 0x2000
+    tables.map(0x5000, 0xC000, [W] * MODES[name].levels)
+    first = tables.map(high, 0xA000, [W] * MODES[name].levels)["PTE"]
+    tables.put(first + MODES[name].entry_size, 0x9000 | P)
+    memory, everything = linear_memory(tables), (0, 1 << 64)
+    memory.write(high + 0xFFC, b"a needle")
+    assert memory.search(b"a needle", *everything) == high + 0xFFC
+    assert memory.search(b"a needle", 0, high + 0x1003) is None
+    assert memory.search(b"a needle", high + 0xFFD, 1 << 64) is None
+    memory.write(0x5FFC, b"a ne")  # no page behind it: the rest is not there
+    assert memory.search(b"a needle", *everything) == high + 0xFFC
+    memory.write(0x5010, b"a needle")
+    assert memory.search(b"a needle", *everything) == 0x5010
+    with pytest.raises(ConfigError, match="give a range"):
+        memory.search(b"x", 2, 1)
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(st.integers(0, 1 << 64), st.sampled_from(PAGED))
+def test_a_search_comes_to_an_end_whatever_the_tables_are(seed: int, name: str) -> None:
+    tables, random = Tables(name), Random(seed)
+    for at in range(0x1000, 0x4000, 8):
+        entry = random.choice([0, random.getrandbits(64), random.getrandbits(14) | P, 0x1000 | P | W])
+        tables.ram[at : at + 8] = entry.to_bytes(8, "little")
+    at = linear_memory(tables).search(b"\xf0\x0f", 0, 1 << 20)
+    assert at is None or 0 <= at < 1 << 20

@@ -114,6 +114,11 @@ class CpuidTable:
         """Whether a page may be 1 GiB."""
         return any(e.edx & GIB_PAGES for e in self._entries_of(0x80000001))
 
+    def xsave_offset(self, component: int) -> int:
+        """Where a state component lies in an XSAVE area, if the guest may have it, else 0 (SDM vol. 1, 13.5.2)."""
+        supported = any(e.index == 0 and e.eax >> component & 1 for e in self._entries_of(0xD))
+        return next((int(e.ebx) for e in self._entries_of(0xD) if supported and e.index == component), 0)
+
     def _topology(self, e: Any, width: int) -> None:
         # One thread per core, all cores in one package (SDM vol. 2, CPUID leaf 0BH: level types 1 SMT, 2 core).
         shift, threads, kind = ((0, 1, 1), (width, self.cpus, 2))[e.index] if e.index < 2 else (0, 0, 0)

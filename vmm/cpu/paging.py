@@ -8,9 +8,9 @@ load of CR3 (memory is read instead).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmm.errors import GuestMemoryError, LinearMemoryError
+from vmm.errors import ConfigError, GuestMemoryError, LinearMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -188,6 +188,17 @@ class Paging:
                                         1 << shift, entries)  # fmt: skip
         return (self._forbidden(translation, access, user) if access else None) or translation
 
+    def behind(self, found: Translation | PageFault) -> int:
+        """The first address behind what a walk found: a page, or all that the entry leaves unmapped that decided."""
+        if isinstance(found, PageFault):
+            if found.kind == "non-canonical":
+                return (1 << 64) - (1 << self.linear_bits - 1 if self.efer & EFER_LMA else 0)
+            level = self.mode.levels - len(found.entries) + (found.kind != "table")
+            size = 1 << 12 + self.mode.index_bits * (level - 1)
+        else:
+            size = found.size
+        return (found.linear & ~(size - 1)) + size
+
     def _places(self, linear: int, entries: list[Entry]) -> Iterator[tuple[int, int]]:
         """(level, gpa of the entry) down the levels; each from the entry the caller found at the last."""
         mode = self.mode
@@ -296,6 +307,56 @@ class LinearMemory:
             self._ram.write(gpa, data[at : at + n])
             at += n
 
+    def view(self, linear: int, size: int) -> memoryview:
+        """A writable view of ``size`` bytes, no copy: of the memory that the page tables lead to now.
+
+        Raises :class:`~vmm.errors.LinearMemoryError` for what is not mapped, and where a page does not lie behind the
+        one before it in guest-physical memory too: :meth:`read` takes those together.
+        """
+        parts = list(self._parts(linear, size))
+        first = end = parts[0][0] if parts else 0
+        for gpa, n in parts:
+            if gpa != end:
+                where = f"linear address {linear + end - first:#x}: its page, {gpa:#x}, is not behind the one before it"
+                raise LinearMemoryError(
+                    linear + end - first, f"{where}, and a view is of one stretch: read() copies both"
+                )
+            end += n
+        return self._ram.view(first, end - first)
+
+    def array(self, linear: int, size: int, dtype: str = "u1") -> Any:
+        """A numpy array over :meth:`view`, sharing the guest's memory."""
+        import numpy
+
+        return numpy.frombuffer(self.view(linear, size), dtype=dtype)
+
+    def search(self, pattern: bytes, start: int, end: int) -> int | None:
+        """The lowest address in ``[start, end)`` where ``pattern`` stands, wherever its pages lie, or ``None``.
+
+        What is not mapped is passed over, so the cost is that of the pages which are. Raises
+        :class:`~vmm.errors.ConfigError` for a range that is none.
+        """
+        if not 0 <= start <= end <= 1 << 64:
+            raise ConfigError(f"search from {start:#x} to {end:#x}: give a range of addresses, 2^64 at most")
+        paging = self._paging()
+        before = b""  # what may be the beginning of a match
+        while start < end:
+            found = paging.walk(self._ram.read, start, None)
+            behind = min(paging.behind(found), end)
+            while isinstance(found, Translation) and start < behind:
+                n = min(PAGE - start % PAGE, behind - start)
+                try:
+                    before += self._ram.read(found.gpa + start - found.linear, n)
+                except GuestMemoryError:
+                    before = b""
+                if (at := before.find(pattern)) >= 0:
+                    return start + n - len(before) + at
+                before = before[max(0, len(before) - len(pattern) + 1) :]
+                start += n
+            if isinstance(found, PageFault):
+                before, start = b"", behind
+        return None
+
     def readable(self, linear: int, size: int) -> int:
         """How many of ``size`` bytes from ``linear`` on can be read."""
         found = 0
@@ -316,7 +377,7 @@ class LinearMemory:
                 raise LinearMemoryError(linear, found.sentence)
             n = min(size, PAGE - linear % PAGE)
             try:
-                self._ram.view(found.gpa, n)
+                self._ram.read(found.gpa, 1)  # RAM is there by pages
             except GuestMemoryError as error:
                 where = f"linear address {linear:#x}: mapped to {found.gpa:#x}, which is not RAM"
                 raise LinearMemoryError(linear, where) from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from errno import EFAULT
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError, HostError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,8 @@ _FPU = {
     **{f"st{i}": (32 + 16 * i, 10) for i in range(8)},
     **{f"xmm{i}": (160 + 16 * i, 16) for i in range(16)},
 }  # fmt: skip
-_XSTATE_BV = 512  # of the header: bit 0 says that x87's part holds, bit 1 SSE's
+_XSTATE_BV = 512  # of the header: bit 0 says that x87's part holds, bit 1 SSE's, bit 2 AVX's
+_AVX = 2  # the state component with the upper halves of YMM (SDM vol. 1, 13.1)
 _STATE_MP, _STATE_LAPIC, _STATE_XSAVE = 0, 3, 5  # enum vmm_state
 
 
@@ -37,8 +39,13 @@ def _width(name: str) -> int:
         return 64
     part, _, field = name.partition("_")
     if part in SEGMENTS:
-        return {"": 16, "base": 64}.get(field, 0)
+        return {"": 16, "base": 64, "limit": 32, "rights": 17}.get(field, 0)
     return {"base": 64, "limit": 16}.get(field, 0) if part in ("gdt", "idt") else 0
+
+
+# A segment's access rights as VMX has them (SDM vol. 3, table 25-2): field, its lowest bit, its bits
+_RIGHTS = (("type", 0, 4), ("s", 4, 1), ("dpl", 5, 2), ("present", 7, 1), ("avl", 12, 1), ("l", 13, 1), ("db", 14, 1),
+           ("g", 15, 1), ("unusable", 16, 1))  # fmt: skip
 
 
 # KVM exit reasons (linux/kvm.h) by number
@@ -80,7 +87,8 @@ def named(regs: Any, sregs: Any) -> dict[str, int]:
     for name in SEGMENTS:
         segment = getattr(sregs, name)
         values[name] = int(segment.selector)
-        values[f"{name}_base"] = int(segment.base)
+        values[f"{name}_base"], values[f"{name}_limit"] = int(segment.base), int(segment.limit)
+        values[f"{name}_rights"] = sum(int(getattr(segment, field)) << at for field, at, _ in _RIGHTS)
     values["gdt_base"], values["gdt_limit"] = int(sregs.gdt.base), int(sregs.gdt.limit)
     values["idt_base"], values["idt_limit"] = int(sregs.idt.base), int(sregs.idt.limit)
     return values
@@ -94,9 +102,11 @@ def operand_bits(sregs: Any) -> int:
 
 
 class Vcpu:
-    """A vCPU. Registers may be read and set while the machine is created, paused or stopped.
+    """A vCPU. Registers may be read and set while the machine is created, paused or stopped, and in hooks by the vCPU
+    that is in one.
 
-    Raises :class:`~vmm.errors.HostError` where KVM refuses a value.
+    Raises :class:`~vmm.errors.StateError` while it runs, or when its machine is closed, and
+    :class:`~vmm.errors.HostError` where KVM refuses a value.
     """
 
     def __init__(self, vm: Any, number: int, ram: GuestMemory, cpuid: CpuidTable) -> None:
@@ -105,16 +115,32 @@ class Vcpu:
         self._cpuid = cpuid
         out = ffi.new("vmm_vcpu **")
         check(lib.vmm_vcpu_create(vm, number, out))
-        self.native = out[0]
+        self._native = out[0]
         cpuid.apply(self.native, number)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.number}>"
 
+    @property
+    def native(self) -> Any:
+        """The native vCPU, while there is one."""
+        if self._native is None:
+            raise StateError("the machine is closed: look at its vCPUs before that")
+        return self._native
+
+    def closed(self) -> None:
+        """The machine has freed the native vCPU: who still holds this one gets an exception."""
+        self._native = None
+
     # registers
 
     def registers(self) -> dict[str, int]:
-        """General, control and segment registers by name (``cs`` is the selector, ``cs_base`` its base)."""
+        """General, control and segment registers by name.
+
+        ``cs`` is the selector; what the processor keeps of its descriptor are ``cs_base``, ``cs_limit`` in bytes, and
+        ``cs_rights`` (SDM vol. 3, table 25-2: type in bits 3:0, S 4, DPL 6:5, P 7, AVL 12, L 13, D/B 14, G 15,
+        unusable 16).
+        """
         return named(*self.structs())
 
     def structs(self) -> tuple[Any, Any]:
@@ -127,7 +153,7 @@ class Vcpu:
     def set_registers(self, **values: int) -> None:
         """Set registers by the names :meth:`registers` has, e.g. ``set_registers(rip=0x1000, fs_base=0)``.
 
-        A selector is set alone: its hidden base, limit and rights stay. Nothing is set when one name or value is
+        A selector is set alone: its base, limit and rights stay. Nothing is set when one name or value is
         wrong: :class:`~vmm.errors.ConfigError` for a name that is no register or a value that does not fit,
         :class:`~vmm.errors.HostError` for a state no processor can be in (as KVM judges it).
         """
@@ -137,6 +163,8 @@ class Vcpu:
                 raise ConfigError(f"no such register: {name}")
             if not 0 <= value < 1 << bits:
                 raise ConfigError(f"{name} has {bits} bits, {value:#x} does not fit")
+        if "rip" in values and not self._paging({**self.registers(), **values}).canonical(values["rip"]):
+            raise ConfigError(f"rip {values['rip']:#x} is no address in the vCPU's mode: give one that is canonical")
         general = {k: v for k, v in values.items() if k in GENERAL}
         control = {k: v for k, v in values.items() if k not in GENERAL}
         if control:
@@ -146,6 +174,9 @@ class Vcpu:
                 part, _, field = name.partition("_")
                 if name in CONTROL:
                     setattr(sregs, name, value)
+                elif field == "rights":
+                    for right, at, width in _RIGHTS:
+                        setattr(getattr(sregs, part), right, value >> at & (1 << width) - 1)
                 else:
                     setattr(getattr(sregs, part), field or "selector", value)
             if lib.vmm_vcpu_set_sregs(self.native, sregs) < 0:
@@ -162,30 +193,52 @@ class Vcpu:
 
     def fpu(self) -> dict[str, int]:
         """x87 and SSE registers by name: ``st0``..``st7`` (80 bits, from the stack's top), ``fcw``, ``fsw``, ``ftw``
-        (abridged, SDM vol. 1, 10.5.1), ``fop``, ``fip``, ``fdp``, ``xmm0``..``xmm15`` (128 bits), ``mxcsr``.
+        (abridged, SDM vol. 1, 10.5.1), ``fop``, ``fip``, ``fdp``, ``xmm0``..``xmm15`` (128 bits), ``mxcsr``; where the
+        guest has AVX ``ymm0``..``ymm15`` (256 bits, the lower half being ``xmm``'s).
         """
-        raw = self._fpu_state()
-        return {name: int.from_bytes(raw[at : at + size], "little") for name, (at, size) in _FPU.items()}
+        raw = self.xsave()
+        values = {}
+        for name, parts in self._fpu_places().items():
+            values[name] = int.from_bytes(b"".join(raw[at : at + size] for at, size in parts), "little")
+        return values
 
     def set_fpu(self, **values: int) -> None:
-        """Set x87 and SSE registers by the names :meth:`fpu` has. Raises :class:`~vmm.errors.ConfigError`."""
-        raw = self._fpu_state()
+        """Set x87, SSE and AVX registers by the names :meth:`fpu` has. Raises :class:`~vmm.errors.ConfigError`."""
+        raw, places = bytearray(self.xsave()), self._fpu_places()
         for name, value in values.items():
-            if name not in _FPU:
+            if name not in places:
                 raise ConfigError(f"no such register: {name}")
-            at, size = _FPU[name]
-            if not 0 <= value < 1 << 8 * size:
-                raise ConfigError(f"{name} has {8 * size} bits, {value:#x} does not fit")
-            raw[at : at + size] = value.to_bytes(size, "little")
+            bits = 8 * sum(size for _, size in places[name])
+            if not 0 <= value < 1 << bits:
+                raise ConfigError(f"{name} has {bits} bits, {value:#x} does not fit")
+            for at, size in places[name]:
+                raw[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+                value >>= 8 * size
+            raw[_XSTATE_BV] |= 7 if name.startswith("ymm") else 3
         if int.from_bytes(raw[_FPU["mxcsr"][0] :][:4], "little") >> 16:
             raise ConfigError("mxcsr: bits 31:16 are reserved")
-        raw[_XSTATE_BV] |= 3
-        check(lib.vmm_vcpu_set_state(self.native, _STATE_XSAVE, bytes(raw), len(raw)))
+        self.set_xsave(raw)
 
-    def _fpu_state(self) -> bytearray:
+    def _fpu_places(self) -> dict[str, list[tuple[int, int]]]:
+        """Where each register lies in the XSAVE area: (offset, bytes) of its parts, the lowest first."""
+        places = {name: [place] for name, place in _FPU.items()}
+        if upper := self._cpuid.xsave_offset(_AVX):
+            places.update((f"ymm{i}", [_FPU[f"xmm{i}"], (upper + 16 * i, 16)]) for i in range(16))
+        return places
+
+    def xsave(self) -> bytes:
+        """Its XSAVE area in the standard format (SDM vol. 1, 13.4), 4096 bytes: all components the guest may have."""
         buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_XSAVE))
         check(lib.vmm_vcpu_get_state(self.native, _STATE_XSAVE, buffer, len(buffer)))
-        return bytearray(buffer)
+        return bytes(buffer)
+
+    def set_xsave(self, area: bytes | bytearray) -> None:
+        """Set what :meth:`xsave` gave. Raises :class:`~vmm.errors.ConfigError` for another size,
+        :class:`~vmm.errors.HostError` for components this processor has not."""
+        size = lib.vmm_state_size(_STATE_XSAVE)
+        if len(area) != size:
+            raise ConfigError(f"an XSAVE area has {size} bytes, not {len(area)}")
+        check(lib.vmm_vcpu_set_state(self.native, _STATE_XSAVE, bytes(area), size))
 
     @property
     def bits(self) -> int:
@@ -228,16 +281,20 @@ class Vcpu:
     def translate(self, linear: int) -> int | None:
         """Guest-physical address of a linear one through the current page tables, or ``None``: not mapped."""
         gpa = ffi.new("uint64_t *")
-        return int(gpa[0]) if lib.vmm_vcpu_translate(self.native, linear, gpa) == 0 else None
+        code = lib.vmm_vcpu_translate(self.native, linear, gpa)
+        return int(gpa[0]) if code != -EFAULT and check(code) == 0 else None
 
     # memory by linear address
 
     def paging(self) -> Paging:
         """The paging mode its registers select now."""
+        return self._paging(self.registers())
+
+    def _paging(self, registers: dict[str, int]) -> Paging:
         from vmm.cpu.paging import Paging
 
         cpuid = self._cpuid
-        return Paging(self.registers(), physical_bits=cpuid.physical_bits, gigabyte_pages=cpuid.gigabyte_pages)
+        return Paging(registers, physical_bits=cpuid.physical_bits, gigabyte_pages=cpuid.gigabyte_pages)
 
     @property
     def memory(self) -> LinearMemory:
