@@ -172,6 +172,10 @@ class Machine:
         if self._origin is not None:
             self.kind = self._origin.kind
             return
+        if self.config.symbols is not None:
+            from vmm.observe.symbols import Symbols
+
+            Symbols.check(self.config.symbols)  # not when the guest has died and its end is to be told
         self.kind = self.config.kind
         if self.config.kernel is not None:
             self.image = boot.Image.open(self.config.kernel)
@@ -332,16 +336,19 @@ class Machine:
     def symbols(self) -> Symbols:
         """The guest's names: of the configured file, of the image, or of the running kernel's own tables.
 
-        Found once they are there; a file of another kernel than the one that runs is said in :attr:`messages`.
-        Raises :class:`~vmm.errors.ConfigError` where the configured file cannot be used.
+        Found once they are there. A file that cannot be used after all, or of another kernel than the one that runs,
+        is said in :attr:`messages`.
         """
         from vmm.observe.symbols import Symbols
 
         if self._symbols is None or not self._symbols:
             path = self.config.symbols or (self.entry.symbols if self.entry else None)
-            found = (
-                Symbols.open(path) if path and path == self.config.symbols else Symbols.of_elf(path) if path else None
-            )
+            found = None
+            try:
+                if path:
+                    found = Symbols.open(path) if path == self.config.symbols else Symbols.of_elf(path)
+            except ConfigError as error:  # no reason to say nothing else of a guest that died
+                self._message(str(error))
             if not found and self.kind in LINUX_KINDS and self._vm is not None:
                 found = Symbols.of_kernel(self.memory)
             self._symbols = found or Symbols([], "nowhere")

@@ -263,3 +263,15 @@ def test_whatever_a_guest_leaves_behind_there_is_a_diagnosis(guest: GuestPath) -
             assert all(line.isprintable() for line in (found.sentence, *found.evidence))
 
         check()
+
+
+def test_symbols_that_are_gone_when_the_guest_has_died_are_said_and_the_diagnosis_stands(
+    guest: GuestPath, tmp_path: Path
+) -> None:
+    names = tmp_path / "System.map"
+    names.write_text("0000000000100000 T start\n")
+    with Machine(kernel=guest("triple_fault"), memory="16M", symbols=str(names)) as machine:
+        names.unlink()
+        machine.run(20)
+        assert machine.diagnose().cause == "missing-idt"
+        assert any("cannot read symbols" in message for message in machine.messages)

@@ -152,3 +152,21 @@ def test_another_kernels_symbols_are_told_by_their_build_id(program: Path) -> No
     other = notes.replace(symbols.build_id, bytes(20))
     assert symbols.build_id.hex() in (symbols.mismatch(Flat(address, other)) or "")
     assert symbols.mismatch(Flat(0, b"")) is None
+
+
+def test_a_file_that_has_no_symbols_is_refused_at_a_first_look(program: Path, tmp_path: Path) -> None:
+    Symbols.check(str(program))
+    other = tmp_path / "other"
+    for content, why in (
+        (b"", "has no symbols: give a vmlinux"),
+        (b"not symbols\n", "neither an ELF file nor a System.map: 'not symbols'"),
+        (program.read_bytes()[:100], "damaged ELF file"),
+    ):
+        other.write_bytes(content)
+        with pytest.raises(ConfigError, match=why):
+            Symbols.check(str(other))
+    other.write_text("ffffffff81000000 T _text\n")
+    Symbols.check(str(other))
+    other.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        Symbols.check(str(other))

@@ -56,6 +56,26 @@ def command_parser(name: str, **how: Any) -> argparse.ArgumentParser:
     return Parser(prog=f"pyvmm {name}", **how)
 
 
+def check_writable(*paths: str | None) -> None:
+    """Refuse files that cannot be written, before a guest runs whose results would then be lost."""
+    import os
+
+    from vmm.errors import ConfigError
+
+    for path in paths:
+        if path is None:
+            continue
+        folder = os.path.dirname(path) or "."
+        why = (
+            "it is a directory" if os.path.isdir(path)
+            else f"there is no directory {folder}" if not os.path.isdir(folder)
+            else "" if os.access(path if os.path.exists(path) else folder, os.W_OK)
+            else "that is not permitted"
+        )  # fmt: skip
+        if why:
+            raise ConfigError(f"cannot write {path}: {why}; choose another file")
+
+
 def main(argv: list[str]) -> int:
     """Run one command line; answers the exit status."""
     if argv and argv[0] in ("--version", "-V"):

@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vmm.cli import command_parser
+from vmm.cli import check_writable, command_parser
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError("profile what? give -- and then the options of pyvmm boot")
     at = argv.index("--")
     given = _parser().parse_args(argv[:at])
+    check_writable(given.folded)
     from vmm.cli import boot
 
     results: list[str] = []

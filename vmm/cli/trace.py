@@ -6,7 +6,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vmm.cli import command_parser
+from vmm.cli import check_writable, command_parser
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def _boot(given: argparse.Namespace, argv: list[str]) -> int:
     from vmm.cli import boot
 
     results: list[str] = []
+    check_writable(given.save, given.html, given.perfetto)
     lines = _open(given.lines) if given.lines is not None else None
 
     @contextmanager

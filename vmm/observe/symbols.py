@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
 _FAR = 0x1000  # how far past the start of a symbol without a size an address still belongs to it
+_GIVE = "give a vmlinux that is not stripped, or its System.map"
 _HEX = frozenset("0123456789abcdefABCDEF")
 
 
@@ -48,8 +49,28 @@ class Symbols:
             raise ConfigError(f"cannot read symbols from {path}: {error.strerror}") from error
         symbols = cls.of_elf(path) if head == b"\x7fELF" else cls.of_map(path)
         if not symbols:
-            raise ConfigError(f"{path} has no symbols: give a vmlinux that is not stripped, or its System.map")
+            raise ConfigError(f"{path} has no symbols: {_GIVE}")
         return symbols
+
+    @staticmethod
+    def check(path: str) -> None:
+        """What :meth:`open` would refuse at a first look, which costs no more than that. Raises
+        :class:`~vmm.errors.ConfigError`."""
+        from elftools.common.exceptions import ELFError
+        from elftools.elf.elffile import ELFFile
+
+        try:
+            with open(path, "rb") as file:
+                line = file.readline(4096)
+                there = bool(ELFFile(file).get_section_by_name(".symtab")) if line[:4] == b"\x7fELF" else bool(line)
+        except OSError as error:
+            raise ConfigError(f"cannot read symbols from {path}: {error.strerror}") from error
+        except (ELFError, UnicodeDecodeError, ValueError) as error:
+            raise ConfigError(f"{path} is a damaged ELF file: {error}") from error
+        if not there:
+            raise ConfigError(f"{path} has no symbols: {_GIVE}")
+        if line[:4] != b"\x7fELF":
+            _map_line(path, line.decode(errors="replace"))
 
     @classmethod
     def of_elf(cls, path: str) -> Symbols:
@@ -77,14 +98,8 @@ class Symbols:
     @classmethod
     def of_map(cls, path: str) -> Symbols:
         """Of a ``System.map``, as ``nm -n`` prints: lines of address, type letter and name."""
-        found = []
         with open(path, errors="replace") as file:
-            for line in file:
-                words = line.split()
-                if len(words) < 3 or not set(words[0]) <= _HEX or len(words[0]) > 16 or len(words[1]) != 1:
-                    raise ConfigError(f"{path} is neither an ELF file nor a System.map: {line.strip()[:60]!r}")
-                found.append((int(words[0], 16), 0, words[2]))
-        return cls(found, path)
+            return cls([_map_line(path, line) for line in file], path)
 
     @classmethod
     def of_kernel(cls, memory: GuestMemory) -> Symbols | None:
@@ -160,6 +175,13 @@ class Symbols:
         running = _build_id(there)
         said = f"has build-id {running.hex()}" if running else "has none where this one has"
         return f"{self.path} is of another kernel: the one that runs {said}, the file {self.build_id.hex()}"
+
+
+def _map_line(path: str, line: str) -> tuple[int, int, str]:
+    words = line.split()
+    if len(words) < 3 or not set(words[0]) <= _HEX or len(words[0]) > 16 or len(words[1]) != 1:
+        raise ConfigError(f"{path} is neither an ELF file nor a System.map: {line.strip()[:60]!r}; {_GIVE}")
+    return int(words[0], 16), 0, words[2]
 
 
 def _rank(entry: tuple[int, int, str]) -> tuple[bool, bool]:
