@@ -147,7 +147,7 @@ int64_t vmm_pages_find(const void *host, uint64_t size, int fd, uint64_t offset,
     return found;
 }
 
-/* ---- write, check, read ---- */
+/* ---- write, read ---- */
 
 static int write_run(int fd, uint64_t offset, const uint8_t *memory, uint64_t from, uint64_t to)
 {
@@ -182,6 +182,27 @@ int vmm_pages_write(int fd, uint64_t offset, const void *host, uint64_t size, co
     return 0;
 }
 
+int vmm_pages_read(int fd, uint64_t offset, void *host, uint64_t size, const uint64_t *bitmap)
+{
+    const uint64_t pages = size / VMM_PAGE;
+    for (uint64_t from = 0, to; (from = vmm_bitmap_next(bitmap, from, pages, true)) < pages; from = to) {
+        to = vmm_bitmap_next(bitmap, from, pages, false);
+        const int rc =
+            read_all(fd, (uint8_t *)host + from * VMM_PAGE, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+/* ---- check ---- */
+
+/* Small enough to be in the cache still when it is summed; aligned, since copying into it is most of the work. */
+static uint8_t *new_buffer(void)
+{
+    return aligned_alloc(VMM_PAGE, VMM_CHUNK);
+}
+
 struct checking {
     int fd;
     uint64_t offset, pages;
@@ -210,8 +231,7 @@ static int check_chunk(const struct checking *c, uint64_t first, uint64_t end, u
 /* Piece after piece, as long as there are any: on each of the threads. */
 static int check_pieces(struct checking *c)
 {
-    uint8_t *buffer =
-        aligned_alloc(VMM_PAGE, VMM_CHUNK); /* small enough to be in the cache when it is summed */
+    uint8_t *buffer = new_buffer();
     int rc = buffer ? 0 : vmm_error_set(-ENOMEM, "checking memory");
     for (uint64_t first; rc == 0 && !c->failed && (first = atomic_fetch_add(&c->next, PIECE)) < c->pages;) {
         const uint64_t end = first + PIECE < c->pages ? first + PIECE : c->pages;
@@ -288,27 +308,17 @@ int vmm_pages_check(int fd, uint64_t offset, uint64_t size, const uint64_t *bitm
         if (vmm_thread_start(&helpers[n].thread, "snapshot-check", help, &helpers[n]) < 0)
             break; /* fewer do it too */
     }
-    int rc = check_pieces(&c);
-    rc = rc ? rc : check_holes(&c);
+    int rc = check_holes(&c);
+    if (rc < 0)
+        c.failed = true;
+    else
+        rc = check_pieces(&c);
     for (unsigned i = 0; i < n; i++) {
         pthread_join(helpers[i].thread, NULL);
         if (rc == 0 && helpers[i].rc < 0)
             rc = vmm_error_set(helpers[i].rc, "%s", helpers[i].why);
     }
     return rc;
-}
-
-int vmm_pages_read(int fd, uint64_t offset, void *host, uint64_t size, const uint64_t *bitmap)
-{
-    const uint64_t pages = size / VMM_PAGE;
-    for (uint64_t from = 0, to; (from = vmm_bitmap_next(bitmap, from, pages, true)) < pages; from = to) {
-        to = vmm_bitmap_next(bitmap, from, pages, false);
-        const int rc =
-            read_all(fd, (uint8_t *)host + from * VMM_PAGE, (to - from) * VMM_PAGE, offset + from * VMM_PAGE);
-        if (rc < 0)
-            return rc;
-    }
-    return 0;
 }
 
 /* ---- whole files ---- */
@@ -318,7 +328,7 @@ int vmm_file_crc32c(int fd, uint32_t *crc)
     const off_t size = lseek(fd, 0, SEEK_END);
     if (size < 0)
         return vmm_error_errno("lseek");
-    uint8_t *buffer = malloc(VMM_CHUNK);
+    uint8_t *buffer = new_buffer();
     if (!buffer)
         return vmm_error_set(-ENOMEM, "checking a file");
     uint64_t at = 0, from = 0, to = 0;
