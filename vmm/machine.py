@@ -253,6 +253,12 @@ class Machine:
         self._origin.state = state
         for step in self._later:
             step(self)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell networks where this machine is now, as it is the one that was elsewhere: not of a copy of it."""
+        for device in self.virtio:  # behind the processors' state, which has the interrupts
+            device.announce()
 
     # ---- composing ----
 
@@ -631,6 +637,8 @@ class Machine:
             machine.lazy = prepared.finish(machine)
             if renewed:
                 identities.renew(machine)
+            else:
+                machine._announce()
             return machine
 
     def clone(

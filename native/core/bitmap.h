@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Bitmaps of pages, in words of 64: page n is bit n % 64 of word n / 64. */
+/* Bitmaps of pages, or clusters of a disk, in words of 64: page n is bit n % 64 of word n / 64. */
 #ifndef VMM_CORE_BITMAP_H
 #define VMM_CORE_BITMAP_H
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "disk/dirty.h"
+#include "core/bitmap.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -43,19 +44,6 @@ static void clear(struct vmm_disk_dirty *log, uint64_t first, uint64_t end)
     log->n -= end - first; /* all of them were set */
 }
 
-/* The first cluster from `from` on whose bit is `set`; `end`: none before it. */
-static uint64_t find(const struct vmm_disk_dirty *log, bool set, uint64_t from, uint64_t end)
-{
-    for (uint64_t c = from; c < end; c += BITS - c % BITS) {
-        const uint64_t found = (set ? log->bits[c / BITS] : ~log->bits[c / BITS]) >> c % BITS;
-        if (!found)
-            continue;
-        c += (uint64_t)__builtin_ctzll(found);
-        return c < end ? c : end;
-    }
-    return end;
-}
-
 void vmm_disk_dirty_mark(struct vmm_disk *disk, uint64_t at, uint64_t size)
 {
     for (struct vmm_disk_dirty *log = disk->dirty; log && size; log = log->next)
@@ -70,11 +58,12 @@ uint64_t vmm_disk_dirty_count(const struct vmm_disk_dirty *log)
 uint64_t vmm_disk_dirty_take(struct vmm_disk_dirty *log, uint64_t *at, uint64_t max)
 {
     const uint64_t size = log->disk->size, end = clusters_of(size);
-    const uint64_t from = clusters_of(*at), first = log->n && from < end ? find(log, true, from, end) : end;
+    const uint64_t from = clusters_of(*at),
+                   first = log->n ? vmm_bitmap_next(log->bits, from, end, true) : end;
     if (first == end || max < VMM_DISK_CLUSTER)
         return 0;
     const uint64_t n = max / VMM_DISK_CLUSTER, limit = n < end - first ? first + n : end;
-    const uint64_t last = find(log, false, first, limit);
+    const uint64_t last = vmm_bitmap_next(log->bits, first, limit, false);
     clear(log, first, last);
     *at = first * VMM_DISK_CLUSTER;
     return (last == end ? size : last * VMM_DISK_CLUSTER) - *at;

@@ -42,6 +42,12 @@ void vmm_net_say(vmm_net *net, const char *text);
 void vmm_net_plug(vmm_net *net, int in);
 int vmm_net_link(vmm_net *net); /* 1: up */
 
+/*
+ * Ask the driver to tell the network where it is now (5.1.6.5.4): once the link is up, if it agreed to be asked; and
+ * some times again, half a second in all.
+ */
+void vmm_net_announce(vmm_net *net);
+
 /* Of one pair of queues; out: from the guest. */
 typedef struct vmm_net_counts {
     uint64_t frames_out, bytes_out, frames_in, bytes_in;

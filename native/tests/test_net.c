@@ -831,6 +831,92 @@ static void commands_are_obeyed_or_refused(void)
     teardown(&b);
 }
 
+static uint16_t shown_status(struct bench *b)
+{
+    uint16_t status;
+    CHECK_EQUAL(
+        vmm_virtio_config_get(b->dev, offsetof(struct vmm_net_space, status), &status, sizeof(status)), 0);
+    return status;
+}
+
+/* Until it is asked, which the timer may do; then it says that it does. */
+static void announces(struct bench *b)
+{
+    while (!(shown_status(b) & VMM_NET_S_ANNOUNCE))
+        wait_interrupt(b);
+    CHECK_EQUAL(command(b, VMM_CTRL_ANNOUNCE, VMM_CTRL_ANNOUNCE_ACK, "", 0), VMM_CTRL_OK);
+}
+
+static void a_guest_is_asked_to_announce_itself_some_times_when_it_says_that_it_does(void)
+{
+    struct bench b;
+    uint64_t own[VMM_VIRTIO_OWN];
+    setup_with(&b, 0, PLAIN | CONTROL | 1ull << VMM_NET_F_GUEST_ANNOUNCE, linked);
+    unsigned before = b.configured;
+    CHECK_EQUAL(command(&b, VMM_CTRL_ANNOUNCE, VMM_CTRL_ANNOUNCE_ACK, "", 0), VMM_CTRL_OK); /* not asked */
+    vmm_net_announce(b.net);
+    CHECK_EQUAL(b.configured, ++before);
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP | VMM_NET_S_ANNOUNCE);
+    vmm_net_announce(b.net); /* it is asked already */
+    CHECK_EQUAL(b.configured, before);
+    CHECK_EQUAL(command(&b, VMM_CTRL_ANNOUNCE, VMM_CTRL_ANNOUNCE_ACK, "\1", 1), VMM_CTRL_ERROR);
+    CHECK_EQUAL(command(&b, VMM_CTRL_ANNOUNCE, 1, "", 0), VMM_CTRL_ERROR);
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP | VMM_NET_S_ANNOUNCE);
+    for (unsigned left = VMM_NET_ANNOUNCES; left; left--) {
+        vmm_virtio_save_own(b.dev, own);
+        CHECK_EQUAL(own[3], left);
+        announces(&b);
+    }
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP);
+    CHECK_EQUAL(b.configured, before + VMM_NET_ANNOUNCES - 1);
+    CHECK_EQUAL(command(&b, VMM_CTRL_ANNOUNCE, VMM_CTRL_ANNOUNCE_ACK, "", 0), VMM_CTRL_OK);
+    vmm_virtio_save_own(b.dev, own);
+    CHECK_EQUAL(own[3], 0);
+    teardown(&b);
+}
+
+static void an_announcement_waits_for_the_link_and_is_of_one_driver(void)
+{
+    struct bench b;
+    uint64_t own[VMM_VIRTIO_OWN];
+    setup_with(&b, 0, PLAIN | CONTROL | 1ull << VMM_NET_F_GUEST_ANNOUNCE, linked);
+    vmm_net_plug(b.net, 0);
+    vmm_net_announce(b.net);
+    CHECK_EQUAL(shown_status(&b), 0);
+    vmm_net_plug(b.net, 1);
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP | VMM_NET_S_ANNOUNCE);
+    announces(&b);
+    vmm_virtio_save_own(b.dev, own); /* between two of them */
+    CHECK_EQUAL(own[3], VMM_NET_ANNOUNCES - 1);
+    set_status(&b, 0);
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP);
+    vmm_net_announce(b.net); /* there is no driver */
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP);
+    drive(&b);
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP);
+    CHECK_EQUAL(vmm_virtio_load_own(b.dev, own), 0);
+    vmm_net_plug(b.net, 1); /* as a device does that goes on */
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP | VMM_NET_S_ANNOUNCE);
+    own[3] = VMM_NET_ANNOUNCES + 1;
+    CHECK_EQUAL(vmm_virtio_load_own(b.dev, own), -EINVAL);
+    teardown(&b);
+}
+
+static void a_guest_that_did_not_agree_to_it_is_not_asked_to_announce_itself(void)
+{
+    struct bench b;
+    uint64_t own[VMM_VIRTIO_OWN];
+    setup_with(&b, 0, PLAIN | CONTROL, linked);
+    vmm_net_announce(b.net);
+    CHECK_EQUAL(shown_status(&b), VMM_NET_S_LINK_UP);
+    CHECK_EQUAL(command(&b, VMM_CTRL_ANNOUNCE, VMM_CTRL_ANNOUNCE_ACK, "", 0), VMM_CTRL_ERROR);
+    vmm_virtio_save_own(b.dev, own);
+    CHECK_EQUAL(own[3], 0);
+    own[3] = 1;
+    CHECK_EQUAL(vmm_virtio_load_own(b.dev, own), -EINVAL);
+    teardown(&b);
+}
+
 static void a_command_of_a_feature_that_was_not_agreed_is_refused(void)
 {
     struct bench b;
@@ -1037,6 +1123,9 @@ int main(void)
     the_link_goes_down_with_the_peer_and_up_with_the_next(true);
     a_pulled_cable_is_a_link_that_is_down();
     commands_are_obeyed_or_refused();
+    a_guest_is_asked_to_announce_itself_some_times_when_it_says_that_it_does();
+    an_announcement_waits_for_the_link_and_is_of_one_driver();
+    a_guest_that_did_not_agree_to_it_is_not_asked_to_announce_itself();
     a_command_of_a_feature_that_was_not_agreed_is_refused();
     frames_beyond_the_limit_wait(false);
     frames_beyond_the_limit_wait(true);

@@ -10,6 +10,9 @@
  *   the guest has no buffers         receive stops, EPOLLIN is off;  its doorbell goes on
  *   a rate limit                     the same;  its timer goes on
  *
+ * A guest that is to announce itself is asked several times, each time once it has said that it does: Linux does so before
+ * it takes note that the link came up, and the network may need longer than the guest.
+ *
  * A frame that the guest's driver did not agree to take as it is (it lost GUEST_TSO4 in a reboot, the peer on the
  * link did not) is checksummed and segmented here, on the receiving side: the sender cannot know, since
  * the receiver may change its mind while frames are under way.
@@ -29,11 +32,14 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #define BATCH VMM_END_BATCH
 #define TURN_FRAMES 256      /* a queue's worth */
 #define TURN_BYTES (1 << 20) /* some 100 us of copying */
+#define ANNOUNCE_AGAIN_NS                                                                                    \
+    50000000 /* after the first announcement; each wait is so much longer than the last */
 #define HEADER sizeof(struct vmm_net_header)
 _Static_assert(IOV_MAX >= BATCH && IOV_MAX > VMM_CHAIN_PIECES, "any chain fits a batch");
 
@@ -66,6 +72,9 @@ struct vmm_net {
     unsigned sent, accepted;   /* enum vmm_net_offload: what the guest may send; what it takes */
     uint32_t filter;
     bool plugged;
+    bool announcing;    /* the driver is to say where it is, and has not said yet that it does */
+    unsigned announces; /* how often it is still to do so, this time included */
+    struct vmm_source announce_timer;
     int lost_fd;
     struct vmm_end *end; /* NULL: there is no peer */
     struct vmm_limiter limit_out, limit_in;
@@ -103,9 +112,17 @@ static bool link_up(const struct vmm_net *net)
     return net->plugged && net->end;
 }
 
+/* To be announced is what others can hear: what is asked while the link is down is shown when it comes up. */
+static uint16_t status_of(const struct vmm_net *net)
+{
+    if (!link_up(net))
+        return 0;
+    return net->announcing ? VMM_NET_S_LINK_UP | VMM_NET_S_ANNOUNCE : VMM_NET_S_LINK_UP;
+}
+
 static void show_link(struct vmm_net *net)
 {
-    const uint16_t status = link_up(net);
+    const uint16_t status = status_of(net);
     vmm_virtio_set_config(&net->virtio, offsetof(struct vmm_net_space, status), &status, sizeof(status));
 }
 
@@ -573,6 +590,37 @@ static bool set_pairs(struct vmm_net *net, const struct vmm_chain *chain, const 
     return true;
 }
 
+/* The bit goes before the command is answered (5.1.6.5.4.2). The driver knows: no new generation, no interrupt. */
+static bool acknowledge_announce(struct vmm_net *net, const struct vmm_chain *chain, const uint8_t *argument)
+{
+    (void)argument;
+    if (chain->out_size != ARGUMENT)
+        return false;
+    if (!net->announcing)
+        return true;
+    net->announcing = false;
+    const uint16_t status = status_of(net);
+    memcpy(net->virtio.config + offsetof(struct vmm_net_space, status), &status, sizeof(status));
+    if (--net->announces && net->announce_timer.fd >= 0) {
+        const struct itimerspec at = {.it_value.tv_nsec =
+                                          (long)(VMM_NET_ANNOUNCES - net->announces) * ANNOUNCE_AGAIN_NS};
+        timerfd_settime(net->announce_timer.fd, 0, &at, NULL);
+    }
+    return true;
+}
+
+static void announce_again(struct vmm_source *source, uint32_t events)
+{
+    struct vmm_net *net = source->opaque;
+    uint64_t times;
+    (void)events;
+    VMM_VIRTIO_LOCKED(&net->virtio);
+    if (read(source->fd, &times, sizeof(times)) != sizeof(times) || !net->announces)
+        return; /* set anew in between; another driver */
+    net->announcing = true;
+    show_link(net);
+}
+
 static const struct {
     uint8_t from_guest, to_guest, offload; /* feature bits; enum vmm_net_offload */
 } offload_features[] = {{VMM_NET_F_CSUM, VMM_NET_F_GUEST_CSUM, VMM_OFFLOAD_CSUM},
@@ -616,6 +664,7 @@ static const struct command commands[] = {
     {VMM_CTRL_RX, VMM_CTRL_RX_ALLMULTI, VMM_NET_F_CTRL_RX, 1, set_all_multicast},
     {VMM_CTRL_MAC, VMM_CTRL_MAC_TABLE_SET, VMM_NET_F_CTRL_RX, 0, set_mac_table},
     {VMM_CTRL_MAC, VMM_CTRL_MAC_ADDR_SET, VMM_NET_F_CTRL_MAC_ADDR, 6, set_mac},
+    {VMM_CTRL_ANNOUNCE, VMM_CTRL_ANNOUNCE_ACK, VMM_NET_F_GUEST_ANNOUNCE, 0, acknowledge_announce},
     {VMM_CTRL_MQ, VMM_CTRL_MQ_PAIRS_SET, VMM_NET_F_MQ, 2, set_pairs},
     {VMM_CTRL_OFFLOADS, VMM_CTRL_OFFLOADS_SET, VMM_NET_F_CTRL_GUEST_OFFLOADS, 8, set_offloads},
 };
@@ -679,6 +728,9 @@ static void net_stop(void *opaque)
     struct vmm_net *net = opaque;
     net->pairs = 1;
     net->sent = net->filter = 0;
+    net->announcing = false;
+    net->announces = 0;
+    show_link(net);
     accept_offloads(net, 0);
     for (unsigned i = 0; net->end && i < net->end->n_channels; i++) {
         forget_arrival(&net->channels[i]);
@@ -688,7 +740,7 @@ static void net_stop(void *opaque)
 }
 
 /* What the driver asked for on the control queue; its address is in the configuration. */
-enum own { OWN_PAIRS, OWN_ACCEPTED, OWN_FILTER };
+enum own { OWN_PAIRS, OWN_ACCEPTED, OWN_FILTER, OWN_ANNOUNCES };
 
 static void net_save(void *opaque, uint64_t *own)
 {
@@ -696,6 +748,7 @@ static void net_save(void *opaque, uint64_t *own)
     own[OWN_PAIRS] = net->pairs;
     own[OWN_ACCEPTED] = net->accepted;
     own[OWN_FILTER] = net->filter;
+    own[OWN_ANNOUNCES] = net->announces;
 }
 
 static int net_load(void *opaque, const uint64_t *own)
@@ -708,6 +761,11 @@ static int net_load(void *opaque, const uint64_t *own)
     if (own[OWN_ACCEPTED] & ~offloads_of(net->virtio.agreed, true) || own[OWN_FILTER] & ~3ull)
         return vmm_error_set(-EINVAL, "%s: offloads %#llx, receive modes %#llx", net->virtio.name,
                              (unsigned long long)own[OWN_ACCEPTED], (unsigned long long)own[OWN_FILTER]);
+    if (own[OWN_ANNOUNCES] > (vmm_virtio_has(&net->virtio, VMM_NET_F_GUEST_ANNOUNCE) ? VMM_NET_ANNOUNCES : 0))
+        return vmm_error_set(-EINVAL, "%s: %llu announcements", net->virtio.name,
+                             (unsigned long long)own[OWN_ANNOUNCES]);
+    net->announces = (unsigned)own[OWN_ANNOUNCES];
+    net->announcing = net->announces > 0; /* also where its timer was to say so */
     net->pairs = (unsigned)own[OWN_PAIRS];
     net->filter = (uint32_t)own[OWN_FILTER];
     accept_offloads(net, (unsigned)own[OWN_ACCEPTED]);
@@ -730,7 +788,7 @@ static uint64_t features_of(const vmm_net_config *config)
 {
     uint64_t features = 1ull << VMM_NET_F_MAC | 1ull << VMM_NET_F_STATUS | 1ull << VMM_NET_F_MRG_RXBUF |
                         1ull << VMM_NET_F_CTRL_VQ | 1ull << VMM_NET_F_CTRL_RX |
-                        1ull << VMM_NET_F_CTRL_MAC_ADDR;
+                        1ull << VMM_NET_F_CTRL_MAC_ADDR | 1ull << VMM_NET_F_GUEST_ANNOUNCE;
     if (config->mtu)
         features |= 1ull << VMM_NET_F_MTU;
     if (config->pairs > 1)
@@ -777,7 +835,7 @@ int vmm_net_create(vmm_vm *vm, const char *name, const vmm_net_config *config, v
     struct vmm_net *net = calloc(1, sizeof(*net));
     if (!net)
         return vmm_error_set(-ENOMEM, "%s", name);
-    net->lost_fd = -1;
+    net->lost_fd = net->announce_timer.fd = -1;
     int rc = net_init(net, vm, name, config);
     if (rc < 0) {
         vmm_net_destroy(net);
@@ -795,6 +853,8 @@ void vmm_net_destroy(vmm_net *net)
         net->end->ops->destroy(net->end);
     if (net->lost_fd >= 0)
         close(net->lost_fd);
+    if (net->announce_timer.fd >= 0)
+        close(net->announce_timer.fd);
     vmm_limiter_deinit(&net->limit_out);
     vmm_limiter_deinit(&net->limit_in);
     for (unsigned i = 0; i < VMM_NET_PAIRS_MAX; i++)
@@ -857,6 +917,30 @@ void vmm_net_plug(vmm_net *net, int in)
 {
     VMM_VIRTIO_LOCKED(&net->virtio);
     net->plugged = in;
+    show_link(net);
+}
+
+/* Few are ever asked. Without it they are asked once. */
+static void make_timer(vmm_net *net)
+{
+    if (net->announce_timer.fd >= 0)
+        return;
+    const int fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    net->announce_timer = (struct vmm_source){.fd = fd, .ready = announce_again, .opaque = net};
+    if (fd >= 0 && vmm_loop_add(net->virtio.loop, &net->announce_timer, EPOLLIN) < 0) {
+        close(fd);
+        net->announce_timer.fd = -1;
+    }
+}
+
+void vmm_net_announce(vmm_net *net)
+{
+    VMM_VIRTIO_LOCKED(&net->virtio);
+    if (!net->virtio.running || !vmm_virtio_has(&net->virtio, VMM_NET_F_GUEST_ANNOUNCE))
+        return;
+    make_timer(net);
+    net->announces = VMM_NET_ANNOUNCES;
+    net->announcing = true;
     show_link(net);
 }
 

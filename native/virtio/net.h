@@ -27,6 +27,7 @@ enum vmm_net_feature {
     VMM_NET_F_STATUS = 16,
     VMM_NET_F_CTRL_VQ = 17,
     VMM_NET_F_CTRL_RX = 18,
+    VMM_NET_F_GUEST_ANNOUNCE = 21,
     VMM_NET_F_MQ = 22,
     VMM_NET_F_CTRL_MAC_ADDR = 23,
 };
@@ -34,18 +35,27 @@ enum vmm_net_feature {
 /* Configuration space (5.1.4). */
 struct vmm_net_space {
     uint8_t mac[6];
-    uint16_t status; /* bit 0: the link is up */
+    uint16_t status; /* enum vmm_net_status */
     uint16_t max_pairs, mtu;
 };
+#define VMM_NET_ANNOUNCES 5 /* so often a guest announces itself */
+enum vmm_net_status { VMM_NET_S_LINK_UP = 1, VMM_NET_S_ANNOUNCE = 2 };
 _Static_assert(sizeof(struct vmm_net_space) == 12, "5.1.4, up to mtu");
 
 /* Commands on the control queue: class, command (5.1.6.5). */
-enum vmm_net_class { VMM_CTRL_RX = 0, VMM_CTRL_MAC = 1, VMM_CTRL_MQ = 4, VMM_CTRL_OFFLOADS = 5 };
+enum vmm_net_class {
+    VMM_CTRL_RX = 0,
+    VMM_CTRL_MAC = 1,
+    VMM_CTRL_ANNOUNCE = 3,
+    VMM_CTRL_MQ = 4,
+    VMM_CTRL_OFFLOADS = 5
+};
 enum vmm_net_command {
     VMM_CTRL_RX_PROMISC = 0,
     VMM_CTRL_RX_ALLMULTI = 1,
     VMM_CTRL_MAC_TABLE_SET = 0,
     VMM_CTRL_MAC_ADDR_SET = 1,
+    VMM_CTRL_ANNOUNCE_ACK = 0,
     VMM_CTRL_MQ_PAIRS_SET = 0,
     VMM_CTRL_OFFLOADS_SET = 0,
 };

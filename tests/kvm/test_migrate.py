@@ -14,11 +14,13 @@ from vmm import migrate
 from vmm.errors import ConfigError, MigrationError, StateError
 from vmm.machine import Machine
 from vmm.migrate import source
+from vmm.testing.ring import VirtioDriver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+LOOP = bytes.fromhex("ebfe")
 CHECKING = "pages=512 ballast=1024 rate=20000 tsc_jump=20000 jump=20000"
 
 
@@ -181,6 +183,16 @@ def test_a_disk_is_the_machines_wherever_it_is(running: Callable[..., Machine], 
         with pytest.raises(ConfigError, match="in use"):
             Machine(kernel=machine.config.kernel, disks=[f"{disk}"])
         assert has_passed(moved)
+
+
+def test_where_it_is_now_is_announced_to_its_network(flat: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = flat(LOOP, rng=False, nets=[f"socket={tmp_path}/here"])
+    VirtioDriver.of(machine, machine.virtio[0]).start()
+    machine.start()
+    there = Arriving(f"unix:{tmp_path}/there", nets=[f"socket={tmp_path}/elsewhere"])
+    machine.migrate(there.address)
+    with there.machine() as moved:
+        assert moved.virtio[0].save()["announces"] == 5
 
 
 def test_who_is_not_known_cannot_name_files_here(running: Callable[..., Machine], tmp_path: Path) -> None:

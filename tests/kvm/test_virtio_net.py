@@ -22,6 +22,7 @@ from vmm.errors import ConfigError, HostError
 from vmm.net.end import End
 from vmm.net.link import SocketLink, link
 from vmm.net.passt import Passt
+from vmm.parts import Net as NetPart
 from vmm.testing.ring import VirtioDriver
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ HEADER = struct.Struct("<BBHHHHH")
 PLAIN = HEADER.pack(0, 0, 0, 0, 0, 0, 0)
 RX, TX, CONTROL = 0, 1, 2
 F_MRG_RXBUF, F_CTRL_VQ = 1 << 15, 1 << 17
-LINK_UP = 1
+F_GUEST_ANNOUNCE = 1 << 21
+LINK_UP, ANNOUNCE = 1, 2
 LOST = "virtio-net0: its host end is gone (Connection reset by peer); the link is down"
 
 
@@ -158,6 +160,41 @@ def test_the_cable_can_be_pulled() -> None:
         assert driver.transport.config(6, 1)[0] == LINK_UP
 
 
+def test_a_driver_hears_that_its_machine_has_moved_and_says_that_it_does() -> None:
+    for agrees in (True, False):
+        machine, net, driver = machine_with(Wire())
+        with machine:
+            driver.start(features=F_CTRL_VQ | agrees * F_GUEST_ANNOUNCE)
+            assert driver.transport.config(6, 1)[0] == LINK_UP
+            net.announce()
+            assert driver.transport.config(6, 1)[0] == LINK_UP | agrees * ANNOUNCE
+            if agrees:
+                driver.wait_interrupt(2)
+            assert net.save()["announces"] == 5 * agrees
+            ack = driver.request(CONTROL, [b"\3\0"], room=[1]).data
+            assert ack == (b"\0" if agrees else b"\1")
+            assert net.save()["announces"] == 4 * agrees
+
+
+def test_a_machine_that_is_restored_as_itself_announces_where_it_is_and_a_copy_does_not(tmp_path: Path) -> None:
+    link = NetPart("socket", socket=str(tmp_path / "link"))
+    with Machine(
+        memory="16M", kernel=str(halting(tmp_path)), kind="flat", mode="long", rng=False, nets=[link]
+    ) as first:
+        driver = VirtioDriver.of(first, first.virtio[0])
+        driver.start()
+        first.snapshot(tmp_path / "snapshot").close()
+    for identity in ("same", "new"):
+        with Machine.restore(tmp_path / "snapshot", identity=identity, nets=[link]) as again:
+            assert again.virtio[0].save()["announces"] == 5 * (identity == "same")
+
+
+def halting(folder: Path) -> Path:
+    path = folder / "halt.bin"
+    path.write_bytes(b"\xf4")
+    return path
+
+
 def test_offloads_are_offered_where_the_end_carries_headers() -> None:
     offloads = 0b11 | 0b11 << 7 | 1 << 9 | 0b11 << 11 | 1 << 13
     for carries in (True, False):
@@ -190,7 +227,7 @@ def test_the_state_goes_over_to_another_device() -> None:
             twin.load_driven(driven)
             twin.load(state)
             assert twin.save() == state and twin.mac == net.mac
-            for wrong in ({"pairs": 0}, {"pairs": 2}, {"accepted": 16}, {"filter": "x"}):
+            for wrong in ({"pairs": 0}, {"pairs": 2}, {"accepted": 16}, {"filter": "x"}, {"announces": 6}):
                 with pytest.raises(ValueError, match="virtio-net0"):
                     twin.load({**state, **wrong})
 

@@ -153,5 +153,8 @@ class VirtioDevice:
         """A way back for what :meth:`save` does not hold; ``None``: there is nothing. The machine is paused."""
         return None
 
+    def announce(self) -> None:
+        """The machine goes on at another place than before: have those hear of it who send to it."""
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

@@ -30,7 +30,8 @@ class Net(VirtioDevice):
     """
 
     device_id = DEVICE_ID
-    remembers = ("pairs", "accepted", "filter")  # in use; offloads the driver takes; its receive modes
+    remembers = ("pairs", "accepted", "filter", "announces")
+    # in use; offloads the driver takes; its receive modes; how often it is still to say where it is
 
     def __init__(
         self,
@@ -151,6 +152,11 @@ class Net(VirtioDevice):
     def link_up(self, up: bool) -> None:
         """Pull the cable, or put it back."""
         lib.vmm_net_plug(self._net, up)
+
+    def announce(self) -> None:
+        """Ask the guest to tell the network where it is now, some times once the link is up (virtio 1.2, 5.1.6.5.4):
+        Linux sends gratuitous ARP. A driver that did not agree to be asked is not. A machine that moves does so."""
+        lib.vmm_net_announce(self._net)
 
     @property
     def mac(self) -> str:
