@@ -168,16 +168,16 @@ def test_a_guest_that_does_not_end_is_told_by_what_it_does(
 
 
 def test_evidence_says_what_could_have_woken_it_and_what_is_polled(guest: GuestPath) -> None:
-    waiting = diagnosis(guest("deaths"), "die=waiting", timeout=1)
+    waiting = diagnosis(guest("deaths"), "die=waiting", timeout=3)
     assert {"I/O APIC: all inputs masked", "PICs: all lines masked", "PIT: not programmed"} <= set(waiting.evidence)
     polling = diagnosis(guest("deaths"), "die=poll", timeout=2)
     assert any(re.search(r"over and over: io +0x3fd/1  uart LSR -> 0x60", line) for line in polling.evidence)
 
 
 def test_a_halted_guest_with_a_running_timer_is_idle_and_with_a_listening_device_waits_for_it(guest: GuestPath) -> None:
-    ticking = diagnosis(guest("deaths"), "die=ticking", timeout=1)
+    ticking = diagnosis(guest("deaths"), "die=ticking", timeout=3)
     assert (ticking.cause, "the PIT wakes it" in ticking.sentence) == ("idle", True), ticking
-    listening = diagnosis(guest("deaths"), "die=listening", timeout=1)
+    listening = diagnosis(guest("deaths"), "die=listening", timeout=3)
     assert listening.cause == "waiting-for-device"
     assert "uart (GSI 4)" in listening.sentence
 

@@ -256,7 +256,7 @@ def test_every_pulse_of_a_line_is_one_interrupt(guest: GuestPath) -> None:
         line = machine.line(gsi)
         for _ in range(pulses):
             line.pulse()
-            machine.console.expect(r"\.", timeout=5)
+            machine.console.expect(r"\.", timeout=60)
         outcome = machine.wait(20)
     assert_passed(outcome)
     assert outcome.console.count(b".") == pulses

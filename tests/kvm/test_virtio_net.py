@@ -75,7 +75,7 @@ def receive(wire: socket.socket) -> bytes:
     return wire.recv(size, socket.MSG_WAITALL)
 
 
-def eventually(condition: Any, timeout: float = 10.0) -> None:
+def eventually(condition: Any, timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline

@@ -71,7 +71,7 @@ def check(image: bytes, **how: object) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@settings(max_examples=examples(250), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(250), deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=_DAMAGE, keep=st.sampled_from([1.0, 1.0, 1.0, 0.9, 0.5, 0.1]))
 def test_a_damaged_image_loads_cleanly_or_is_refused_cleanly(
     name: str, damage: list[tuple[int, bytes]], keep: float
@@ -80,7 +80,7 @@ def test_a_damaged_image_loads_cleanly_or_is_refused_cleanly(
 
 
 @pytest.mark.parametrize("kind", ["bzimage", "linux64", "pvh", "multiboot", "elf", "flat"])
-@settings(max_examples=examples(60), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=st.sampled_from(sorted(IMAGES.values())), damage=_DAMAGE)
 def test_a_kind_forced_on_any_image_loads_cleanly_or_is_refused_cleanly(
     kind: str, image: bytes, damage: list[tuple[int, bytes]]
@@ -88,7 +88,7 @@ def test_a_kind_forced_on_any_image_loads_cleanly_or_is_refused_cleanly(
     check(damaged(image, damage, 1.0), kind=kind)
 
 
-@settings(max_examples=examples(100), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image=st.binary(min_size=1, max_size=2000))
 def test_noise_is_refused_cleanly(image: bytes) -> None:
     check(image)

@@ -285,7 +285,7 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(max_examples=examples(300), deadline=1000)
+@settings(max_examples=examples(300), deadline=20_000)
 @given(st.lists(st.one_of(WORDS, st.text(max_size=10)), max_size=60))
 @pytest.mark.hypothesis
 def test_whatever_a_guest_prints_is_read_to_the_end(parts: list[str]) -> None:
