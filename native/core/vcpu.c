@@ -75,10 +75,14 @@ int vmm_vcpu_fd(vmm_vcpu *vcpu)
  * only its own thread may ask. With a request made it is about to leave, and the ioctl waits for no more than that.
  * Without vm->lock, which a caller may hold: who paused the machine has seen every vCPU park under it.
  */
+static bool runs_elsewhere(const vmm_vcpu *vcpu)
+{
+    return atomic_load(&vcpu->state) == VMM_VCPU_RUNNING && vcpu != vmm_current_vcpu;
+}
+
 static int at_rest(const vmm_vcpu *vcpu)
 {
-    if (atomic_load(&vcpu->state) != VMM_VCPU_RUNNING || vcpu == vmm_current_vcpu ||
-        atomic_load(&vcpu->vm->requests))
+    if (!runs_elsewhere(vcpu) || atomic_load(&vcpu->vm->requests))
         return 0;
     return vmm_error_set(-EBUSY, "vCPU %u runs: pause the machine before you look at it", vcpu->id);
 }
@@ -92,11 +96,11 @@ static int vcpu_ioctl(vmm_vcpu *vcpu, unsigned long request, void *argument, con
 /* In the order in which KVM_RUN takes them. */
 int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
 {
+    int rc = at_rest(vcpu);
+    if (rc < 0 || runs_elsewhere(vcpu)) /* its own thread gives what is left there before it leaves */
+        return rc;
     const uint64_t waiting = vcpu->run->kvm_dirty_regs;
     struct kvm_sync_regs *from = &vcpu->run->s.regs;
-    int rc = at_rest(vcpu);
-    if (rc < 0)
-        return rc;
     vcpu->run->kvm_dirty_regs = 0;
     if (waiting & KVM_SYNC_X86_REGS)
         rc = vcpu_ioctl(vcpu, KVM_SET_REGS, &from->regs, "KVM_SET_REGS");
