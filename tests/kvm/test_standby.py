@@ -8,10 +8,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from test_mirror import written_in
 
 from vmm import migrate, snapshot
 from vmm.errors import ConfigError, MigrationError
 from vmm.machine import Machine
+from vmm.migrate import mirror
+from vmm.migrate.wire import Frame, Kind
+from vmm.parts import Disk
 from vmm.snapshot.keeping import kept
 
 if TYPE_CHECKING:
@@ -79,8 +83,8 @@ def run_and_send(pipe: Any, kernel: str, address: str) -> None:
 class Following:
     """A standby on a thread."""
 
-    def __init__(self, address: str) -> None:
-        self.receiver = migrate.Receiver(address, patience=5)
+    def __init__(self, address: str, **how: Any) -> None:
+        self.receiver = migrate.Receiver(address, patience=5, **how)
         self.came: list[Machine | BaseException] = []
         self.thread = threading.Thread(target=self._follow)
         self.thread.start()
@@ -130,14 +134,112 @@ def test_it_does_not_when_the_machine_ends_in_order(first: tuple[Following, Any,
     assert "ended" in str(following.came[0])
 
 
-def test_who_needs_more_than_a_standby_has_is_refused(
-    machine: Machine, guest: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_who_needs_more_than_a_standby_has_is_refused(machine: Machine, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fence"):
         machine.standby("tcp:127.0.0.1:1")
-    disk = tmp_path / "disk.img"
-    disk.write_bytes(bytes(1 << 20))
-    with Machine(kernel=guest("spin"), memory="16M", disks=[str(disk)]) as other:
-        other.start()
-        with pytest.raises(ConfigError, match="disks that are written"):
-            other.standby(f"unix:{tmp_path}/there")
+    with pytest.raises(ConfigError, match="give less than"):
+        machine.standby(f"unix:{tmp_path}/there", every=60)
+
+
+# ---- with disks ----
+
+SIZE = 4 << 20
+DISK_WORDS = f"sectors={SIZE // 512} rounds=0"
+
+
+def run_with_disks(pipe: Any, kernel: str, address: str, disks: list[str]) -> None:
+    with Machine(kernel=kernel, memory="16M", append=DISK_WORDS, disks=disks) as machine:
+        machine.start()
+        machine.console.expect(rb"round 0\n", 30)
+        shadow = machine.standby(address, every=0.1)
+        while True:
+            if pipe.poll(0.02):
+                pipe.recv()
+                return
+            pipe.send(shadow.sent)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> list[str]:
+    """One that the guest writes all along, one that it could write, one that both sides see."""
+    for number in range(3):
+        (tmp_path / f"{number}.img").write_bytes(bytes([number + 1]) * SIZE)
+    return [f"{tmp_path}/0.img", f"{tmp_path}/1.img,temporary", f"{tmp_path}/2.img,ro"]
+
+
+@pytest.fixture
+def first_with_disks(
+    guest: Callable[[str], str], tmp_path: Path, disks: list[str]
+) -> Iterator[tuple[Following, Any, Any]]:
+    (tmp_path / "there").mkdir()
+    following = Following(f"unix:{tmp_path}/socket", disks_in=tmp_path / "there")
+    ours, theirs = _SPAWN.Pipe()
+    args = (theirs, guest("blk_rw"), following.receiver.address, disks)
+    process = _SPAWN.Process(target=run_with_disks, args=args)
+    process.start()
+    theirs.close()
+    yield following, process, ours
+    process.kill()
+    following.thread.join(30)
+    assert not following.thread.is_alive()
+
+
+@pytest.mark.parametrize("states", [3, 12])
+def test_the_standby_has_the_disks_of_the_moment_that_it_goes_on_from(
+    first_with_disks: tuple[Following, Any, Any], tmp_path: Path, states: int
+) -> None:
+    following, process, pipe = first_with_disks
+    while pipe.recv() < states:
+        pass
+    process.kill()
+    following.thread.join(30)
+    machine = following.came[0]
+    assert isinstance(machine, Machine), machine
+    there = tmp_path / "there"
+    with machine:
+        assert [disk.path for disk in machine.config.disks] == [
+            f"{there}/disk0.img", f"{there}/disk1.img", f"{tmp_path}/2.img",
+        ]  # fmt: skip
+        machine.console.expect(rb"round \d+\n", 30)  # it reads what it wrote before, and writes here
+        assert has_passed(machine), machine.console.tail()
+        last = int(machine.console.tail().rpartition(b"round ")[2].split()[0])
+    image, wanted = (there / "disk0.img").read_bytes(), bytearray(b"\1" * SIZE)
+    for block in range(0, 256, 3):
+        wanted[block * 4096 : (block + 1) * 4096] = written_in(last)[block * 4096 :][:4096]
+    assert image == wanted
+    assert (there / "disk1.img").read_bytes() == b"\2" * SIZE
+    assert sorted(path.name for path in there.iterdir()) == ["disk0.img", "disk1.img"]
+
+
+def test_a_machine_that_ends_in_order_leaves_no_disks_there(
+    first_with_disks: tuple[Following, Any, Any], tmp_path: Path
+) -> None:
+    following, process, pipe = first_with_disks
+    while pipe.recv() < 2:
+        pass
+    pipe.send("end")
+    process.join(30)
+    following.thread.join(30)
+    assert "ended" in str(following.came[0])
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_what_is_staged_is_in_the_disks_only_when_its_moment_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new.img"
+    images = mirror.Images([Disk(str(path))], [4096 * 2])
+    images.put(Frame(Kind.DISK, 0, b"\1" * 8192, None))
+    images.stage(Frame(Kind.DISK, 4096, b"\2" * 512, None))
+    images.stage(Frame(Kind.DISK_ZEROS, 0, (512).to_bytes(8, "little"), None))
+    assert path.read_bytes() == b"\1" * 8192
+    with pytest.raises(MigrationError, match="that there are not"):
+        images.stage(Frame(Kind.DISK, 8192, b"1", None))
+    with pytest.raises(MigrationError, match="that there are not"):
+        images.stage(Frame(Kind.DISK, 0, b"1", None, 1))
+    images.apply()
+    assert path.read_bytes() == bytes(512) + b"\1" * 3584 + b"\2" * 512 + b"\1" * 3584
+    for _ in range(2):
+        images.stage(Frame(Kind.DISK, 0, b"never" + bytes(507), None))
+    with pytest.raises(MigrationError, match="more than it has disks"):
+        images.stage(Frame(Kind.DISK, 0, b"", None))
+    images.keep()
+    assert path.read_bytes()[:5] == bytes(5)

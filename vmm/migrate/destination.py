@@ -232,7 +232,8 @@ class Arrival:
         assert machine is not None
         if self._how == "standby":
             with self._refusing():
-                standby.follow(machine, self._channel, self._fence, self._patience)
+                assert self._images is not None
+                standby.follow(machine, self._channel, self._fence, self._images, self._patience)
                 machine.start()
             self._close()
             return machine

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from vmm._ffi import check, lib
-from vmm.disk.image import Image, open_raw
+from vmm.disk.image import Image, open_raw, temporary_file
 from vmm.errors import ConfigError, HostError, MigrationError
 from vmm.migrate import wire
 from vmm.migrate.wire import Kind
@@ -41,12 +41,17 @@ class MirroredDisk:
         self._blk = blk
         self._log = blk.dirty_log()  # before anything is read
         self.size = blk.size
-        self._begun = False
+        self.begun = False
+        """Whether all of it was sent once."""
         self._page = mmap.mmap(-1, wire.DATA_MAX)  # aligned, for O_DIRECT
+
+    def copies(self) -> list[tuple[int, bytes]]:
+        """What was written since it was sent last, as places and bytes, of a machine that is held."""
+        return [(at, self._read(at, size)) for at, size in self._log.take(wire.DATA_MAX)]
 
     def remaining(self) -> int:
         """Bytes to send now. At first about so many: holes are found on the way."""
-        return self._log.collect() * CLUSTER if self._begun else self._in_use()
+        return self._log.collect() * CLUSTER if self.begun else self._in_use()
 
     def _in_use(self) -> int:
         files = [os.fstat(image.fd) for image in self._blk.files()]
@@ -58,17 +63,21 @@ class MirroredDisk:
 
         Raises :class:`~vmm.errors.HostError` for what cannot be read here.
         """
-        runs = self._log.take(wire.DATA_MAX) if self._begun else self._blk.in_use()
-        self._begun = True
+        runs = self._log.take(wire.DATA_MAX) if self.begun else self._blk.in_use()
+        self.begun = True
         for start, size in runs:
             for at in range(start, start + size, wire.DATA_MAX):
                 data = self._read(at, min(wire.DATA_MAX, start + size - at))
-                if data.strip(b"\0"):
-                    channel.send(Kind.DISK, data, address=at, disk=self.number)
-                else:
-                    channel.send(Kind.DISK_ZEROS, len(data).to_bytes(8, "little"), address=at, disk=self.number)
+                self.send_at(channel, at, data)
                 if each:
                     each(len(data))
+
+    def send_at(self, channel: Channel, at: int, data: bytes) -> None:
+        """One frame: these bytes of it."""
+        if data.strip(b"\0"):
+            channel.send(Kind.DISK, data, address=at, disk=self.number)
+        else:
+            channel.send(Kind.DISK_ZEROS, len(data).to_bytes(8, "little"), address=at, disk=self.number)
 
     def _read(self, at: int, size: int) -> bytes:
         with memoryview(self._page) as whole, whole[:size] as part:
@@ -132,6 +141,9 @@ class Images:
 
     def __init__(self, disks: Sequence[Disk], sizes: Sequence[int]) -> None:
         self._files: dict[int, _File] = {}
+        self._staged: list[tuple[_File, int, int, int]] = []  # file, place, size, where it is staged; -1: zeros
+        self._staging: IO[bytes] | None = None
+        self._staged_bytes = 0
         try:
             for number, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
                 if size:
@@ -142,15 +154,52 @@ class Images:
 
     def put(self, frame: Frame) -> None:
         """A DISK or DISK_ZEROS frame. Raises :class:`~vmm.errors.MigrationError` for one that is outside its disk."""
-        file = self._files.get(frame.disk)
-        zeros = wire.cleared(frame) if frame.kind == Kind.DISK_ZEROS else 0
-        size = zeros or len(frame.payload)
-        if file is None or frame.address > file.size or size > file.size - frame.address:
-            raise MigrationError(f"the other side sent bytes of disk {frame.disk} that there are not")
-        if zeros:
-            file.clear(frame.address, zeros)
+        file, size = self._checked(frame)
+        if frame.kind == Kind.DISK_ZEROS:
+            file.clear(frame.address, size)
         else:
             file.write(frame.address, frame.payload)
+
+    def _checked(self, frame: Frame) -> tuple[_File, int]:
+        file = self._files.get(frame.disk)
+        size = wire.cleared(frame) if frame.kind == Kind.DISK_ZEROS else len(frame.payload)
+        if file is None or frame.address > file.size or size > file.size - frame.address:
+            raise MigrationError(f"the other side sent bytes of disk {frame.disk} that there are not")
+        return file, size
+
+    def stage(self, frame: Frame) -> None:
+        """:meth:`put` it when :meth:`apply` is called. Until then it lies in a file without a name beside its disk, as
+        long as all disks at most."""
+        file, size = self._checked(frame)
+        self._staged_bytes += max(size, CLUSTER)
+        if self._staged_bytes > sum(-(-file.size // CLUSTER) * CLUSTER for file in self._files.values()):
+            raise MigrationError("the other side sends more than it has disks, and no state")
+        at = -1
+        if frame.kind == Kind.DISK:
+            self._staging = self._staging or temporary_file(near=file.path)
+            with file.refusals("written"):
+                at = self._staging.tell()
+                rest = memoryview(frame.payload)
+                while rest:
+                    rest = rest[self._staging.write(rest) :]
+        self._staged.append((file, frame.address, size, at))
+
+    def apply(self) -> None:
+        """What was staged is in the disks."""
+        for file, place, size, at in self._staged:
+            if at < 0:
+                file.clear(place, size)
+                continue
+            assert self._staging is not None
+            with file.refusals("written"):
+                data = os.pread(self._staging.fileno(), size, at)
+            file.write(place, data)
+        self._forget_staged()
+
+    def _forget_staged(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+        self._staging, self._staged, self._staged_bytes = None, [], 0
 
     def sync(self) -> None:
         """All that came is on stable storage."""
@@ -163,13 +212,15 @@ class Images:
             file.finish()
 
     def keep(self) -> None:
-        """The machine is here: the files stay, whatever happens."""
+        """The machine is here: the files stay, whatever happens. What was staged for them is forgotten."""
+        self._forget_staged()
         for file in self._files.values():
             file.close()
         self._files.clear()
 
     def remove(self) -> None:
         """It is not: they go. Twice is fine."""
+        self._forget_staged()
         for file in self._files.values():
             file.remove()
         self._files.clear()
@@ -179,38 +230,39 @@ class _File:
     """One that did not exist before, and is another machine's to nobody."""
 
     def __init__(self, disk: Disk, size: int) -> None:
-        self._path = disk.path
+        self.path = disk.path
         self.size = size
         self._dirty = 0  # bytes that are not on stable storage yet
         self._image: Image | None = None
         try:
-            with self._refusals("made"):
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with self.refusals("made"):
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except HostError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise ConfigError(
-                    f"disk {self._path} is here already, and nothing is written over: remove it, or name another file"
+                    f"disk {self.path} is here already, and nothing is written over: remove it, or name another file"
                 ) from None
             raise
         self._made = os.fstat(fd)
         os.close(fd)
         try:
-            with self._refusals("made as large"):
-                os.truncate(self._path, size)
+            with self.refusals("made as large"):
+                os.truncate(self.path, size)
             # As the machine will open it: what cannot be is known before much was sent.
-            open_raw(self._path, readonly=disk.readonly, direct=disk.cache == "none", sector=disk.sector).close()
-            self._image = Image(self._path, readonly=False)
+            open_raw(self.path, readonly=disk.readonly, direct=disk.cache == "none", sector=disk.sector).close()
+            self._image = Image(self.path, readonly=False)
         except BaseException:
             self.remove()
             raise
 
     @contextlib.contextmanager
-    def _refusals(self, what: str) -> Iterator[None]:
+    def refusals(self, what: str) -> Iterator[None]:
+        """The host's, as a sentence."""
         try:
             yield
         except OSError as error:
             raise HostError(
-                f"disk {self._path} cannot be {what} ({error.strerror}): make room for it, or name another place",
+                f"disk {self.path} cannot be {what} ({error.strerror}): make room for it, or name another place",
                 error.errno or 0,
             ) from error
 
@@ -221,7 +273,7 @@ class _File:
 
     def write(self, at: int, data: bytes) -> None:
         rest = memoryview(data)
-        with self._refusals("written"):
+        with self.refusals("written"):
             while rest:
                 n = os.pwrite(self._fd, rest, at)
                 at, rest = at + n, rest[n:]
@@ -238,14 +290,14 @@ class _File:
 
     def sync(self) -> None:
         if self._dirty:
-            with self._refusals("written"):
+            with self.refusals("written"):
                 os.fdatasync(self._fd)
         self._dirty = 0
 
     def finish(self) -> None:
-        with self._refusals("written"):
+        with self.refusals("written"):
             os.fsync(self._fd)
-            directory = os.open(os.path.dirname(os.path.abspath(self._path)), os.O_RDONLY | os.O_DIRECTORY)
+            directory = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(directory)  # its name
             finally:
@@ -259,5 +311,5 @@ class _File:
     def remove(self) -> None:
         self.close()
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.lstat(self._path), self._made):
-                os.unlink(self._path)
+            if os.path.samestat(os.lstat(self.path), self._made):
+                os.unlink(self.path)

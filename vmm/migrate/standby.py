@@ -1,8 +1,9 @@
 """A second process that has a machine's state of a moment ago, and goes on from it when the first dies.
 
-Every period the machine is held while its state and the pages written since are copied, and goes on while they are
-sent. The standby puts them together when all have come: what it goes on from is always one whole moment. It does so
-only with the fence's lock: the process that ran the machine is dead then, or has not said that it ended in order.
+Every period the machine is held while its state and the pages written since are copied, with what was written to its
+disks, and goes on while they are sent. The standby puts them together when all have come: what it goes on from is
+always one whole moment. It does so only with the fence's lock: the process that ran the machine is dead then, or has
+not said that it ended in order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vmm.errors import ConfigError, MigrationError, StateError, VmmError
 from vmm.migrate import wire
 from vmm.migrate.address import Address, Tls, connect
 from vmm.migrate.fence import Fence
+from vmm.migrate.mirror import MirroredDisk
 from vmm.migrate.source import has_ended, hello, resident, send_runs
 from vmm.migrate.wire import Channel, Kind, LinkLost, cleared
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
     from vmm.machine import Machine
     from vmm.memory import DirtyLog
+    from vmm.migrate.mirror import Images
 
+ROUNDS_MAX = 10  # over disks, before the first state
+LITTLE = 16 << 20  # bytes of disks that the machine may be held for
 AGAIN = 1.0  # seconds before a standby that was lost is looked for again
 
 
@@ -33,9 +38,10 @@ class Shadow:
 
     What is lost when this process dies is what the guest did since the last state that went over whole: ``every``, and
     the time the sending takes. ``fence``: needed over TCP. A standby that is lost or not there yet is looked for
-    again, and gets everything anew. :attr:`sent` counts states that it confirmed.
+    again, and gets everything anew. :attr:`sent` counts states that it confirmed. Disks that the guest writes are
+    copied to files of the standby's (:mod:`vmm.migrate.mirror`); those that it only reads both sides see.
 
-    Raises :class:`~vmm.errors.ConfigError` for a machine with disks that are written, of which the standby has nothing.
+    Raises :class:`~vmm.errors.ConfigError`.
     """
 
     def __init__(
@@ -57,8 +63,6 @@ class Shadow:
         self.sent = 0
         if self._address.port >= 0 and fence is None:
             raise ConfigError("a standby over TCP takes a fence: without it, it could not know that this side is dead")
-        if any(not disk.readonly for disk in machine.config.disks):
-            raise ConfigError("a standby has nothing of disks that are written: make them read-only, or do without")
         if not 0 < every < wire.PATIENCE / 2:
             raise ConfigError(f"a state every {every} s: give less than {wire.PATIENCE / 2:g}, or it takes us for lost")
         self._over = threading.Event()
@@ -72,8 +76,8 @@ class Shadow:
             try:
                 self._follow()
                 return
-            except (MigrationError, StateError) as error:
-                if not told:
+            except VmmError as error:
+                if not told and not self._over.is_set():
                     self._tell(f"the standby at {self._address} does not follow: {error}")
                 told = True
             self._over.wait(AGAIN)
@@ -91,8 +95,14 @@ class Shadow:
             if given is not None:
                 os.close(given)
         log: DirtyLog | None = None
+        disks: list[MirroredDisk] = []
         try:
-            channel.send_value(Kind.HELLO, hello(self._machine, "standby", self._fence.token, self._fence_path))
+            greeting = hello(self._machine, "standby", self._fence.token, self._fence_path)
+            for number, blk in enumerate(self._machine.disks):
+                if not blk.readonly:
+                    disks.append(MirroredDisk(number, blk))
+                    greeting["disks"][number] = disks[-1].size
+            channel.send_value(Kind.HELLO, greeting)
             channel.receive(Kind.ACCEPT)
             self._machine.pause()
             try:
@@ -100,20 +110,35 @@ class Shadow:
             finally:
                 self._machine.resume()
             send_runs(channel, self._machine.memory, resident(self._machine.memory))
+            self._send_running(channel, disks)
             while not has_ended(self._machine):
-                self._send(channel, log)
+                self._send(channel, log, disks)
                 if self._over.wait(self._every):
                     break
         finally:
             if log is not None:
                 log.close()
+            for disk in disks:
+                disk.close()
             self._fence.keep()  # it ended, or goes on without a standby
             with contextlib.suppress(VmmError):
                 channel.send_value(Kind.ABORT, "the machine has ended, or does not need a standby any more")
             channel.close()
             self._fence.close()
 
-    def _send(self, channel: Channel, log: DirtyLog) -> None:
+    def _send_running(self, channel: Channel, disks: list[MirroredDisk]) -> None:
+        """Disks while the guest writes them, until little is left or it does not get less."""
+        for _ in range(ROUNDS_MAX):
+            if sum(disk.remaining() for disk in disks) <= LITTLE and all(disk.begun for disk in disks):
+                return
+            for disk in disks:
+                disk.send(channel, lambda _: self._check())
+
+    def _check(self) -> None:
+        if self._over.is_set():
+            raise StateError("no standby is wanted any more")
+
+    def _send(self, channel: Channel, log: DirtyLog, disks: list[MirroredDisk]) -> None:
         memory = self._machine.memory
         self._machine.pause()
         try:
@@ -124,10 +149,14 @@ class Shadow:
                 for gpa, size in log.take()
                 for at in range(gpa, gpa + size, wire.DATA_MAX)
             ]
+            written = [(disk, disk.copies()) for disk in disks]
         finally:
             self._machine.resume()
         for gpa, data in copies:
             channel.send(Kind.PAGES, data, address=gpa)
+        for disk, parts in written:
+            for at, data in parts:
+                disk.send_at(channel, at, data)
         channel.send_value(Kind.EPOCH, state)
         channel.receive(Kind.SEEN)
         self.sent += 1
@@ -139,7 +168,7 @@ class Shadow:
             self._thread.join()
 
 
-def follow(machine: Machine, channel: Channel, fence: Fence | None, patience: float) -> None:
+def follow(machine: Machine, channel: Channel, fence: Fence | None, images: Images, patience: float) -> None:
     """The other side: keep up until the machine is to go on here, and have it become its last state.
 
     Raises :class:`~vmm.migrate.wire.LinkLost` where it runs on without us, :class:`~vmm.errors.MigrationError` where it
@@ -152,12 +181,16 @@ def follow(machine: Machine, channel: Channel, fence: Fence | None, patience: fl
     size = 0
     try:
         while True:
-            frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.EPOCH)
+            frame = channel.receive(Kind.PAGES, Kind.ZEROS, Kind.DISK, Kind.DISK_ZEROS, Kind.EPOCH)
             if frame.kind == Kind.EPOCH:
                 for gpa, data in staged:
                     memory.write(gpa, data)
+                images.apply()
                 state, staged, size = frame.value, [], 0
                 channel.send(Kind.SEEN)
+                continue
+            if frame.kind in (Kind.DISK, Kind.DISK_ZEROS):
+                (images.put if state is None else images.stage)(frame)
                 continue
             data = frame.payload if frame.kind == Kind.PAGES else bytes(cleared(frame))
             memory.view(frame.address, len(data))  # whether there is such memory
@@ -171,4 +204,9 @@ def follow(machine: Machine, channel: Channel, fence: Fence | None, patience: fl
     except LinkLost as lost:
         if state is None or not fence.lock_within(patience) or not fence.take():
             raise LinkLost(f"{lost}: the machine runs on without a standby, or has ended") from None
+    # It is ours: these files are all that there is of its disks.
+    try:
+        images.finish()
+    finally:
+        images.keep()
     machine.arrive(state)
