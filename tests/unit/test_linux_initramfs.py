@@ -150,6 +150,18 @@ def test_a_command_reaches_the_guest_shell_word_by_word(busybox: Path) -> None:
     assert ran.stdout == b"two words|a'b|$HOME||-n|"
 
 
+def test_interfaces_come_up_and_get_a_lease_where_there_is_who_gives_one(busybox: Path) -> None:
+    members = parsed(initramfs.default(busybox, initramfs.network([True, False])).read_bytes())
+    up = members["etc/up"].content.decode()
+    assert [line.split()[4] for line in up.splitlines() if " link set " in line] == ["eth0", "eth1"]
+    assert [line.split()[3] for line in up.splitlines() if " udhcpc " in line] == ["eth0"]
+    assert members["etc/lease"].mode & 0o111
+    for script in (members["etc/up"], members["etc/lease"], members["init"]):
+        subprocess.run(["sh", "-n"], input=script.content, check=True)
+    assert b"/etc/up" in members["init"].content
+    assert initramfs.network([]) == []
+
+
 @pytest.mark.parametrize("argv", [[], ["a\0b"]])
 def test_a_command_that_cannot_be_is_refused(argv: list[str], busybox: Path) -> None:
     with pytest.raises(ConfigError):

@@ -25,7 +25,8 @@ def find(
 ) -> MachineConfig:
     """``config`` with a kernel, an initramfs when it has none, and memory to suit when none was asked for.
 
-    A kernel it has is kept. ``make`` makes an initramfs of a busybox and drivers that goes on top of those it has.
+    A kernel it has is kept. ``make`` makes an initramfs of a busybox, drivers and what brings networks
+    up; it goes on top of those it has.
 
     Where guest kernel code runs natively: Debian's stock cloud kernel, downloaded. Where KVM emulates it: the small
     kernel, built once (minutes). Raises :class:`~vmm.errors.HostError` when neither can be had.
@@ -53,7 +54,8 @@ def find(
             image, memory = kernel.small_kernel(progress=progress).bzimage, SMALL_MEMORY
         initrd = config.initrd
         if make or not initrd:
-            initrd = (*initrd, str((make or initramfs.default)(debian.busybox(progress), drivers)))
+            up = initramfs.network(net.backend == "user" for net in config.nets)
+            initrd = (*initrd, str((make or initramfs.default)(debian.busybox(progress), [*drivers, *up])))
     quiet = "" if "loglevel" in config.append or "quiet" in config.append else "quiet "
     if not memory_given:
         config = config.with_(memory=memory)

@@ -5,6 +5,7 @@ for module in /lib/load/*.ko; do
 	[ -e "$module" ] && /bin/busybox insmod "$module"
 done
 /bin/busybox mount -a
+[ -e /etc/up ] && . /etc/up
 . /etc/argv
 echo "pyvmm: command"
 "$@" </dev/null

@@ -6,6 +6,7 @@ for module in /lib/load/*.ko; do
 	[ -e "$module" ] && /bin/busybox insmod "$module"
 done
 /bin/busybox mount -a
+[ -e /etc/up ] && . /etc/up
 # What is typed is not shown, lines may be long, and the guest's newline stays a newline.
 /bin/busybox stty -echo -icanon -onlcr
 

@@ -7,6 +7,7 @@
 for module in /lib/load/*.ko; do
 	[ -e "$module" ] && /bin/busybox insmod "$module"
 done
+[ -e /etc/up ] && . /etc/up
 read -r _ _ release _ </proc/version
 echo "Linux $release is up; the machine powers off when this shell exits."
 

@@ -164,6 +164,22 @@ def command(
     return save(build([*_base(busybox, "init-command.sh"), argument_file, fstab, *mounts, *entries]))
 
 
+def network(leases: Iterable[bool]) -> list[Entry]:
+    """What the first process brings a machine's interfaces up with; for each of them, whether it is to get a lease."""
+    from importlib import resources
+
+    up = ""
+    for number, lease in enumerate(leases):
+        up += f"/bin/busybox ip link set eth{number} up\n"
+        if lease:
+            up += f"/bin/busybox udhcpc -i eth{number} -s /etc/lease -n -q -t 5 -T 2 >/dev/null 2>&1 ||\n"
+            up += f'\techo "eth{number} got no address"\n'
+    if not up:
+        return []
+    script = (resources.files("vmm.linux") / "lease.sh").read_bytes()
+    return [file("etc/up", up.encode(), 0o644), file("etc/lease", script)]
+
+
 def _mount_line(tag: str, options: str) -> bytes:
     # fstab(5): what would end a field is written in octal.
     field = "".join(f"\\{ord(c):03o}" if c in " \t\n\\#" else c for c in tag)
