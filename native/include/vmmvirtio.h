@@ -26,6 +26,8 @@ typedef struct vmm_virtio_ops {
     void (*quiesce)(void *opaque); /* finish or take back what is in flight; the rings then hold everything */
     /* The driver takes one queue back, after quiesce: what is remembered of its requests is void. */
     void (*forget)(void *opaque, uint32_t queue);
+    /* The driver enables a queue while the device runs: one that it took back before. */
+    void (*renew)(void *opaque, uint32_t queue);
     /* The driver wrote its configuration space: within config_size; the bytes are stored already. */
     void (*config)(void *opaque, uint32_t offset, uint32_t size);
     /* What the device remembers of its driver's requests and commands, in VMM_VIRTIO_OWN numbers. */

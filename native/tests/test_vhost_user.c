@@ -279,7 +279,17 @@ static void stop(void *opaque)
     vmm_vhost_user_stop(&((struct rig *)opaque)->front_end);
 }
 
-static const vmm_virtio_ops ops = {.start = start, .stop = stop};
+static void forget(void *opaque, uint32_t queue)
+{
+    vmm_vhost_user_take_back(&((struct rig *)opaque)->front_end, queue);
+}
+
+static void renew(void *opaque, uint32_t queue)
+{
+    vmm_vhost_user_hand_over(&((struct rig *)opaque)->front_end, queue);
+}
+
+static const vmm_virtio_ops ops = {.start = start, .stop = stop, .forget = forget, .renew = renew};
 static const struct vmm_virtio_transport transport = {queue_interrupt, config_interrupt, doorbells,
                                                       transport_reset};
 
@@ -459,6 +469,44 @@ static void a_reset_takes_every_queue_back_and_a_new_driver_gets_them_again(void
     destroy(&rig);
 }
 
+/* QueueReady = 0 on mmio, or RING_RESET (virtio 1.2, 2.6.1 and 4.2.2.2): the driver frees the ring's memory then. */
+static void one_queue_is_taken_back_and_handed_over_again_while_others_go_on(void)
+{
+    struct rig rig;
+    CHECK_EQUAL(create(&rig, 0, AS_IT_SHOULD), 0);
+    drive(&rig, 3);
+    const int call = dup(rig.back_end.ring[1].call);
+    struct vmm_virtqueue *q = vmm_virtio_queue(&rig.device, 1);
+    {
+        VMM_VIRTIO_LOCKED(&rig.device);
+        vmm_virtqueue_reset(q);
+    }
+    CHECK_EQUAL(rig.back_end.asked[GET_VRING_BASE], 1);
+    ring_fd(call);
+    ring_fd(rig.back_end.ring[0].call);
+    wait_for(&rig, &rig.interrupts[0], 1);
+    CHECK_EQUAL(rig.interrupts[1], 0);
+    {
+        VMM_VIRTIO_LOCKED(&rig.device);
+        vmm_virtqueue_size(q, 16);
+        vmm_virtqueue_area(q, VMM_AREA_DESC, false, (uint32_t)RING(5));
+        vmm_virtqueue_area(q, VMM_AREA_DRIVER, false, (uint32_t)RING(5) + 0x1000);
+        vmm_virtqueue_area(q, VMM_AREA_DEVICE, false, (uint32_t)RING(5) + 0x2000);
+        vmm_virtqueue_enable(q);
+    }
+    CHECK_EQUAL(rig.back_end.asked[SET_VRING_ADDR], 3);
+    CHECK_EQUAL(rig.back_end.ring[1].size, 16);
+    CHECK_EQUAL(rig.back_end.ring[1].desc, RING(5));
+    CHECK_EQUAL(rig.back_end.asked[SET_MEM_TABLE], 1);
+    ring_fd(rig.back_end.ring[1].call);
+    wait_for(&rig, &rig.interrupts[1], 1);
+    reset(&rig);
+    CHECK_EQUAL(rig.back_end.asked[GET_VRING_BASE], 3);
+    CHECK_EQUAL(rig.messages, 0);
+    close(call);
+    destroy(&rig);
+}
+
 static void a_call_after_the_reset_interrupts_nobody(void)
 {
     struct rig rig;
@@ -617,6 +665,7 @@ int main(void)
     the_back_end_gets_guest_memory_and_the_rings_of_enabled_queues();
     doorbells_reach_the_back_end_and_its_calls_become_interrupts();
     a_reset_takes_every_queue_back_and_a_new_driver_gets_them_again();
+    one_queue_is_taken_back_and_handed_over_again_while_others_go_on();
     a_call_after_the_reset_interrupts_nobody();
     more_memory_regions_than_a_back_end_can_take_break_the_device();
     a_back_end_without_what_is_needed_is_refused();

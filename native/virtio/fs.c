@@ -103,7 +103,17 @@ static void stop(void *opaque)
     vmm_vhost_user_stop(&((struct vmm_fs *)opaque)->back_end);
 }
 
-static const vmm_virtio_ops ops = {.start = start, .stop = stop};
+static void forget(void *opaque, uint32_t queue)
+{
+    vmm_vhost_user_take_back(&((struct vmm_fs *)opaque)->back_end, queue);
+}
+
+static void renew(void *opaque, uint32_t queue)
+{
+    vmm_vhost_user_hand_over(&((struct vmm_fs *)opaque)->back_end, queue);
+}
+
+static const vmm_virtio_ops ops = {.start = start, .stop = stop, .forget = forget, .renew = renew};
 
 static int create(struct vmm_fs *fs, vmm_vm *vm, const char *name, const char *tag, int socket)
 {

@@ -298,6 +298,16 @@ static int give_queue(struct vmm_vhost_user *b, unsigned index)
     return rc < 0 ? rc : tell_state(b, SET_VRING_ENABLE, index, 1);
 }
 
+static int hand_over(struct vmm_vhost_user *b, unsigned index)
+{
+    struct vmm_vhost_user_queue *q = &b->queues[index];
+    uint64_t count;
+    const ssize_t old = read(q->call, &count, sizeof(count)); /* of a ring that was taken back */
+    (void)old;
+    const int rc = vmm_loop_add(b->device->loop, &q->source, EPOLLIN);
+    return rc < 0 ? rc : give_queue(b, index);
+}
+
 void vmm_vhost_user_start(struct vmm_vhost_user *b)
 {
     if (b->lost) {
@@ -307,36 +317,43 @@ void vmm_vhost_user_start(struct vmm_vhost_user *b)
     int rc = tell_u64(b, SET_FEATURES, b->device->agreed | F_PROTOCOL_FEATURES);
     if (rc == 0)
         rc = give_memory(b);
-    for (unsigned i = 0; rc == 0 && i < b->n_queues; i++) {
-        if (!b->device->queues[i].enabled)
-            continue;
-        rc = vmm_loop_add(b->device->loop, &b->queues[i].source, EPOLLIN);
-        if (rc == 0)
-            rc = give_queue(b, i);
-    }
+    for (unsigned i = 0; rc == 0 && i < b->n_queues; i++)
+        if (b->device->queues[i].enabled)
+            rc = hand_over(b, i);
+    if (rc < 0)
+        lose(b, rc);
+}
+
+void vmm_vhost_user_hand_over(struct vmm_vhost_user *b, unsigned queue)
+{
+    const int rc = b->lost ? 0 : hand_over(b, queue);
+    if (rc < 0)
+        lose(b, rc);
+}
+
+void vmm_vhost_user_take_back(struct vmm_vhost_user *b, unsigned queue)
+{
+    struct vmm_vhost_user_queue *q = &b->queues[queue];
+    /* Before the wait below, so that the I/O thread does not come to wait for us, who hold the lock. */
+    vmm_loop_remove(b->device->loop, &q->source);
+    if (!q->started)
+        return;
+    q->started = false;
+    if (b->lost)
+        return;
+    struct message m = {
+        .request = GET_VRING_BASE, .flags = VERSION, .size = sizeof(m.state), .state = {.index = queue}};
+    int rc = exchange(b, &m, NULL, 0, sizeof(m.state));
+    if (rc == 0 && m.state.index != queue)
+        rc = -EPROTO;
     if (rc < 0)
         lose(b, rc);
 }
 
 void vmm_vhost_user_stop(struct vmm_vhost_user *b)
 {
-    for (unsigned i = 0; i < b->n_queues; i++) {
-        struct vmm_vhost_user_queue *q = &b->queues[i];
-        /* Before the wait below, so that the I/O thread does not come to wait for us, who hold the lock. */
-        vmm_loop_remove(b->device->loop, &q->source);
-        if (!q->started)
-            continue;
-        q->started = false;
-        if (b->lost)
-            continue;
-        struct message m = {
-            .request = GET_VRING_BASE, .flags = VERSION, .size = sizeof(m.state), .state = {.index = i}};
-        int rc = exchange(b, &m, NULL, 0, sizeof(m.state));
-        if (rc == 0 && m.state.index != i)
-            rc = -EPROTO;
-        if (rc < 0)
-            lose(b, rc);
-    }
+    for (unsigned i = 0; i < b->n_queues; i++)
+        vmm_vhost_user_take_back(b, i);
 }
 
 /* ---- life ---- */

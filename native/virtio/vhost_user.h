@@ -63,6 +63,10 @@ void vmm_vhost_user_start(struct vmm_vhost_user *back_end);
 /* Take the queues back: the back end has finished what was in flight, or is dead. */
 void vmm_vhost_user_stop(struct vmm_vhost_user *back_end);
 
+/* The same for one queue, while the others go on. */
+void vmm_vhost_user_hand_over(struct vmm_vhost_user *back_end, unsigned queue);
+void vmm_vhost_user_take_back(struct vmm_vhost_user *back_end, unsigned queue);
+
 /* A zeroed or failed one is fine. */
 void vmm_vhost_user_close(struct vmm_vhost_user *back_end);
 

@@ -435,8 +435,11 @@ void vmm_virtqueue_enable(struct vmm_virtqueue *q)
         vmm_virtio_broken(dev, "queue %u: %s", q->index, q->ring.fault);
     else
         q->enabled = true;
-    if (q->enabled && dev->running)
-        vmm_virtqueue_ring(q);
+    if (!q->enabled || !dev->running)
+        return;
+    if (dev->ops->renew)
+        dev->ops->renew(dev->opaque, q->index);
+    vmm_virtqueue_ring(q);
 }
 
 void vmm_virtqueue_reset(struct vmm_virtqueue *q)
