@@ -890,6 +890,8 @@ class Machine:
             console=self.console.tail(),
             seconds=time.monotonic() - self._started_at,
         )
+        if native == _STOP_CALLBACK and self._exception is not None:
+            outcome.explanation = f"code of a device or hook raised {self._exception!r:.200}"
         outcome.instruction = vcpu.failed_instruction() or self._bytes_at(vcpu, regs.rip + sregs.cs.base)
         if reason in ("reset", "halt", "timeout", "stalled") and _PANIC_MARK in outcome.console:
             # panic=-1 turns a panic into a reset: the guest's own last words say which it was.

@@ -67,6 +67,13 @@ def test_a_port_hook_sees_the_write_and_the_native_device_still_prints(flat: Any
     assert [(a.vcpu, a.address, a.size, a.write, a.value) for a in seen] == [(0, 0x3F8, 1, True, ord("A"))]
 
 
+def test_an_answer_that_is_no_number_is_said_to_be_none(flat: Any) -> None:
+    machine = flat(SAY_A_AND_EXIT)
+    machine.on_port(0x3F8, lambda access: "B")
+    with pytest.raises(TypeError, match="a hook answered 'B': it answers a number, or None"):
+        machine.run(timeout=60)
+
+
 def test_a_write_is_replaced_before_the_device_sees_it(flat: Any) -> None:
     machine = flat(SAY_A_AND_EXIT)
     machine.on_port(0x3F8, lambda access: ord("B") if access.write else None)
@@ -198,6 +205,8 @@ def test_an_exception_in_a_hook_comes_out_of_wait_as_itself_and_the_machine_can_
     with pytest.raises(LookupError) as caught:
         machine.wait(timeout=10)
     assert caught.value is error
+    assert machine.outcome is not None
+    assert machine.outcome.sentence == "code of a device or hook raised LookupError('mine')"
     registers = machine.vcpus[0].registers()
     assert layout.MIB < registers["rip"] <= layout.MIB + len(SAY_A_AND_EXIT)
     assert registers["rax"] & 0xFF == ord("A")

@@ -92,7 +92,10 @@ def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
     if found is None and outcome.reason in ("triple-fault", "emulation-failure"):
         found = _fault(machine, outcome)
     if found is None and outcome.reason in ENDED_FROM_OUTSIDE:
-        found = linux.silent(machine) or waiting.why(machine, outcome)
+        found = linux.silent(machine)
+        if found is None:
+            found = waiting.why(machine, outcome)
+            found = found._replace(evidence=(*found.evidence, *map(_printable, linux.unprinted(machine))))
         if found.cause in ("idle", "waiting-for-device") and (undriven := linux.undriven(machine)):
             found = undriven._replace(evidence=(*undriven.evidence, found.sentence))
     if found is None and outcome.reason == "panic":

@@ -110,6 +110,12 @@ def silent(machine: Machine) -> Diagnosis | None:
     return unheard(kernel_log(machine.memory), guest_of(machine))
 
 
+def unprinted(machine: Machine) -> list[str]:
+    """The end of the log of a Linux that has printed nothing yet, as evidence."""
+    silent = machine.kind in LINUX_KINDS and not machine.console.end
+    return log_lines(kernel_log(machine.memory)) if silent else []
+
+
 def undriven(machine: Machine) -> Diagnosis | None:
     """Which of a Linux guest's virtio devices has no driver."""
     if machine.kind not in LINUX_KINDS:
@@ -266,16 +272,27 @@ def _initrd(lines: list[str], guest: Guest) -> Diagnosis | None:
 # ---- its silence ----
 
 
+# Drivers register consoles until init is run: who has not come so far may yet print. A panic is printed at any level.
+_CONSOLES_BEHIND = r"Run \S+ as init process|Freeing unused kernel|Warning: unable to open an initial console"
+_PANIC = r"Kernel panic - not syncing"
+
+
+def log_lines(log: str) -> list[str]:
+    """Evidence: how much a log holds, and its end."""
+    lines = [_STAMP.sub("", line).rstrip() for line in log.splitlines() if line.strip()]
+    return [f"its log, found in memory, has {len(lines)} lines; the last:", *lines[-9:]] if lines else []
+
+
 def unheard(log: str, guest: Guest) -> Diagnosis | None:
     """Why nothing of ``log`` was printed on this machine's console, or ``None``: it may not have come so far."""
     consoles = [word.partition("=")[2].split(",")[0] for word in guest.command_line.split()
                 if word.startswith("console=")]  # fmt: skip
-    lines = [_STAMP.sub("", line).rstrip() for line in log.splitlines() if line.strip()]
-    evidence = [f"its log, found in memory, has {len(lines)} lines; the last:", *lines[-9:]] if lines else []
+    evidence = log_lines(log)
     if consoles and guest.console not in consoles:
         told = " ".join(f"console={name}" for name in consoles)
         return say("no-console", f"the kernel was told {told}, and this machine's console is {guest.console}", evidence)
-    if not lines:
+    quiet = "quiet" in guest.command_line.split() or guest.option("loglevel") is not None
+    if not re.search(_PANIC if quiet else rf"{_PANIC}|{_CONSOLES_BEHIND}", log):
         return None
     option = {"ttyS0": "CONFIG_SERIAL_8250_CONSOLE", "hvc0": "CONFIG_VIRTIO_CONSOLE"}[guest.console]
     text = f"the kernel logs, but nothing reaches {guest.console}: is {option}=y?"
@@ -324,8 +341,11 @@ def _records(memory: Any, at: int) -> str:
 
 def _trimmed(text: bytes) -> bytes:
     """A text without what printk left behind it: it takes the level's two bytes away by moving the text down over
-    them, after the newline was given up (kernel/printk/printk.c, printk_sprint)."""
+    them, after the newline was given up (kernel/printk/printk.c, printk_sprint). What continues a
+    line has the level "c"."""
     text = text.rstrip(b"\n")
+    if text[-2:-1] == b"\x01":  # KERN_SOH
+        return text[:-2]
     return text[:-2] if len(text) > 3 and text[-2:] == text[-4:-2] else text
 
 

@@ -202,9 +202,22 @@ def test_a_console_that_this_machine_has_not_is_named() -> None:
 
 
 def test_a_kernel_that_logs_and_prints_nothing_lacks_the_consoles_driver() -> None:
-    found = linux.unheard("[    0.0] Linux version 6.1\n", Guest("console=hvc0", console="hvc0"))
+    log = "[    0.0] Linux version 6.1\n[    0.5] Run /init as init process\n"
+    found = linux.unheard(log, Guest("console=hvc0", console="hvc0"))
     assert found is not None
     assert "is CONFIG_VIRTIO_CONSOLE=y?" in found.sentence
+    assert linux.unheard(log, Guest("quiet console=hvc0", console="hvc0")) is None
+    panic = linux.unheard(log + "Kernel panic - not syncing: no\n", Guest("quiet console=hvc0", console="hvc0"))
+    assert panic is not None
+    assert panic.cause == "no-console"
+
+
+def test_a_kernel_whose_consoles_are_still_to_come_is_not_blamed_either() -> None:
+    log = "[    0.0] Linux version 6.1\n[    0.1] ACPI: Interpreter enabled\n"
+    assert linux.unheard(log, Guest("console=ttyS0")) is None
+    assert linux.log_lines(log) == [
+        "its log, found in memory, has 2 lines; the last:", "Linux version 6.1", "ACPI: Interpreter enabled",
+    ]  # fmt: skip
 
 
 def test_a_kernel_that_has_not_logged_yet_is_not_blamed_on_the_console() -> None:
@@ -258,11 +271,18 @@ def ring(lines: list[str], first: int) -> bytes:
 
 
 def test_the_log_is_found_in_memory_and_ends_where_it_ends() -> None:
-    lines = ["Linux version 6.1.192 (gcc)", "Command line: console=ttyS1", "eight888", "", "the last"]
+    lines = [
+        "Linux version 6.1.192 (gcc)",
+        "Command line: console=ttyS1",
+        "eight888",
+        "",
+        "e820: update\x01c",
+        "the last",
+    ]
     decoy = b"Linux version 6.1.192 (gcc)\n\0"  # linux_banner in .rodata
     data = decoy.ljust(64, b"\0") + ring(lines, (1 << 64) - 0x20000) + bytes(mmap.PAGESIZE)
     memory: Any = Memory(data)
-    assert linux.kernel_log(memory).splitlines() == lines
+    assert linux.kernel_log(memory).splitlines() == [line.removesuffix("\x01c") for line in lines]
 
 
 @settings(max_examples=examples(200), deadline=None)
