@@ -104,5 +104,7 @@ def test_root_on_a_disk_and_a_file_through_the_network(
     digest = hashlib.sha256((tmp_path / "data").read_bytes()).hexdigest()
     assert (tmp_path / "data").stat().st_size == 16 << 20
     assert f"sum: {digest} -" in printed, printed[-4000:]
-    for complaint in ("ACPI Error", "ACPI BIOS", "PCI: Fatal", "not using MMCONFIG", "Call Trace"):
+    # Without a PCI host a kernel that has PCI built in says "PCI: Fatal: No config space access function found".
+    pci = ("PCI: Fatal", "not using MMCONFIG") if transport == "pci" else ()
+    for complaint in ("ACPI Error", "ACPI BIOS", "Call Trace", *pci):
         assert complaint not in printed

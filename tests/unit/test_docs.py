@@ -91,3 +91,22 @@ def test_each_threat_names_a_test_that_exists() -> None:
         assert len(named) > 3, page
         missing = {name for names in named for name in names if name.count("_") >= 2} - known
         assert missing == set(), page
+
+
+# Rows of the devices' tables that say why there is none.
+WITHOUT_A_TEST = ("no test:", "(the host's limit)", "by construction")
+
+
+def test_each_row_of_a_devices_table_names_what_shows_it() -> None:
+    tests = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("native/tests/*.[ch]"), *ROOT.glob("native/fuzz/*.[ch]")]
+    text = "\n".join(path.read_text() for path in tests)
+    known = {name for name in re.findall(r"(?:def|void|bool) (?:test_)?(\w+)\(", text) if name.count("_") >= 2}
+    for device in ("balloon", "blk", "console", "fs", "net", "pci", "queue", "rng", "vsock"):
+        rows = [row for row in (DOCS / f"threats/{device}.md").read_text().splitlines() if row.startswith("| ")]
+        assert len(rows) >= 5, device
+        for row in rows:
+            shown = row.rstrip("| ").rsplit("|", 1)[-1].strip()
+            if shown in ("test", "shown by", "Shown by") or shown.startswith(WITHOUT_A_TEST):
+                continue
+            named = {name.removeprefix("test_") for name in re.findall(r"\w+", shown)}
+            assert named & known or "fuzz_" in shown or re.fullmatch(r"\[[FS]\]", shown), row
