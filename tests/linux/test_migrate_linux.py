@@ -38,10 +38,14 @@ def moved(machine: Machine, address: str, there: dict[str, Any] | None = None, *
 
 
 @pytest.mark.parametrize(
-    "postcopy",
-    [pytest.param(False, id="pre-copy"), pytest.param(True, id="post-copy", marks=pytest.mark.slow)],
+    ("postcopy", "mirror"),
+    [
+        pytest.param(False, False, id="pre-copy"),
+        pytest.param(False, True, id="pre-copy with its disk", marks=pytest.mark.slow),
+        pytest.param(True, False, id="post-copy", marks=pytest.mark.slow),
+    ],
 )
-def test_a_shell_goes_on_elsewhere(small_kernel: SmallKernel, tmp_path: Path, postcopy: bool) -> None:
+def test_a_shell_goes_on_elsewhere(small_kernel: SmallKernel, tmp_path: Path, postcopy: bool, mirror: bool) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(8 << 20))
     guest = LinuxGuest(kernel=str(small_kernel.bzimage), memory="128M", disks=[str(disk)])
@@ -50,7 +54,12 @@ def test_a_shell_goes_on_elsewhere(small_kernel: SmallKernel, tmp_path: Path, po
         assert guest.run(_KEEP_BUSY).status == 0
         for n in range(2):
             assert guest.machine is not None
-            guest.machine = moved(guest.machine, f"unix:{tmp_path}/{n}", postcopy=postcopy)
+            there = None
+            if mirror:
+                disk = tmp_path / f"images{n}" / "disk0.img"
+                disk.parent.mkdir()
+                there = {"disks_in": disk.parent}
+            guest.machine = moved(guest.machine, f"unix:{tmp_path}/{n}", there, postcopy=postcopy, mirror=mirror)
             assert guest.run("md5sum /tmp/file", timeout=120).output == before
         assert guest.run(_REST).output == "0\n"
         assert guest.boots == 1
