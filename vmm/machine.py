@@ -620,7 +620,8 @@ class Machine:
 
         ``later``: memory is the machine's own, and pages come by userfaultfd when they are touched, before that those
         of the recorded working set (:attr:`lazy`, :mod:`vmm.snapshot.working_set`). They come over a socket if
-        ``source`` is one, connected to a :class:`vmm.snapshot.serving.PageServer`; it stays the caller's.
+        ``source`` is ``"unix:PATH"``, where ``pyvmm serve`` is, which is looked for again when it is lost; or a socket,
+        connected to a :class:`vmm.snapshot.serving.PageServer`, which stays the caller's.
 
         Raises :class:`~vmm.errors.SnapshotError` when it is damaged or of another version,
         :class:`~vmm.errors.HostError` when this host lacks what the guest was told it has, or userfaultfd.
@@ -635,6 +636,8 @@ class Machine:
                 config = identities.another(config, fields)
             machine = cls(config, kvm=kvm, origin=prepared.origin)
             machine.lazy = prepared.finish(machine)
+            if attendant := prepared.attend(machine.lazy, machine._message):
+                machine.attendants.append(attendant)
             if renewed:
                 identities.renew(machine)
             else:

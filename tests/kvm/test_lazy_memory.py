@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmm import snapshot
+from vmm.cli import main
 from vmm.errors import HostError, SnapshotError, StateError
 from vmm.machine import Machine
 from vmm.snapshot import working_set
@@ -275,3 +277,50 @@ def test_a_snapshot_while_the_source_is_gone_is_refused(path: Path) -> None:
             with pytest.raises(StateError, match="its source is gone: connect it to another"):
                 machine.snapshot(path / "again")
             assert not (path / "again").exists()
+
+
+def test_what_pyvmm_serve_has_is_restored_and_waited_for_when_it_is_gone(path: Path) -> None:
+    at = path / "served"
+
+    @contextlib.contextmanager
+    def serving(name: str, until: signal.Signals) -> Iterator[None]:
+        at.unlink(missing_ok=True)
+        words = [sys.executable, "-m", "vmm", "serve", str(path / name), str(at)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None and process.stdout.readline() == f"{path / name} is at unix:{at}\n"
+            assert at.stat().st_mode & 0o777 == 0o600
+            yield
+        finally:
+            process.send_signal(until)
+            process.wait(10)
+            assert at.exists() == (until is signal.SIGKILL)
+
+    def heard(machine: Machine, words: str) -> bool:
+        deadline = time.monotonic() + 30
+        while not any(words in message for message in machine.messages) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return any(words in message for message in machine.messages)
+
+    with contextlib.ExitStack() as stack:
+        with serving("top", signal.SIGKILL):
+            machine = stack.enter_context(Machine.restore(f"unix:{at}"))
+        machine.start()
+        assert heard(machine, f"the guest waits for its memory: no snapshot is served at {at}: Connection refused")
+        with serving("base", signal.SIGTERM):
+            assert heard(machine, f"another snapshot is served at {at}")
+        with serving("top", signal.SIGTERM):
+            assert machine.wait(60).reason == "debug-exit"
+        assert int.from_bytes(machine.memory.read(SUM, 4), "little") == TOTAL
+        assert "its memory comes again" in machine.messages
+
+
+def test_what_cannot_be_served_or_had_is_said_in_a_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, why in (
+        (["serve", str(path / "top"), str(path / "no" / "where")], "cannot serve at .*No such file"),
+        (["serve", str(path), str(path / "door")], "no snapshot|is not"),
+        (["restore", f"unix:{path}/nobody"], "no snapshot is served at .*nobody: No such file"),
+        (["restore", "--record", f"unix:{path}/nobody"], "--record are for a snapshot's directory"),
+    ):
+        assert main(words) == 2
+        assert re.search(why, capsys.readouterr().err)

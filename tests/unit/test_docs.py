@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.cli import merge, migrate, profile, receive, restore, snapshot, standby, trace
+from vmm.cli import merge, migrate, profile, receive, restore, serve, snapshot, standby, trace
 from vmm.cli.boot import FLAGS
 from vmm.observe.diagnose import CAUSES
 from vmm.outcome import REASONS
@@ -68,7 +68,7 @@ def test_manual_page_has_every_flag_and_exit_status() -> None:
     flags = {word for entry in entries for word in re.findall(r"--[a-z-]+", entry)}
     others = {
         flag
-        for command in (merge, migrate, profile, receive, restore, snapshot, standby, trace)
+        for command in (merge, migrate, profile, receive, restore, serve, snapshot, standby, trace)
         for flag in command._parser()._option_string_actions
     }
     others = {flag for flag in others if flag.startswith("--")}

@@ -24,6 +24,7 @@ COMMANDS = {
     "receive": "wait for a machine that moves here, and go on with it",
     "restore": "go on from a snapshot, with the console on the terminal",
     "run": "run a command in a Linux guest, and exit with its status",
+    "serve": "serve a snapshot's memory to machines that go on from it",
     "snapshot": "write a running machine into a directory",
     "standby": "follow a running machine, and go on with it when its process dies",
     "trace": "boot and show every exit by name, or show what was saved",

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.cli import boot, command_parser
 from vmm.config import FIELDS
+from vmm.errors import ConfigError
 from vmm.snapshot import identity
 from vmm.snapshot.origin import PLACES, USES
+from vmm.snapshot.restoring import SERVED
 
 if TYPE_CHECKING:
     import argparse
@@ -18,12 +20,15 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = command_parser(
         "restore",
-        description="Go on from the snapshot in DIR, which is not changed: it can be restored again.\n\n"
+        description="Go on from the snapshot in DIR, which is not changed: it can be restored again; or from the one\n"
+        "that pyvmm serve has at unix:PATH.\n\n"
         "Memory is read when it is looked at. Disks that the guest can write are the snapshot's copies, with a\n"
         "temporary overlay that goes with the machine; --disk puts others in their place.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", metavar="DIR", help="the snapshot: of pyvmm snapshot, or Machine.snapshot")
+    parser.add_argument(
+        "directory", metavar="DIR", help="the snapshot: of pyvmm snapshot, or Machine.snapshot; or unix:PATH"
+    )
     parser.add_argument(
         "--check", action="store_true", help="only compare the snapshot and all it is built on with its checksums"
     )
@@ -55,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Restore; answers the exit status."""
     given = vars(_parser().parse_args(argv))
+    if given["directory"].startswith(SERVED) and (given["check"] or given["record"]):
+        raise ConfigError("--check and --record are for a snapshot's directory: use them where that is")
     if given["check"]:
         return _check(given["directory"])
     fields: dict[str, Any] = {**boot.DEFAULTS}

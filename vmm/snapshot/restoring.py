@@ -12,10 +12,13 @@ from vmm.snapshot.series import VERSION
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
     from types import TracebackType
 
-    from vmm.machine import Machine
+    from vmm.machine import Attendant, Machine
     from vmm.snapshot.lazy import LazyMemory
+
+SERVED = "unix:"  # begins the name of a socket in place of a directory
 
 
 class Prepared:
@@ -61,6 +64,10 @@ class Prepared:
     def fill(self, machine: Machine) -> LazyMemory | None:
         """Bring the memory, or have it come."""
         raise NotImplementedError
+
+    def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> Attendant | None:
+        """Who is to look after the memory that :meth:`finish` answered; ``tell`` is told what a person should know."""
+        return None
 
     def close(self) -> None:
         """Once the machine is made, or could not be."""
@@ -170,14 +177,26 @@ class _Later(_Local):
 
 
 class _Remote(Prepared):
-    """Memory of the machine's own, whose pages come over a socket (:mod:`vmm.snapshot.serving`)."""
+    """Memory of the machine's own, whose pages come over a socket (:mod:`vmm.snapshot.serving`).
 
-    def __init__(self, connection: socket.socket) -> None:
+    With a ``path`` the connection is one to there, and ours; a lost one is made again.
+    """
+
+    def __init__(self, connection: socket.socket, path: str | None = None) -> None:
         from vmm.snapshot.serving import receive
 
         self._connection = connection
-        state, self._regions = receive(connection)
+        self._path = path
+        self._what = receive(connection)
+        state, self._regions = self._what
         super().__init__("what the server sends", state, None)
+
+    def with_disks(self, fields: dict[str, Any]) -> dict[str, Any]:
+        if self._disks and "disks" not in fields:
+            raise ConfigError(
+                "the snapshot has disks, and only its memory is served: give each of them (disks, --disk)"
+            )
+        return fields
 
     def fill(self, machine: Machine) -> LazyMemory:
         from vmm.snapshot.lazy import LazyMemory
@@ -189,19 +208,41 @@ class _Remote(Prepared):
         memory.start()
         return memory
 
+    def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> Attendant | None:
+        from vmm.snapshot.serving import Regaining
+
+        return Regaining(memory, self._path, self._what, tell) if memory and self._path else None
+
+    def close(self) -> None:
+        if self._path:
+            self._connection.close()
+
 
 def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = True, later: bool = False) -> Prepared:
     """Open a snapshot to make a machine of it, every byte compared with its checksum meanwhile if ``check``.
 
     ``later``: memory comes by userfaultfd, where it is touched; first the pages of the recorded working set. Without,
-    it is mapped. A socket, which stays the caller's, is one to a :class:`vmm.snapshot.serving.PageServer`: memory comes
-    later. Raises :class:`~vmm.errors.SnapshotError`.
+    it is mapped. A socket, which stays the caller's, is one to a :class:`vmm.snapshot.serving.PageServer`, and
+    ``"unix:PATH"`` is where ``pyvmm serve`` has one: memory comes later. Raises :class:`~vmm.errors.SnapshotError`.
     """
     if not isinstance(source, (str, os.PathLike)):
         return _Remote(source)
+    if isinstance(source, str) and source.startswith(SERVED):
+        return _served(source.removeprefix(SERVED))
     snapshot = read(source)
     try:
         return (_Later if later else _Mapped)(snapshot, check)
     except BaseException:
         snapshot.close()
+        raise
+
+
+def _served(path: str) -> Prepared:
+    from vmm.snapshot.serving import connect
+
+    connection = connect(path)
+    try:
+        return _Remote(connection, path)
+    except BaseException:
+        connection.close()
         raise

@@ -1,4 +1,4 @@
-"""A snapshot's memory over a stream socket, to a machine that runs already (:mod:`vmm.snapshot.lazy`).
+"""A snapshot over a stream socket, its memory to a machine that runs already (:mod:`vmm.snapshot.lazy`).
 
 First the records, so that the other side can make the machine: their length, 8 bytes, little-endian, and ``state`` and
 ``memory`` of what the whole chain is, packed as a record file (docs/snapshot-format.md). Then pages, as
@@ -7,22 +7,29 @@ First the records, so that the other side can make the machine: their length, 8 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
-from vmm.errors import SnapshotError
+from vmm.errors import ConfigError, SnapshotError, VmmError
 from vmm.snapshot import records
 from vmm.snapshot.reading import parse_regions
 from vmm.snapshot.regions import PAGE, Region, checksums_size
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Callable
 
+    from vmm.snapshot.lazy import LazyMemory
     from vmm.snapshot.reading import Snapshot
 
 _ANSWER = "<QII"  # address, what follows, zeros
 _ZEROS, _PAGE = 0, 1
 _REQUESTS = 4096  # bytes of requests taken at a time
+_ANSWERS = 10.0  # seconds in which a server sends the records
+_AGAIN = 0.5  # seconds between two looks for a server that is gone
 
 
 class PageServer:
@@ -72,6 +79,119 @@ def _holder(regions: tuple[Region, ...], gpa: int) -> Region:
         if region.gpa <= gpa < region.gpa + region.size and gpa % PAGE == 0:
             return region
     raise ValueError(f"{gpa:#x} is not the address of a page")
+
+
+class Door:
+    """A UNIX socket at ``path``, its owner's alone, where machines come for a snapshot. A context manager.
+
+    Raises :class:`~vmm.errors.ConfigError` when it cannot be there.
+    """
+
+    def __init__(self, snapshot: Snapshot, path: str) -> None:
+        self._server = PageServer(snapshot)
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            self._socket.bind(path)
+            self._socket.listen()
+        except OSError as error:
+            self._socket.close()
+            why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
+            raise ConfigError(f"cannot serve at {path}: {why}") from error
+        finally:
+            os.umask(mask)
+
+    def serve(self) -> None:
+        """Every machine that comes, each on a thread of its own; until the process ends, or :meth:`close`."""
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                threading.Thread(target=self._one, args=(connection,), name="pages", daemon=True).start()
+
+    def _one(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError, ValueError):  # it went, or is no machine
+            self._server.serve(connection)
+
+    def close(self) -> None:
+        """Nobody new. Twice is fine."""
+        if self._socket.fileno() >= 0:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- the other side ----
+
+
+def connect(path: str) -> socket.socket:
+    """A connection to the :class:`Door` at ``path``. Raises :class:`~vmm.errors.SnapshotError`."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_ANSWERS)
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        raise SnapshotError(f"no snapshot is served at {path}: {error.strerror or error}") from error
+    return connection
+
+
+class Regaining:
+    """Finds the server again when it is lost, as long as pages are to come: the guest waits meanwhile.
+
+    ``what`` was received at first: another snapshot is not taken in its place. ``tell`` is told what a person should
+    know.
+    """
+
+    def __init__(self, memory: LazyMemory, path: str, what: object, tell: Callable[[str], object]) -> None:
+        self._memory = memory
+        self._path = path
+        self._what = what
+        self._tell = tell
+        self._told = ""
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._watch, name="regaining", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while (state := self._memory.state) not in ("done", "abandoned"):
+            if state == "lost":
+                self._regain()
+            patience = _AGAIN if state == "lost" else None
+            readable = select.select([self._memory.fd, self._stop], [], [], patience)[0]
+            if self._stop in readable:
+                return
+            if readable:
+                os.eventfd_read(self._memory.fd)
+
+    def _regain(self) -> None:
+        try:
+            with connect(self._path) as connection:
+                if receive(connection) != self._what:
+                    raise SnapshotError(f"another snapshot is served at {self._path}")
+                self._memory.connect(connection)
+        except VmmError as error:
+            self._say(f"the guest waits for its memory: {error}")
+        else:
+            self._say("its memory comes again")
+
+    def _say(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            self._tell(text)
+
+    def stop(self) -> None:
+        """No more. Twice is fine."""
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
 
 
 def receive(connection: socket.socket) -> tuple[Any, tuple[Region, ...]]:

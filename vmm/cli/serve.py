@@ -1,0 +1,39 @@
+"""``pyvmm serve``: a snapshot's memory, for machines that go on from it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from typing import TYPE_CHECKING
+
+from vmm.cli import command_parser
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "serve",
+        description="Serve the snapshot in DIR at the UNIX socket PATH, for any number of pyvmm restore unix:PATH, "
+        "until Ctrl-C. It is compared with its checksums first. For machines on another host have ssh forward the "
+        "socket (ssh -L or -R). Its disks are not served.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="the snapshot; it is not changed")
+    parser.add_argument("path", metavar="PATH", help="the socket, which is its owner's alone")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Serve; answers the exit status."""
+    from vmm import snapshot
+    from vmm.snapshot.serving import Door
+
+    given = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the socket is removed then as well
+    with snapshot.read(given.directory) as served:
+        served.check()
+        with Door(served, given.path) as door, contextlib.suppress(KeyboardInterrupt):
+            print(f"{given.directory} is at unix:{given.path}", flush=True)
+            door.serve()
+    return 0
