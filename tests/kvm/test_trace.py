@@ -211,10 +211,11 @@ def test_virtio_s_doorbells_requests_and_interrupts_are_named(guest: GuestPath, 
     fields = {"append": words, "memory": "16M", "virtio": transport}
     with Machine(kernel=guest("virtio_irq"), **fields) as machine, machine.trace() as trace:
         assert machine.run(timeout=20).code == 0x10
-        machine.pause()  # the guest may have been quicker than the I/O thread, which writes its last event behind the act
+        machine.pause()  # the guest may be quicker than the I/O thread, which writes an event behind the act
     said = {kind: [trace.describe(e) for e in trace.events if e["reason"] == kind]
             for kind in (DOORBELL, REQUESTS, INTERRUPT)}  # fmt: skip
-    assert len(said[INTERRUPT]) == 8 <= len(said[DOORBELL])  # a device may ring for itself
+    assert len(said[INTERRUPT]) == 8
+    # While the I/O thread looks for more the guest need not ring; and a device may ring for itself.
     assert set(said[DOORBELL]) == {"virtio-rng0 QueueNotify 0"}
     assert set(said[INTERRUPT]) == {"virtio-rng0 interrupt queue 0"}
     served = [e for e in trace.events if e["reason"] == REQUESTS]
