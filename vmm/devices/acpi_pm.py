@@ -149,6 +149,14 @@ class PmTimer(Device):
         # Rounded up, or the division in _ticks would lose a tick on every save and load.
         self._zero = self._clock() + (-ticks * 10**9) // PM_TIMER_HZ
 
+    def capture(self) -> Any:
+        """Nanoseconds since it was zero."""
+        return self._clock() - self._zero
+
+    def restore(self, captured: Any) -> None:
+        """Go on counting from there."""
+        self._zero = self._clock() - int(captured)
+
 
 class ResetRegister(Device):
     """One byte: writing ``value`` calls ``on_reset``, anything else does nothing."""

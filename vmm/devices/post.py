@@ -12,7 +12,7 @@ an I/O delay that costs one bus cycle.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
 from vmm.devices.state import checked
@@ -57,4 +57,12 @@ class Post(Device):
 
     def load(self, state: State) -> None:
         """Become what :meth:`save` recorded. Raises ``ValueError`` for more codes than are kept."""
-        self.codes = bytearray(checked(self.name, state, {}, {"codes": self._kept})["codes"])
+        self.restore(checked(self.name, state, {}, {"codes": self._kept})["codes"])
+
+    def capture(self) -> Any:
+        """The codes."""
+        return bytes(self.codes)
+
+    def restore(self, captured: Any) -> None:
+        """Have them again."""
+        self.codes = bytearray(captured)
