@@ -45,8 +45,9 @@ class Control:
     """
 
     def __init__(self, machine: Machine, path: str) -> None:
-        import socket
         import threading
+
+        from vmm import private_socket
 
         self._machine = machine
         self._path = path
@@ -55,17 +56,7 @@ class Control:
         self._answered = threading.Condition()
         self._room = threading.BoundedSemaphore(CLIENTS_MAX)
         self._clients: set[socket.socket] = set()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        mask = os.umask(0o177)
-        try:
-            self._socket.bind(path)
-            self._socket.listen(CLIENTS_MAX)
-        except OSError as error:
-            self._socket.close()
-            why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
-            raise ConfigError(f"cannot listen on control socket {path}: {why}") from error
-        finally:
-            os.umask(mask)
+        self._socket = private_socket.listen(path, f"cannot listen on control socket {path}", CLIENTS_MAX)
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
         self._thread.start()
 

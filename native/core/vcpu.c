@@ -70,16 +70,16 @@ int vmm_vcpu_fd(vmm_vcpu *vcpu)
 
 /* ---- registers ---- */
 
-/*
- * A vCPU in KVM_RUN keeps everybody else's ioctls waiting until it exits: for ever, if it halts. So of one that runs,
- * only its own thread may ask. With a request made it is about to leave, and the ioctl waits for no more than that.
- * Without vm->lock, which a caller may hold: who paused the machine has seen every vCPU park under it.
- */
+/* Without vm->lock, which a caller may hold: who paused the machine has seen every vCPU park under it. */
 static bool runs_elsewhere(const vmm_vcpu *vcpu)
 {
     return atomic_load(&vcpu->state) == VMM_VCPU_RUNNING && vcpu != vmm_current_vcpu;
 }
 
+/*
+ * A vCPU in KVM_RUN keeps everybody else's ioctls waiting until it exits: for ever, if it halts. So of one that runs,
+ * only its own thread may ask. With a request made it is about to leave, and the ioctl waits for no more than that.
+ */
 static int at_rest(const vmm_vcpu *vcpu)
 {
     if (!runs_elsewhere(vcpu) || atomic_load(&vcpu->vm->requests))

@@ -7,6 +7,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm import private_socket
 from vmm.errors import ConfigError, MigrationError
 
 if TYPE_CHECKING:
@@ -101,33 +102,30 @@ def _keep(connection: socket.socket) -> None:
         connection.setsockopt(level, option, value)
 
 
+def _listen_tcp(address: Address) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+        listener.listen(4)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
+    return listener
+
+
 class Listener:
     """Listens for one source. A context manager; a UNIX socket is its owner's alone, and removed in the end."""
 
     def __init__(self, address: Address, tls: Tls | None) -> None:
         self._context = tls.context(server=True) if tls else None
         self._tls = tls
-        family = socket.AF_UNIX if address.port < 0 else socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            if address.port < 0:
-                self._bind_unix(address.host)
-            else:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                self._socket.bind((address.host, address.port))
-                address = address._replace(port=self._socket.getsockname()[1])
-            self._socket.listen(4)
-        except OSError as error:
-            self._socket.close()
-            raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
+        if address.port < 0:
+            self._socket = private_socket.listen(address.host, f"cannot listen on {address}")
+        else:
+            self._socket = _listen_tcp(address)
+            address = address._replace(port=self._socket.getsockname()[1])
         self.address = address
-
-    def _bind_unix(self, path: str) -> None:
-        mask = os.umask(0o177)
-        try:
-            self._socket.bind(path)
-        finally:
-            os.umask(mask)
 
     def accept(self, timeout: float | None, *, native: bool = False) -> tuple[socket.socket, int | None]:
         """The next connection and the descriptor that came with it, which is the caller's.

@@ -11,7 +11,6 @@ import contextlib
 import os
 import select
 import socket
-import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from vmm.migrate import wire
 from vmm.migrate.address import Address, Listener, Tls, connect
 from vmm.migrate.wire import Channel, Kind, LinkLost
 from vmm.snapshot.regions import Region, bitmap_size, pages_in
+from vmm.snapshot.serving import answer_requests, answer_with
 
 if TYPE_CHECKING:
     from vmm.machine import Machine
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from vmm.migrate.fence import Fence
     from vmm.snapshot.lazy import LazyMemory
 
-_ANSWER = struct.Struct("<QII")  # address, what follows, zeros
-_REQUESTS = 4096  # bytes of requests taken at a time
 _AGAIN = 0.5  # seconds between two attempts to connect
 _NOTHING = bytes(wire.PAGE)
 
@@ -93,21 +91,11 @@ class Pages:
     def _serve(self) -> None:
         while not self._over.is_set():
             with contextlib.suppress(OSError, ValueError), self._connection:  # the latter of TLS that was shut down
-                self._answer_all(self._connection)
+                answer_requests(self._connection, self._answer)
             while not self._over.wait(_AGAIN):
                 with contextlib.suppress(VmmError):
                     self._connection = self._connect()
                     break
-
-    def _answer_all(self, connection: socket.socket) -> None:
-        pending = b""
-        while taken := connection.recv(_REQUESTS):
-            pending += taken
-            whole = len(pending) // 8 * 8
-            asked, pending = pending[:whole], pending[whole:]
-            answers = [self._answer(int.from_bytes(asked[at : at + 8], "little")) for at in range(0, whole, 8)]
-            connection.sendall(b"".join(answers))
-            self.sent += sum(map(len, answers))
 
     def _answer(self, gpa: int) -> bytes:
         if gpa % wire.PAGE:
@@ -116,9 +104,9 @@ class Pages:
             page = self._memory.read(gpa, wire.PAGE)
         except VmmError as error:
             raise OSError(str(error)) from error
-        if page == _NOTHING:
-            return _ANSWER.pack(gpa, 0, 0)
-        return _ANSWER.pack(gpa, 1, 0) + page
+        answered = answer_with(gpa, None if page == _NOTHING else page)
+        self.sent += len(answered)
+        return answered
 
     def close(self) -> None:
         """No more. Twice is fine."""

@@ -11,10 +11,12 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
-from vmm.errors import ConfigError, SnapshotError, VmmError
+from vmm import private_socket
+from vmm.errors import SnapshotError, VmmError
 from vmm.snapshot import records
 from vmm.snapshot.reading import parse_regions
 from vmm.snapshot.regions import PAGE, Region, checksums_size
@@ -25,11 +27,25 @@ if TYPE_CHECKING:
     from vmm.snapshot.lazy import LazyMemory
     from vmm.snapshot.reading import Snapshot
 
-_ANSWER = "<QII"  # address, what follows, zeros
-_ZEROS, _PAGE = 0, 1
+_ANSWER = struct.Struct("<QII")  # address, whether a page follows, zeros
 _REQUESTS = 4096  # bytes of requests taken at a time
 _ANSWERS = 10.0  # seconds in which a server sends the records
 _AGAIN = 0.5  # seconds between two looks for a server that is gone
+
+
+def answer_requests(connection: socket.socket, answer: Callable[[int], bytes]) -> None:
+    """Answer requests for pages until the other side closes. Raises ``OSError``, and what ``answer`` does."""
+    pending = b""
+    while taken := connection.recv(_REQUESTS):
+        pending += taken
+        whole = len(pending) // 8 * 8
+        asked, pending = pending[:whole], pending[whole:]
+        connection.sendall(b"".join(answer(int.from_bytes(asked[at : at + 8], "little")) for at in range(0, whole, 8)))
+
+
+def answer_with(gpa: int, page: bytes | None) -> bytes:
+    """The answer for the page at ``gpa``; ``None``: it is zeros."""
+    return _ANSWER.pack(gpa, page is not None, 0) + (page or b"")
 
 
 class PageServer:
@@ -50,19 +66,10 @@ class PageServer:
     def serve(self, connection: socket.socket) -> None:
         """Until the other side closes. Raises ``OSError``; ``ValueError`` when it asks for what is no page."""
         connection.sendall(len(self._records).to_bytes(8, "little") + self._records)
-        pending = b""
-        while taken := connection.recv(_REQUESTS):
-            pending += taken
-            whole = len(pending) // 8 * 8
-            asked, pending = pending[:whole], pending[whole:]
-            connection.sendall(
-                b"".join(self.answer(int.from_bytes(asked[at : at + 8], "little")) for at in range(0, whole, 8))
-            )
+        answer_requests(connection, self.answer)
 
     def answer(self, gpa: int) -> bytes:
         """The answer to one request."""
-        import struct
-
         for layer in self._layers:
             region = _holder(layer.regions, gpa)
             number = (gpa - region.gpa) // PAGE
@@ -70,8 +77,8 @@ class PageServer:
                 page = os.pread(layer.memory_fd, PAGE, region.offset + number * PAGE)
                 if len(page) != PAGE:
                     raise OSError(f"{layer.path} was cut short")
-                return struct.pack(_ANSWER, gpa, _PAGE, 0) + page
-        return struct.pack(_ANSWER, gpa, _ZEROS, 0)
+                return answer_with(gpa, page)
+        return answer_with(gpa, None)
 
 
 def _holder(regions: tuple[Region, ...], gpa: int) -> Region:
@@ -90,17 +97,7 @@ class Door:
     def __init__(self, snapshot: Snapshot, path: str) -> None:
         self._server = PageServer(snapshot)
         self._path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)
-        try:
-            self._socket.bind(path)
-            self._socket.listen()
-        except OSError as error:
-            self._socket.close()
-            why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
-            raise ConfigError(f"cannot serve at {path}: {why}") from error
-        finally:
-            os.umask(mask)
+        self._socket = private_socket.listen(path, f"cannot serve at {path}")
 
     def serve(self) -> None:
         """Every machine that comes, each on a thread of its own; until the process ends, or :meth:`close`."""
