@@ -194,7 +194,7 @@ class Migration:
         assert self._channel is not None
         if self._postcopy:
             return self._go_ahead(self._channel)
-        with contextlib.closing(self._open_log()) as log:
+        with contextlib.closing(open_log(self._machine)) as log:
             parts: list[Part] = [_Memory(self._machine.memory, log), *self._disks]
             rounds = self._send_running(parts)
 
@@ -218,7 +218,7 @@ class Migration:
 
         memory = self._machine.memory
         with (
-            contextlib.closing(self._open_log()) as log,
+            contextlib.closing(open_log(self._machine)) as log,
             contextlib.closing(postcopy.Pages(self._address, self._tls, memory, self._token)) as pages,
         ):
             touched = postcopy.Touched(memory, log)
@@ -237,13 +237,6 @@ class Migration:
                 self._machine.left()  # it is lost where it went, if anywhere
         channel.sent += pages.sent
         return rounds, downtime
-
-    def _open_log(self) -> DirtyLog:
-        self._machine.pause()
-        try:
-            return self._machine.memory.dirty_log()
-        finally:
-            self._machine.resume()
 
     # ---- along the way ----
 
@@ -485,6 +478,15 @@ class Brake:
         self._end.set()
         if self._thread is not None:
             self._thread.join()
+
+
+def open_log(machine: Machine) -> DirtyLog:
+    """What is written from now on, of a machine that may run: it is held for that."""
+    machine.pause()
+    try:
+        return machine.memory.dirty_log()
+    finally:
+        machine.resume()
 
 
 def resident(memory: GuestMemory) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from vmm.migrate import wire
 from vmm.migrate.address import Address, Tls, connect
 from vmm.migrate.fence import Fence
 from vmm.migrate.mirror import MirroredDisk
-from vmm.migrate.source import has_ended, hello, resident, send_runs
+from vmm.migrate.source import has_ended, hello, open_log, resident, send_runs
 from vmm.migrate.wire import Channel, Kind, LinkLost, cleared
 
 if TYPE_CHECKING:
@@ -104,11 +104,7 @@ class Shadow:
                     greeting["disks"][number] = disks[-1].size
             channel.send_value(Kind.HELLO, greeting)
             channel.receive(Kind.ACCEPT)
-            self._machine.pause()
-            try:
-                log = self._machine.memory.dirty_log()
-            finally:
-                self._machine.resume()
+            log = open_log(self._machine)
             send_runs(channel, self._machine.memory, resident(self._machine.memory))
             self._send_running(channel, disks)
             while not has_ended(self._machine):
