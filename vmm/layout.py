@@ -46,15 +46,18 @@ I8042 = 0x60
 SPEAKER = 0x61
 RTC = 0x70
 POST = 0x80
+SYSTEM_CONTROL_A = 0x92
 DEBUG_EXIT = 0xF4
 COM1 = 0x3F8
-PCI_PORTS = 0xCF8  # configuration mechanism #1: 8 ports
+PCI_PORTS = 0xCF8  # configuration mechanism #1: 8 ports; the reset control register, 0xcf9, is a byte of them
 PVPANIC = 0x505
 PM_BASE = 0x600
 PM1_EVENT = PM_BASE  # 4 bytes
 PM1_CONTROL = PM1_EVENT + 4  # 2 bytes
 PM_TIMER = PM1_CONTROL + 4  # 4 bytes
 RESET = PM_TIMER + 4  # 1 byte
+SLEEP_CONTROLS = (0x4004, 0xB004)  # PM1 control of VirtualBox, and of Bochs: 2 bytes each
+BOCHS_SHUTDOWN = 0x8900
 
 # interrupts
 GSI_PIT = 0

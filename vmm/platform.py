@@ -22,6 +22,8 @@ _POWEROFF, _RESET, _DEBUG_EXIT, _PANIC = 2, 3, 4, 5
 RESET_VALUE = 1
 _E820_RESERVED = 2
 S5 = 5
+# Soft-off's sleep type on QEMU (0) and VirtualBox (5, as here), which kernels for them write without asking.
+S5_TYPES = (0, S5)
 _DISPENSABLE = ("GLIBC_TUNABLES=", "clocksource=")
 TICK_SECONDS = 0.02  # where a tick costs milliseconds of emulation: at most 50 a second
 
@@ -49,10 +51,11 @@ def create_devices(machine: Machine) -> None:
     machine.attach(Post(), port=layout.POST, size=1)
     machine.attach(DebugExit(machine.stop_callback(_DEBUG_EXIT)), port=layout.DEBUG_EXIT, size=4)
     machine.attach(Pvpanic(machine.stop_callback(_PANIC)), port=layout.PVPANIC, size=1)
-    power = PowerManagement(machine.stop_callback(_POWEROFF), S5)
+    power = PowerManagement(machine.stop_callback(_POWEROFF), S5_TYPES)
     machine.attach(power, port=layout.PM_BASE, size=6, gsi=layout.GSI_SCI)
     machine.attach(PmTimer(), port=layout.PM_TIMER, size=4)
     machine.attach(ResetRegister(machine.stop_callback(_RESET), RESET_VALUE), port=layout.RESET, size=1)
+    _attach_ways_out(machine)
     machine.generation_id = GenerationId(machine.memory, layout.GENERATION_ID, layout.GSI_EVENTS)
     machine.generation_id.line = machine.line(layout.GSI_EVENTS)
     machine.devices.append(machine.generation_id)  # memory alone: on no bus
@@ -61,6 +64,18 @@ def create_devices(machine: Machine) -> None:
     if machine.config.virtio == "pci":
         _create_pci_host(machine)
     _add_configured(machine)
+
+
+def _attach_ways_out(machine: Machine) -> None:
+    from vmm.devices.ways_out import BochsShutdown, ResetControl, SleepControl, SystemControlA
+
+    off, reset = machine.stop_callback(_POWEROFF), machine.stop_callback(_RESET)
+    for port in layout.SLEEP_CONTROLS:
+        machine.attach(SleepControl(off, S5_TYPES), port=port, size=2)
+    machine.attach(BochsShutdown(off), port=layout.BOCHS_SHUTDOWN, size=1)
+    machine.attach(SystemControlA(reset), port=layout.SYSTEM_CONTROL_A, size=1)
+    if machine.config.virtio != "pci":  # else it is PCI's ports that have it: native/devices/pci.c
+        machine.attach(ResetControl(reset), port=layout.PCI_PORTS, size=4)
 
 
 def _uart_console(machine: Machine) -> Console:

@@ -218,6 +218,7 @@ static void ecam_write(void *opaque, uint64_t offset, uint32_t size, uint64_t va
 
 #define CONFIG_ENABLE (1u << 31)
 #define CONFIG_DATA 4
+enum { RESET_CONTROL = 1, RST_CPU = 4 }; /* port 0xcf9: of the chip set, not of PCI (Intel ICH9, 13.7.5) */
 
 /* What the bytes of CONFIG_DATA from `offset` on are, as the ECAM has them; UINT64_MAX: nothing (mechanism #1 off). */
 static uint64_t selected(struct vmm_pci_host *host, uint64_t offset, uint32_t size)
@@ -233,6 +234,8 @@ static uint64_t ports_read(void *opaque, uint64_t offset, uint32_t size)
     struct vmm_pci_host *host = opaque;
     if (offset == 0 && size == 4)
         return atomic_load_explicit(&host->address, memory_order_relaxed);
+    if (offset == RESET_CONTROL && size == 1)
+        return 0;
     uint64_t at = selected(host, offset, size);
     return at == UINT64_MAX ? at : ecam_read(host, at, size);
 }
@@ -244,6 +247,8 @@ static void ports_write(void *opaque, uint64_t offset, uint32_t size, uint64_t v
     if (offset == 0 && size == 4)
         atomic_store_explicit(&host->address, (uint32_t)value & (CONFIG_ENABLE | 0xfffffc),
                               memory_order_relaxed);
+    if (offset == RESET_CONTROL && size == 1 && value & RST_CPU)
+        vmm_vm_stop(host->vm, VMM_STOP_RESET, 0);
     uint64_t at = selected(host, offset, size);
     if (at != UINT64_MAX)
         ecam_write(host, at, size, value);

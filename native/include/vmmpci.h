@@ -35,7 +35,8 @@ void vmm_pci_host_destroy(vmm_pci_host *host);
 void vmm_pci_host_reset(vmm_pci_host *host);
 
 /*
- * Configuration space, two ways in; opaque is the host. Ports: 8 of them, mechanism #1 (PCI 3.0, 3.2.2.3.2).
+ * Configuration space, two ways in; opaque is the host. Ports: 8 of them, mechanism #1 (PCI 3.0, 3.2.2.3.2); a byte
+ * with bit 2 set, written to the second (0xcf9, the chip set's reset control), ends the run with VMM_STOP_RESET.
  * ECAM: 1 MiB, the one bus (PCI Express 4.0, 7.2.2). What is not there reads as ones.
  */
 const vmm_device_ops *vmm_pci_ports_ops(void);

@@ -30,6 +30,9 @@ PM_TIMER_HZ = 3_579_545
 GBL, PWRBTN, SLPBTN, RTC, WAK = 1 << 5, 1 << 8, 1 << 9, 1 << 10, 1 << 15
 STATUS_BITS = GBL | PWRBTN | SLPBTN | RTC | WAK
 ENABLE_BITS = STATUS_BITS & ~WAK
+# Cloud Hypervisor's sleep control register (ACPI 6.5, 4.8.3.7) is at PM1_STS here: SLP_EN, type 5. As a write of
+# PM1_STS it would clear a reserved bit, which no ACPI driver does (4.8.3.1.1).
+SLEEP_CONTROL_S5 = 0x34
 SCI_EN = 1
 SLP_EN = 1 << 13
 CONTROL_BITS = 0x1C03  # SCI_EN, BM_RLD, SLP_TYP; GBL_RLS and SLP_EN are acts, not memory
@@ -47,13 +50,14 @@ def _merge(old: int, first: int, size: int, offset: int, value: int) -> int:
 class PowerManagement(Device):
     """PM1 event and control blocks. There is no SMI_CMD, so ACPI mode is always on and SCI_EN reads as one.
 
-    Entering the sleep state whose SLP_TYP is ``s5`` calls ``on_poweroff``; any other is over at once (WAK_STS).
+    Entering a sleep state whose SLP_TYP is in ``s5`` calls ``on_poweroff``; any other is over at once (WAK_STS). The
+    DSDT names one type; kernels that read none write the type of the machine they were written for.
     """
 
     name = "acpi-pm"
     registers = {0: "pm1_sts", 2: "pm1_en", 4: "pm1_cnt"}
 
-    def __init__(self, on_poweroff: Callable[[], None], s5: int = 5) -> None:
+    def __init__(self, on_poweroff: Callable[[], None], s5: tuple[int, ...] = (5,)) -> None:
         self._on_poweroff = on_poweroff
         self._s5 = s5
         self._status = self._enable = 0
@@ -66,13 +70,15 @@ class PowerManagement(Device):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Any bytes of the three registers."""
+        if offset == 0 and size <= 2 and value == SLEEP_CONTROL_S5:
+            self._on_poweroff()
         self._status &= ~_merge(0, 0, size, offset, value)
         self._enable = _merge(self._enable, 2, size, offset, value) & ENABLE_BITS
         control = _merge(self._control, 4, size, offset, value)
         self._control = control & CONTROL_BITS | SCI_EN
         self._update_line()
         if control & SLP_EN:
-            if control >> 10 & 7 == self._s5:
+            if control >> 10 & 7 in self._s5:
                 self._on_poweroff()
             else:
                 self._event(WAK)
@@ -159,22 +165,23 @@ class PmTimer(Device):
 
 
 class ResetRegister(Device):
-    """One byte: writing ``value`` calls ``on_reset``, anything else does nothing."""
+    """One byte: writing ``value`` (in the bits of ``mask``) calls ``on_reset``, anything else does nothing."""
 
     name = "acpi-reset"
     registers = {0: "reset"}
 
-    def __init__(self, on_reset: Callable[[], None], value: int = 1) -> None:
+    def __init__(self, on_reset: Callable[[], None], value: int = 1, mask: int = 0xFF) -> None:
         self._on_reset = on_reset
         self._value = value
+        self._mask = mask
 
     def read(self, offset: int, size: int) -> int:
         """Reads as zero."""
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Reset if it is the value the FADT names."""
-        if offset == 0 and value & 0xFF == self._value:
+        """Reset if it is the value."""
+        if offset == 0 and value & self._mask == self._value:
             self._on_reset()
 
     def load(self, state: State) -> None:

@@ -18,6 +18,7 @@ from vmm.devices.post import Post
 from vmm.devices.pvpanic import Pvpanic
 from vmm.devices.rtc import Rtc
 from vmm.devices.uart import Uart
+from vmm.devices.ways_out import BochsShutdown, ResetControl, SleepControl, SystemControlA
 from vmm.testing.fakes import FakeConsole, FakeLine
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ DEVICES: dict[str, tuple[Callable[[Clock], Device], list[int]]] = {
     "acpi-pm": (lambda clock: PowerManagement(nothing), list(range(6))),
     "pm-timer": (lambda clock: PmTimer(clock), list(range(4))),
     "acpi-reset": (lambda clock: ResetRegister(nothing), [0, 1]),
+    "reset-control": (lambda clock: ResetControl(nothing), [0, 1, 2, 3]),
+    "system-control-a": (lambda clock: SystemControlA(nothing), [0, 1]),
+    "sleep-control": (lambda clock: SleepControl(nothing, (0, 5)), [0, 1, 2]),
+    "bochs-shutdown": (lambda clock: BochsShutdown(nothing), [0, 1]),
     "debug-exit": (lambda clock: DebugExit(nothing), list(range(4))),
     "post": (lambda clock: Post(4), [0, 1]),
     "pvpanic": (lambda clock: Pvpanic(nothing), [0, 1]),

@@ -171,7 +171,7 @@ def test_i8042_a20_is_harmless_and_the_output_port_can_reset() -> None:
 def test_s5_powers_off_however_wide_the_write() -> None:
     for accesses in ([(4, 2, 0x3400)], [(4, 1, 0x00), (5, 1, 0x34)], [(4, 4, 0x3401)]):
         offs: list[int] = []
-        power = PowerManagement(lambda offs=offs: offs.append(1), s5=5)
+        power = PowerManagement(lambda offs=offs: offs.append(1), s5=(0, 5))
         for offset, size, value in accesses:
             power.write(offset, size, value)
         assert offs == [1]
@@ -179,7 +179,7 @@ def test_s5_powers_off_however_wide_the_write() -> None:
 
 def test_other_sleep_states_and_a_type_without_enable_do_not_power_off() -> None:
     offs: list[int] = []
-    power = PowerManagement(lambda: offs.append(1), s5=5)
+    power = PowerManagement(lambda: offs.append(1), s5=(0, 5))
     power.write(4, 2, 5 << 10)
     assert power.read(0, 2) == 0
     power.write(4, 2, 1 << 13 | 3 << 10)
