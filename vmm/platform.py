@@ -245,29 +245,26 @@ def command_line(machine: Machine, tables: Tables, room: int) -> str:
     given = machine.config.append
     if machine.kind not in LINUX_KINDS:
         return given
-    words = given.split()
+    from vmm.boot.cmdline import CommandLine
+
+    said = CommandLine(given)
     tty = "ttyS0" if machine.config.console_device == "uart" else "hvc0"
-    added = [] if any(word.startswith("console=") for word in words) else [f"console={tty}"]
+    added = [] if said.values("console") else [f"console={tty}"]
     # A panic is over at once: the machine ends with it instead of looping for ever.
-    added += [] if any(word.startswith("panic=") for word in words) else ["panic=-1"]
+    added += [] if said.values("panic") else ["panic=-1"]
     if machine.merge_ticks:
         from vmm.cpu.compat import linux_cmdline
 
-        added += [word for word in linux_cmdline() if not _said(word, words)]
+        added += [word for word in linux_cmdline() if word.partition("=")[0] not in said]
     if machine.host.tsc_fixed:
         from vmm.cpu.compat import KEEP_TIME
 
-        added += [word for word in KEEP_TIME if not _said(word, words)]
+        added += [word for word in KEEP_TIME if word.partition("=")[0] not in said]
     # Without ACPI a kernel learns of virtio-mmio devices here; with it, it would find them twice.
-    found = tables.virtio_mmio if "acpi=off" in words else []
+    found = tables.virtio_mmio if "off" in said.values("acpi") else []
     line = [*added, *tables.cmdline, *found, given]
     # For programs, and for a clock: an image that takes so short a line (memtest86+) has neither.
     for word in [word for word in added if word.startswith(_DISPENSABLE)]:
         if len(" ".join(line).encode()) > room:
             line.remove(word)
     return " ".join(line).strip()
-
-
-def _said(word: str, words: list[str]) -> bool:
-    option = word.split("=", 1)[0]
-    return any(given.split("=", 1)[0] == option for given in words)

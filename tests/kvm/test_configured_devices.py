@@ -51,6 +51,42 @@ def test_linux_is_told_of_the_console_it_has(tmp_path: Path) -> None:
             assert f"console={tty}" in command_line(machine, Tables(), 2047).split()
 
 
+@pytest.mark.parametrize(
+    ("append", "kept", "dropped"),
+    [
+        ("-- console=web panic=5 clocksource=x", ["console=ttyS0", "panic=-1", "clocksource=kvm-clock"], []),
+        ('dyndbg="console=a panic=1" quiet', ["console=ttyS0", "panic=-1"], []),
+        ("console", ["console=ttyS0"], []),
+        ("console=tty0 panic=5 mitigations=auto", [], ["console=ttyS0", "panic=-1", "mitigations=off"]),
+        ("no-timer-check", [], ["no_timer_check"]),
+    ],
+)
+def test_only_what_the_kernel_itself_is_told_keeps_words_from_being_added(
+    append: str, kept: list[str], dropped: list[str]
+) -> None:
+    from vmm.boot.acpi import Tables
+    from vmm.platform import command_line
+
+    with Machine(memory="16M", rng=False, append=append) as machine:
+        machine.kind, machine.merge_ticks, machine.host.tsc_fixed = "bzimage", True, True
+        line = command_line(machine, Tables(), 2047)
+        assert line.endswith(append)
+        added = line.removesuffix(append).split()
+        assert set(kept) <= set(added) and not set(dropped) & set(added)
+
+
+@pytest.mark.parametrize(("append", "listed"), [("acpi=off", True), ("-- acpi=off", False), ('x="a acpi=off"', False)])
+def test_virtio_mmio_devices_are_listed_for_a_kernel_without_acpi_alone(append: str, listed: bool) -> None:
+    from vmm.boot.acpi import Tables
+    from vmm.platform import command_line
+
+    with Machine(memory="16M", rng=False, append=append) as machine:
+        machine.kind = "bzimage"
+        tables = Tables()
+        tables.virtio_mmio.append("virtio_mmio.device=4K@0xc0000000:5")
+        assert (tables.virtio_mmio[0] in command_line(machine, tables, 2047)) == listed
+
+
 def test_an_image_that_takes_a_short_line_is_told_what_it_needs(tmp_path: Path) -> None:
     from vmm.boot.acpi import Tables
     from vmm.platform import command_line

@@ -86,3 +86,14 @@ def test_what_the_kernel_says_before_the_command_is_not_shown() -> None:
 def test_a_request_that_cannot_be_is_refused(fields: dict[str, object], command: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         configure(fields, command)
+
+
+@pytest.mark.parametrize(
+    ("append", "quiet"), [("loglevel=7", False), ("-- loglevel=7", True), ('x="loglevel=7"', True)]
+)
+def test_the_kernel_is_quiet_unless_it_was_told_how_loud_to_be(
+    append: str, quiet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmm.cli.default_linux.find", lambda config, **how: config)
+    line = configure({"append": append}, ["true"]).append
+    assert line == (f"quiet loglevel=1 {append}" if quiet else append)

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vmm import layout
+from vmm.boot.cmdline import CommandLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +57,8 @@ def find(
         if make or not initrd:
             up = initramfs.network(net.backend == "user" for net in config.nets)
             initrd = (*initrd, str((make or initramfs.default)(debian.busybox(progress), [*drivers, *up])))
-    quiet = "" if "loglevel" in config.append or "quiet" in config.append else "quiet "
+    said = CommandLine(config.append)
+    quiet = "" if "loglevel" in said or "quiet" in said else "quiet "
     if not memory_given:
         config = config.with_(memory=memory)
     return config.with_(kernel=str(image), initrd=initrd, append=quiet + config.append)

@@ -10,6 +10,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vmm.boot.cmdline import CommandLine
 from vmm.cli import boot
 from vmm.config import MachineConfig
 from vmm.console_host import Stdio
@@ -128,7 +129,7 @@ def configure(given: dict[str, Any], command: list[str]) -> MachineConfig:
     def make(busybox: Path, drivers: list[initramfs.Entry]) -> Path:
         return initramfs.command(command, busybox, drivers, shares)
 
-    if "loglevel" not in config.append:
+    if "loglevel" not in CommandLine(config.append):
         level = "loglevel=7" if given.get("verbose") else "quiet loglevel=1"
         config = config.with_(append=f"{level} {config.append}".strip())
     from vmm.cli.default_linux import find

@@ -9,6 +9,7 @@ import itertools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vmm.boot.cmdline import CommandLine
 from vmm.config import LINUX_KINDS
 from vmm.observe.diagnose import Diagnosis, say
 
@@ -53,10 +54,14 @@ class Guest(NamedTuple):
     virtio: Sequence[Virtio] = ()
     initrd: bool = False
 
+    @property
+    def told(self) -> CommandLine:
+        """The command line as the kernel reads it."""
+        return CommandLine(self.command_line)
+
     def option(self, name: str) -> str | None:
         """The last ``name=value`` of the command line."""
-        values = [word.partition("=")[2] for word in self.command_line.split() if word.startswith(f"{name}=")]
-        return values[-1] if values else None
+        return self.told.last(name)
 
 
 def guest_of(machine: Machine) -> Guest:
@@ -285,13 +290,13 @@ def log_lines(log: str) -> list[str]:
 
 def unheard(log: str, guest: Guest) -> Diagnosis | None:
     """Why nothing of ``log`` was printed on this machine's console, or ``None``: it may not have come so far."""
-    consoles = [word.partition("=")[2].split(",")[0] for word in guest.command_line.split()
-                if word.startswith("console=")]  # fmt: skip
+    line = guest.told
+    consoles = [value.split(",")[0] for value in line.values("console")]
     evidence = log_lines(log)
     if consoles and guest.console not in consoles:
         told = " ".join(f"console={name}" for name in consoles)
         return say("no-console", f"the kernel was told {told}, and this machine's console is {guest.console}", evidence)
-    quiet = "quiet" in guest.command_line.split() or guest.option("loglevel") is not None
+    quiet = "quiet" in line or line.values("loglevel") != []
     if not re.search(_PANIC if quiet else rf"{_PANIC}|{_CONSOLES_BEHIND}", log):
         return None
     option = {"ttyS0": "CONFIG_SERIAL_8250_CONSOLE", "hvc0": "CONFIG_VIRTIO_CONSOLE"}[guest.console]

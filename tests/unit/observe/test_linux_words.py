@@ -311,3 +311,11 @@ WORDS = st.sampled_from(
 def test_whatever_a_guest_prints_is_read_to_the_end(parts: list[str]) -> None:
     found = linux.read("".join(parts), Guest("root=/dev/vda init=/x", virtio=[UNFOUND]))
     assert found is None or found.cause in CAUSES
+
+
+def test_only_the_options_of_the_kernel_itself_say_where_its_console_is() -> None:
+    log = "[    0.0] Linux version 6.1\n[    0.5] Run /init as init process\n"
+    for line in ("-- console=ttyS1 quiet", 'dyndbg="quiet console=ttyS1"'):
+        found = linux.unheard(log, Guest(line))
+        assert found is not None and "is CONFIG_SERIAL_8250_CONSOLE=y?" in found.sentence
+    assert Guest("loglevel=3 -- loglevel=7").option("loglevel") == "3"
