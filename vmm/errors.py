@@ -93,3 +93,30 @@ def from_native(code: int, text: str) -> VmmError:
     if code == -errno.EBUSY:
         return StateError(text)
     return HostError(f"{text}: {os.strerror(-code)}", errno=-code)
+
+
+def kvm_refused(path: str, code: int, text: str) -> VmmError:
+    """The exception for a machine that could not be created: what was refused (``-errno``, and the text that came with
+    it), and what to do about it."""
+    import errno
+    import os
+
+    number = -code
+    if number == errno.ENOENT:
+        return HostError(
+            f"{path} does not exist: load the module (modprobe kvm_intel or kvm_amd), enable virtualization in the "
+            "firmware, or nested virtualization if this is itself a virtual machine",
+            number,
+        )
+    if number in (errno.EACCES, errno.EPERM):
+        return HostError(
+            f"no permission to open {path}: add yourself to its group (usermod -aG kvm $USER, then log in again)",
+            number,
+        )
+    if number in (errno.ENODEV, errno.ENXIO):
+        return HostError(f"{path} has no driver behind it: load the module (modprobe kvm_intel or kvm_amd)", number)
+    if number == errno.EBUSY:
+        return HostError(f"{text} says busy: another hypervisor may hold the processor; stop it", number)
+    if number in (errno.ENOTTY, errno.EPROTO):
+        return HostError(f"{path} is not KVM, or not its API version 12 ({text}): is it the right device?", number)
+    return HostError(f"{text}: {os.strerror(number)}", number)

@@ -6,17 +6,19 @@ probes. :mod:`vmm.cli.doctor` prints the whole examination.
 
 from __future__ import annotations
 
-import errno as errno_names
 import os
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import lib
-from vmm.errors import HostError, VmmError
+from vmm.cpu.findings import Findings
+from vmm.errors import HostError
 
 if TYPE_CHECKING:
     from vmm.config import MachineConfig
 
 COMPLETE, SYSCALL, SHADOW = 1, 2, 4  # enum vmm_compat_flags
+
+_BACKENDS = {"kvm_intel": "VMX", "kvm_amd": "SVM", "kvm_pvm": "PVM"}  # the module that offers /dev/kvm
 
 # The capabilities a machine is built on (linux/kvm.h), and what each is for.
 NEEDED = {
@@ -37,71 +39,9 @@ USED = {
     188: ("KVM_CAP_X86_USER_SPACE_MSR", "MSR accesses to this process"),
     189: ("KVM_CAP_X86_MSR_FILTER", "choice of which MSRs"),
     192: ("KVM_CAP_DIRTY_LOG_RING", "dirty pages by ring"),
+    203: ("KVM_CAP_BINARY_STATS_FD", "KVM's own counts, which the probes read"),
     204: ("KVM_CAP_EXIT_ON_EMULATION_FAILURE", "bytes of what KVM cannot emulate"),
 }
-
-
-class Findings:
-    """What the probes found. ``remedies`` is what a machine switches on because of it.
-
-    ``native``: guest kernel code runs on the processor (False: KVM emulates it, instruction by instruction).
-    ``missing``: instructions KVM cannot execute at CPL 0. ``syscall_broken``: SYSCALL from CPL 3 stays at CPL 3.
-    ``vmcall_loops``: a hypercall never returns. ``cpuid_forced``: feature names the guest sees although hidden.
-    ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it. ``shadowed``: KVM goes on with page tables
-    as they were before the host wrote them.
-    """
-
-    __slots__ = (
-        "cpuid_forced",
-        "instruction_ns",
-        "missing",
-        "native",
-        "pio_us",
-        "shadowed",
-        "syscall_broken",
-        "tsc_fixed",
-        "vmcall_loops",
-    )
-
-    def __init__(self) -> None:
-        self.native = True
-        self.instruction_ns = 0.0
-        self.pio_us = 0.0
-        self.missing: list[str] = []
-        self.syscall_broken = False
-        self.vmcall_loops = False
-        self.tsc_fixed = False
-        self.shadowed = False
-        self.cpuid_forced: list[str] = []
-
-    @property
-    def departs(self) -> bool:
-        """Whether this host departs from the architecture in a way that needs a remedy."""
-        return bool(self.missing) or self.syscall_broken or self.vmcall_loops
-
-    def as_text(self) -> str:
-        """One ``name=value`` a line, for the cache."""
-        return "".join(
-            f"{name}={','.join(value) if isinstance(value, list) else value}\n"
-            for name, value in ((n, getattr(self, n)) for n in self.__slots__)
-        )
-
-    @classmethod
-    def from_text(cls, text: str) -> Findings:
-        """Read :meth:`as_text` back. ``ValueError`` for anything else."""
-        found = cls()
-        lines = dict(line.split("=", 1) for line in text.splitlines())
-        if set(lines) != set(cls.__slots__):
-            raise ValueError("not a record of findings")
-        for name, value in lines.items():
-            kind = type(getattr(found, name))
-            if kind is bool:
-                setattr(found, name, value == "True")
-            elif kind is list:
-                setattr(found, name, [part for part in value.split(",") if part])
-            else:
-                setattr(found, name, float(value))
-        return found
 
 
 class Remedies:
@@ -153,18 +93,60 @@ def _cache_file(kvm: str) -> str:
         tag = f"{device.st_rdev:x}-{int(device.st_ctime)}"
     except OSError:
         tag = "none"
-    return os.path.join(cache_folder(), f"host-2-{boot}-{tag}")
+    return os.path.join(cache_folder(), f"host-3-{boot}-{tag}")
+
+
+_MODULES = ("kvm", *_BACKENDS)
+
+
+def identity(sysfs: str = "/sys/module") -> str:
+    """What the findings hold for, in one line: the kernel, and each of KVM's modules with version and parameters.
+
+    A module may be loaded anew, with others, while the host runs. What cannot be read is left out.
+    """
+    kernel = os.uname()
+    words = [kernel.release, kernel.version]
+    for module in _MODULES:
+        folder = f"{sysfs}/{module}"
+        if not os.path.isdir(folder):
+            continue
+        words.append(module)
+        for name in ("srcversion", "version"):
+            words += _attribute(f"{folder}/{name}", name)
+        try:
+            parameters = sorted(os.listdir(f"{folder}/parameters"))
+        except OSError:
+            continue
+        for name in parameters:
+            words += _attribute(f"{folder}/parameters/{name}", name)
+    return " ".join(words)
+
+
+def _attribute(path: str, name: str) -> list[str]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        return [f"{name}={' '.join(os.read(file, 4096).decode(errors='replace').split())}"]
+    except OSError:
+        return []
+    finally:
+        os.close(file)
 
 
 _known: dict[str, Findings] = {}
 
 
 def findings(kvm: str = "/dev/kvm") -> Findings:
-    """The probes' findings: of this process, else of this boot of the host, else made now."""
+    """The probes' findings: of this process, else of this boot of the host and this KVM, else made now."""
     if kvm not in _known:
         try:
             with open(_cache_file(kvm)) as file:
-                _known[kvm] = Findings.from_text(file.read())
+                first, _, text = file.read().partition("\n")
+            if first != identity():
+                return probe_now(kvm)
+            _known[kvm] = Findings.from_text(text)
         except (OSError, ValueError):
             return probe_now(kvm)
     return _known[kvm]
@@ -179,34 +161,11 @@ def probe_now(kvm: str = "/dev/kvm") -> Findings:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.{os.getpid()}", "w") as file:
-            file.write(found.as_text())
+            file.write(f"{identity()}\n{found.as_text()}")
         os.replace(f"{path}.{os.getpid()}", path)
     except OSError:
         pass  # a read-only home costs the next start a probe
     return found
-
-
-def explain_refusal(path: str, code: int, text: str) -> VmmError:
-    """The exception for a machine that could not be created: what was refused, and what to do about it."""
-    number = -code
-    if number == errno_names.ENOENT:
-        return HostError(
-            f"{path} does not exist: load the module (modprobe kvm_intel or kvm_amd), enable virtualization in the "
-            "firmware, or nested virtualization if this is itself a virtual machine",
-            number,
-        )
-    if number in (errno_names.EACCES, errno_names.EPERM):
-        return HostError(
-            f"no permission to open {path}: add yourself to its group (usermod -aG kvm $USER, then log in again)",
-            number,
-        )
-    if number in (errno_names.ENODEV, errno_names.ENXIO):
-        return HostError(f"{path} has no driver behind it: load the module (modprobe kvm_intel or kvm_amd)", number)
-    if number == errno_names.EBUSY:
-        return HostError(f"{text} says busy: another hypervisor may hold the processor; stop it", number)
-    if number in (errno_names.ENOTTY, errno_names.EPROTO):
-        return HostError(f"{path} is not KVM, or not its API version 12 ({text}): is it the right device?", number)
-    return HostError(f"{text}: {os.strerror(number)}", number)
 
 
 def require_capabilities(vm: Any) -> None:
@@ -228,7 +187,4 @@ def capabilities(vm: Any) -> dict[str, tuple[int, str]]:
 
 def backend() -> str:
     """VMX, SVM, PVM or unknown: by which module offers /dev/kvm."""
-    for module, name in (("kvm_intel", "VMX"), ("kvm_amd", "SVM"), ("kvm_pvm", "PVM")):
-        if os.path.isdir(f"/sys/module/{module}"):
-            return name
-    return "unknown"
+    return next((name for module, name in _BACKENDS.items() if os.path.isdir(f"/sys/module/{module}")), "unknown")

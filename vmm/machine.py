@@ -18,7 +18,7 @@ from vmm._ffi import PYTHON_SAY, check, ffi, lib
 from vmm.bus import MMIO, PIO, Bus
 from vmm.config import LINUX_KINDS, MachineConfig
 from vmm.console import Console
-from vmm.errors import ConfigError, HostError, StateError
+from vmm.errors import ConfigError, HostError, StateError, kvm_refused
 from vmm.irq import GsiLine
 from vmm.memory import GuestMemory
 from vmm.outcome import Outcome
@@ -195,7 +195,7 @@ class Machine:
         flags = IRQCHIP if self.merge_ticks else IRQCHIP | PIT
         code = lib.vmm_vm_create(self._kvm_path.encode(), flags, out)
         if code < 0:
-            raise host.explain_refusal(self._kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
+            raise kvm_refused(self._kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
         self._vm = out[0]
         self._say = ffi.new_handle(self._message)
         lib.vmm_vm_on_message(self._vm, PYTHON_SAY, self._say)

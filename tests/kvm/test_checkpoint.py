@@ -11,7 +11,7 @@ import pytest
 from vmm import host
 from vmm._ffi import check, ffi, lib
 from vmm.config import MachineConfig
-from vmm.cpu.probe import TinyGuest
+from vmm.cpu.tiny_guest import TinyGuest
 from vmm.errors import StateError
 from vmm.machine import Machine
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from vmm import host
 from vmm.cli.doctor import as_text, consequences, examine
+from vmm.cpu.findings import VERDICTS, Findings
+from vmm.cpu.probe import probe
+from vmm.cpu.tiny_guest import OUT_DONE, TinyGuest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def doctor(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +42,68 @@ def test_the_report_says_what_the_probes_find(report: dict[str, Any]) -> None:
     assert report["cpuid_forced"] == found.cpuid_forced
     for name in ("syscall_broken", "vmcall_loops", "tsc_fixed", "shadowed"):
         assert report[name] == getattr(found, name)
+
+
+def test_the_report_says_what_each_verdict_is_based_on(report: dict[str, Any]) -> None:
+    names = {"native": "guest_kernel_code", "missing": "missing_instructions"}
+    assert list(report["basis"]) == [names.get(name, name) for name in VERDICTS]
+    assert set(report["basis"]) <= set(report)
+    lines = as_text(report).splitlines()
+    for name, text in report["basis"].items():
+        assert sum(line.strip().startswith(name.replace("_", " ")) and line.endswith(text) for line in lines) >= 1
+
+
+@pytest.fixture
+def two_busy_loops_per_cpu() -> Iterator[None]:
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for loop in loops:
+        loop.kill()
+        loop.wait()
+
+
+@pytest.mark.usefixtures("two_busy_loops_per_cpu")
+def test_every_probe_of_a_busy_host_comes_to_the_same_verdicts() -> None:
+    quiet = host.findings().verdicts()
+    for statistics in (True, False, True):
+        found = probe(statistics=statistics)
+        assert found.verdicts() == quiet, found.basis
+
+
+def test_without_statistics_two_levels_are_compared() -> None:
+    counted, timed = probe(), probe(statistics=False)
+    assert "insn_emulation" not in timed.basis["native"] + timed.basis["vmcall_loops"]
+    assert "CPL 0" in timed.basis["native"]
+    assert timed.verdicts() == counted.verdicts()
+
+
+def spin(*, statistics: bool, code: bytes = b"\xeb\xfe") -> TinyGuest:
+    """A guest that was run, and never ends by itself (jmp to itself)."""
+    guest = TinyGuest("/dev/kvm", patience_ns=20_000_000)
+    if not statistics:
+        guest.forget_statistics()
+    guest.enter(code, cpl=3)
+    assert guest.run() == "stuck"
+    return guest
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_guest_that_goes_nowhere_is_ended_by_what_it_did(statistics: bool) -> None:
+    guest = spin(statistics=statistics)
+    assert "no register changed" in guest.why_stuck
+    guest.enter(OUT_DONE)  # and the machine is good for another run
+    assert guest.run() == "done"
+    assert guest.why_stuck == ""
+    guest.close()
+
+
+def test_a_guest_that_goes_on_is_not_stuck_however_long_it_takes() -> None:
+    # Many times the patience, with a register that changes: mov ecx, n; L: dec ecx; jnz L
+    guest = TinyGuest("/dev/kvm", patience_ns=1_000_000)
+    guest.enter(b"\xb9" + (500_000_000).to_bytes(4, "little") + b"\xff\xc9\x75\xfc" + OUT_DONE, cpl=3)
+    assert guest.run() == "done"
+    assert guest.cpu_ns > 10 * guest.patience_ns
+    guest.close()
 
 
 def test_figures_are_of_this_world(report: dict[str, Any]) -> None:
@@ -63,7 +132,7 @@ def test_text_says_the_same_for_a_person(report: dict[str, Any]) -> None:
 
 
 def test_each_departure_has_a_consequence() -> None:
-    found = host.Findings()
+    found = Findings()
     assert consequences(found) == []
     found.native, found.instruction_ns = False, 600.0
     found.missing = ["popcnt", "xsave"]
@@ -77,14 +146,15 @@ def test_each_departure_has_a_consequence() -> None:
 
 def test_findings_survive_the_cache() -> None:
     found = host.findings()
-    again = host.Findings.from_text(found.as_text())
-    assert all(getattr(again, name) == getattr(found, name) for name in host.Findings.__slots__)
+    assert set(found.basis) == set(VERDICTS)
+    again = Findings.from_text(found.as_text())
+    assert all(getattr(again, name) == getattr(found, name) for name in Findings.__slots__)
 
 
-@pytest.mark.parametrize("text", ["", "native=True\n", "nonsense", "native"])
+@pytest.mark.parametrize("text", ["", "native=True\n", "basis.native=x\n", "nonsense", "native"])
 def test_a_damaged_cache_is_not_believed(text: str) -> None:
     with pytest.raises(ValueError):
-        host.Findings.from_text(text)
+        Findings.from_text(text)
 
 
 @pytest.mark.parametrize(("path", "why"), [("/nonexistent/kvm", "does not exist"), ("/dev/null", "is not KVM")])

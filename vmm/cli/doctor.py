@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from vmm import host
 from vmm._ffi import ffi, lib
 from vmm.cli import command_parser
-from vmm.errors import VmmError
+from vmm.cpu.findings import VERDICTS, Findings
+from vmm.errors import VmmError, kvm_refused
 
 if TYPE_CHECKING:
     import argparse
 
 KVM_PATH = "/dev/kvm"
+
+_KEYS = {"native": "guest_kernel_code", "missing": "missing_instructions"}  # where the report's name is another
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +37,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     code = lib.vmm_vm_create(kvm.encode(), 0, out)
     if code < 0:
         text = ffi.string(lib.vmm_error_text()).decode()
-        report["problem"] = str(host.explain_refusal(kvm, code, text))
+        report["problem"] = str(kvm_refused(kvm, code, text))
         return report
     try:
         report["capabilities"] = {name: value for name, (value, _) in host.capabilities(out[0]).items()}
@@ -55,11 +58,12 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     report["cpuid_forced"] = found.cpuid_forced
     report["tsc_fixed"] = found.tsc_fixed
     report["shadowed"] = found.shadowed
+    report["basis"] = {_KEYS.get(name, name): found.basis[name] for name in VERDICTS if name in found.basis}
     report["consequences"] = consequences(found)
     return report
 
 
-def consequences(found: host.Findings) -> list[str]:
+def consequences(found: Findings) -> list[str]:
     """What each departure from the architecture means, and what pyvmm does about it."""
     said = []
     if not found.native:
@@ -103,6 +107,8 @@ def as_text(report: dict[str, Any]) -> str:
     for name, value in report["capabilities"].items():
         shown = "no" if value == 0 else "yes" if value == 1 else str(value)
         lines.append(f"  {name:36}{shown:9}{purposes[name]}")
+    lines.append("found by")
+    lines += [f"  {name.replace('_', ' '):22}{text}" for name, text in report["basis"].items()]
     lines.append("departures from the architecture")
     lines += [f"  - {text}" for text in report["consequences"]] or ["  none"]
     return "\n".join(lines)

@@ -1,24 +1,20 @@
 """Tiny guests that find out how this host's KVM departs from the architecture.
 
-Each is a few bytes of code in a machine of 2 MiB, entered in long mode, ending with OUT to :data:`DONE`. Together
-they take well under a second; :func:`probe` returns :class:`vmm.host.Findings`.
+Each is a few bytes of code in a :class:`~vmm.cpu.tiny_guest.TinyGuest`, entered in long mode, ending with OUT. What
+their measurements mean is in :mod:`vmm.cpu.verdicts`: none depends on how fast or how busy the host is.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vmm import host
-from vmm._ffi import PYTHON_OPS, Upcall, check, ffi, lib
-from vmm.memory import GuestMemory
+from vmm._ffi import check, ffi, lib
+from vmm.cpu.findings import Findings
+from vmm.cpu.tiny_guest import DATA, OUT_DONE, UPPER, UPPER_CODE, Starved, TinyGuest
+from vmm.cpu.verdicts import Verdict, emulation_counted, emulation_timed
 
-DONE = 0x10
-_OUT_DONE = b"\xe6\x10"  # out 0x10, al
-_CODE, _UPPER_CODE, _STACK, _DATA = 0x8000, 0x9000, 0xF000, 0x10000
-_UPPER = 0xFFFFFFFF80000000
-_POWEROFF = 2
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # One the processor does not offer ends in #UD (a triple fault here), not in a failed emulation.
 INSTRUCTIONS: tuple[tuple[str, bytes], ...] = (
@@ -50,95 +46,32 @@ _HIDDEN = {
 }
 
 
-class TinyGuest:
-    """A machine of 2 MiB and one vCPU, identity-mapped, its upper half mapping the same memory for CPL 0 only."""
-
-    def __init__(self, kvm: str, hidden: dict[tuple[int, str], dict[int, str]] | None = None) -> None:
-        out = ffi.new("vmm_vm **")
-        code = lib.vmm_vm_create(kvm.encode(), 0, out)
-        if code < 0:
-            raise host.explain_refusal(kvm, code, ffi.string(lib.vmm_error_text()).decode())
-        self.vm = out[0]
-        self.memory = GuestMemory(self.vm, [(0, 2 << 20)])
-        self.values: list[int] = []
-        self._done = Upcall(lambda offset, size: 0, self._write, lambda error: None)
-        check(lib.vmm_bus_attach(self.vm, 0, DONE, 1, PYTHON_OPS, self._done.opaque, 1))
-        vcpu = ffi.new("vmm_vcpu **")
-        check(lib.vmm_vcpu_create(self.vm, 0, vcpu))
-        self.vcpu = vcpu[0]
-        self.leaves = self._set_cpuid(hidden or {})
-        for gpa, entry in (
-            (0x1000, 0x2007), (0x1FF8, 0x4003),  # PML4: lower half for all, upper half for CPL 0
-            (0x2000, 0x3007), (0x3000, 0x0087), (0x4FF0, 0x5003), (0x5000, 0x0083),
-        ):  # fmt: skip
-            self.memory.write(gpa, entry.to_bytes(8, "little"))
-
-    def _set_cpuid(self, hidden: dict[tuple[int, str], dict[int, str]]) -> dict[tuple[int, int], Any]:
-        entries = ffi.new("vmm_cpuid_entry[256]")
-        n = check(lib.vmm_vm_supported_cpuid(self.vm, entries, 256))
-        leaves = {(entries[i].function, entries[i].index): entries[i] for i in range(n)}
-        for (function, register), bits in hidden.items():
-            if leaf := leaves.get((function, 0)):
-                setattr(leaf, register, getattr(leaf, register) & ~sum(1 << bit for bit in bits))
-        check(lib.vmm_vcpu_set_cpuid(self.vcpu, entries, n))
-        self._entries = entries
-        return leaves
-
-    def _write(self, offset: int, size: int, value: int) -> None:
-        self.values.append(value)
-        lib.vmm_vm_stop(self.vm, _POWEROFF, value)
-
-    def enter(self, code: bytes, *, cpl: int = 0, **registers: int) -> None:
-        """Put code in place and the vCPU at its start."""
-        self.memory.write(_CODE, code)
-        sregs = ffi.new("vmm_sregs *")
-        check(lib.vmm_vcpu_get_sregs(self.vcpu, sregs))
-        for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-            s = getattr(sregs, name)
-            s.base, s.limit, s.selector = 0, 0xFFFFFFFF, (0x10 if name == "cs" else 0x18) | cpl
-            s.type, s.present, s.dpl, s.s, s.g, s.unusable = (0xB if name == "cs" else 3), 1, cpl, 1, 1, 0
-            s.l, s.db = (1, 0) if name == "cs" else (0, 1)
-        sregs.tr.type, sregs.tr.present, sregs.tr.limit = 0xB, 1, 0x67
-        sregs.idt.limit = 0
-        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = 0x80000033, 0x1000, 0x40620, 0x501
-        if lib.vmm_vcpu_set_sregs(self.vcpu, sregs) < 0:
-            sregs.cr4 = 0x620  # no OSXSAVE on this processor
-            check(lib.vmm_vcpu_set_sregs(self.vcpu, sregs))
-        start = {"rip": _CODE, "rsp": _STACK, "rsi": _DATA, "rflags": 0x3002, **registers}
-        check(lib.vmm_vcpu_set_regs(self.vcpu, ffi.new("vmm_regs *", start)))
-
-    def run(self, timeout: float = 0.5) -> str:
-        """Run to the end: "done", "failed" (KVM cannot emulate it), "fault" (triple fault), "timeout" or "other"."""
-        check(lib.vmm_vm_rearm(self.vm))
-        self.values.clear()
-        thread = threading.Thread(target=lib.vmm_vcpu_run, args=(self.vcpu,), daemon=True)
-        thread.start()
-        thread.join(timeout)
-        if thread.is_alive():
-            lib.vmm_vm_stop(self.vm, 1, 0)
-            thread.join()
-        code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
-        reason = lib.vmm_vm_stop_reason(self.vm, code, number)
-        return {_POWEROFF: "done", 7: "failed", 6: "fault", 1: "timeout"}.get(reason, "other")
-
-    def close(self) -> None:
-        """Free the machine."""
-        self.memory.close()
-        lib.vmm_vm_destroy(self.vm)
+_PATIENCE = 50  # times the processor time of an ordinary guest between two looks at one that has not ended
+_ROUNDS = 20  # of both levels, before the loops are made longer
+_LOOP, _LONG_LOOP, _LOOP_MOST = 4000, 20_000, 2_000_000  # iterations, of two instructions each
 
 
-def probe(kvm: str = "/dev/kvm") -> host.Findings:
-    """Run every tiny guest. Raises :class:`~vmm.errors.HostError` when no machine can be made at all."""
-    found = host.Findings()
-    guest = TinyGuest(kvm)
-    try:
-        _measure(guest, found)
-    finally:
-        guest.close()
-    _instructions(kvm, found)
-    _cpuid(kvm, found)
-    for one in (_shadows, _syscall, _vmcall, _tsc):
-        guest = TinyGuest(kvm)  # each may end in a state no vCPU comes back from
+def probe(kvm: str = "/dev/kvm", *, statistics: bool = True) -> Findings:
+    """Run every tiny guest. Raises :class:`~vmm.errors.HostError` when no machine can be made at all, or when the host
+    is so busy that nothing can be said.
+
+    ``statistics=False``: do without KVM's, as on a kernel that has none.
+    """
+    found = Findings()
+    patience = _PATIENCE * max(_ordinary_ns(kvm) for _ in range(3))
+
+    def fresh(hidden: dict[tuple[int, str], dict[int, str]] | None = None) -> TinyGuest:
+        guest = TinyGuest(kvm, hidden, patience_ns=patience)
+        if not statistics:
+            guest.forget_statistics()
+        return guest
+
+    _instructions(fresh, found)
+    for one, hidden in (
+        (_kernel_code, None), (_costs, None), (_cpuid, _HIDDEN), (_shadows, None), (_syscall, None), (_vmcall, None),
+        (_tsc, None),
+    ):  # fmt: skip
+        guest = fresh(hidden)  # each may end in a state no vCPU comes back from
         try:
             one(guest, found)
         finally:
@@ -146,70 +79,128 @@ def probe(kvm: str = "/dev/kvm") -> host.Findings:
     return found
 
 
-def _measure(guest: TinyGuest, found: host.Findings) -> None:
-    loops = 4000
-    # mov ecx, n; L: dec ecx; jnz L
-    body = b"\xb9" + loops.to_bytes(4, "little") + b"\xff\xc9\x75\xfc"
-    exits = 200
-    outs = b"\xb9" + exits.to_bytes(4, "little") + b"\xe6\x11\xff\xc9\x75\xfa"
-    times = []
-    for code in (b"", body, outs):
-        best = 1.0
-        for _ in range(3):
-            guest.enter(code + _OUT_DONE)
-            start = time.perf_counter()
-            guest.run()
-            best = min(best, time.perf_counter() - start)
-        times.append(best)
-    found.instruction_ns = round(max(0.0, times[1] - times[0]) / (2 * loops) * 1e9, 1)
-    found.native = found.instruction_ns < 50  # the slowest processor is far below, the fastest emulator far above
-    found.pio_us = round(max(0.0, (times[2] - times[0]) / exits * 1e6 - 2 * found.instruction_ns / 1e3), 2)
-
-
-def _instructions(kvm: str, found: host.Findings) -> None:
+def _ordinary_ns(kvm: str) -> int:
+    """Processor time of a guest with one exit, on this host as it is now: a new machine's first."""
     guest = TinyGuest(kvm)
-    for name, code in INSTRUCTIONS:
-        data = bytes.fromhex("801f0000") if name == "ldmxcsr" else bytes(8)
-        guest.memory.write(_DATA, data)
-        guest.enter(code + _OUT_DONE)
-        end = guest.run()
-        if end == "failed":
-            found.missing.append(name)
-        elif end != "done":  # no vCPU comes back from a triple fault
-            guest.close()
-            guest = TinyGuest(kvm)
-    # INT3 needs an interrupt table: its gate leads to the end.
-    gate = (_UPPER_CODE & 0xFFFF) | 0x10 << 16 | 0x8E00 << 32 | (_UPPER_CODE >> 16) << 48
-    guest.memory.write(0x6000 + 3 * 16, gate.to_bytes(8, "little") + bytes(8))
-    guest.memory.write(_UPPER_CODE, _OUT_DONE)
-    for name, code in (("int3", b"\xcc"), ("int n", b"\xcd\x03")):
-        guest.enter(code + _OUT_DONE)
-        sregs = ffi.new("vmm_sregs *")
-        check(lib.vmm_vcpu_get_sregs(guest.vcpu, sregs))
-        sregs.idt.base, sregs.idt.limit = 0x6000, 0xFFF
-        check(lib.vmm_vcpu_set_sregs(guest.vcpu, sregs))
-        if guest.run() == "failed":
-            found.missing.append(name)
-    guest.close()
-
-
-def _cpuid(kvm: str, found: host.Findings) -> None:
-    guest = TinyGuest(kvm, _HIDDEN)
     try:
-        for (function, register), bits in _HIDDEN.items():
-            # mov eax, leaf; xor ecx, ecx; cpuid; mov [rsi], ebx; mov [rsi+4], ecx
-            code = b"\xb8" + function.to_bytes(4, "little") + b"\x31\xc9\x0f\xa2\x89\x1e\x89\x4e\x04" + _OUT_DONE
-            guest.enter(code)
-            if guest.run() != "done":
-                continue
-            at = _DATA if register == "ebx" else _DATA + 4
-            seen = int.from_bytes(guest.memory.read(at, 4), "little")
-            found.cpuid_forced += [name for bit, name in bits.items() if seen >> bit & 1]
+        guest.enter(OUT_DONE)
+        guest.run()
+        return guest.cpu_ns
     finally:
         guest.close()
 
 
-def _shadows(guest: TinyGuest, found: host.Findings) -> None:
+def _repeat(n: int, body: bytes = b"") -> bytes:
+    """Code that runs ``body`` and two instructions on registers n times: mov ecx, n; L: body; dec ecx; jnz L."""
+    return b"\xb9" + n.to_bytes(4, "little") + body + b"\xff\xc9\x75" + bytes([256 - 4 - len(body)])
+
+
+def _cpu_ns(guest: TinyGuest, code: bytes, cpl: int = 0) -> int:
+    guest.enter(code + OUT_DONE, cpl=cpl)
+    guest.run()
+    return guest.cpu_ns
+
+
+def _kernel_code(guest: TinyGuest, found: Findings) -> None:
+    counted = _counted(guest)
+    verdict = counted if counted and counted.value else _timed(guest)
+    # Statistics that count nothing are no proof: a KVM may emulate without them. Then both are said.
+    found.native = not verdict.value
+    found.basis["native"] = "; ".join(v.basis for v in dict.fromkeys((counted, verdict)) if v)
+
+
+def _counted(guest: TinyGuest) -> Verdict | None:
+    grew = []
+    for n in (_LOOP // 4, _LOOP):
+        before = guest.counted()
+        _cpu_ns(guest, _repeat(n))
+        after = guest.counted()
+        if "insn_emulation" not in after:
+            return None
+        grew.append(after["insn_emulation"] - before["insn_emulation"])
+    return emulation_counted(2 * (_LOOP - _LOOP // 4), grew[1] - grew[0])
+
+
+def _timed(guest: TinyGuest) -> Verdict:
+    n = _LONG_LOOP
+    while n <= _LOOP_MOST:  # the longer the loop, the less the rest of a run hides the difference
+        kernel: list[int] = []
+        user: list[int] = []
+        for _ in range(_ROUNDS):
+            kernel.append(_cpu_ns(guest, _repeat(n)))
+            user.append(_cpu_ns(guest, _repeat(n), cpl=3))
+            if verdict := emulation_timed(kernel, user):
+                return verdict
+        n *= 4
+    raise Starved(
+        "this host is so busy, and so unevenly, that whether it emulates guest kernel code cannot be told: "
+        "end what keeps it busy, and start again"
+    )
+
+
+def _costs(guest: TinyGuest, found: Findings) -> None:
+    loops, exits = _LOOP_MOST // 4 if found.native else _LOOP, 200
+    code = (b"", _repeat(loops), _repeat(exits, b"\xe6\x11"))
+    nothing, looping, exiting = (min(_cpu_ns(guest, part) for _ in range(3)) for part in code)
+    found.instruction_ns = round(max(0, looping - nothing) / (2 * loops), 2)
+    found.pio_us = round(max(0.0, (exiting - nothing) / exits - 2 * found.instruction_ns) / 1e3, 2)
+
+
+def _instructions(fresh: Callable[[], TinyGuest], found: Findings) -> None:
+    guest = fresh()
+    ends: dict[str, list[str]] = {}
+    for name, code in INSTRUCTIONS:
+        data = bytes.fromhex("801f0000") if name == "ldmxcsr" else bytes(8)
+        guest.memory.write(DATA, data)
+        guest.enter(code + OUT_DONE)
+        end = guest.run()
+        ends.setdefault(end, []).append(name)
+        if end not in ("done", "failed"):  # no vCPU comes back from a triple fault
+            guest.close()
+            guest = fresh()
+    # INT3 needs an interrupt table: its gate leads to the end.
+    gate = (UPPER_CODE & 0xFFFF) | 0x10 << 16 | 0x8E00 << 32 | (UPPER_CODE >> 16) << 48
+    guest.memory.write(0x6000 + 3 * 16, gate.to_bytes(8, "little") + bytes(8))
+    guest.memory.write(UPPER_CODE, OUT_DONE)
+    for name, code in (("int3", b"\xcc"), ("int n", b"\xcd\x03")):
+        guest.enter(code + OUT_DONE)
+        sregs = ffi.new("vmm_sregs *")
+        check(lib.vmm_vcpu_get_sregs(guest.vcpu, sregs))
+        sregs.idt.base, sregs.idt.limit = 0x6000, 0xFFF
+        check(lib.vmm_vcpu_set_sregs(guest.vcpu, sregs))
+        ends.setdefault(guest.run(), []).append(name)
+    guest.close()
+    found.missing = ends.get("failed", [])
+    counts = ", ".join(f"{len(names)} {_ENDS[end]}" for end, names in sorted(ends.items()))
+    found.basis["missing"] = f"of {len(INSTRUCTIONS) + 2} instructions {counts}"
+
+
+# How a guest may end, said of the instruction it is there for
+_ENDS = {
+    "done": "worked",
+    "failed": "KVM could not emulate",
+    "fault": "ended in a triple fault",
+    "stuck": "never ended",
+    "other": "ended otherwise",
+}
+
+
+def _cpuid(guest: TinyGuest, found: Findings) -> None:
+    hidden = sum(len(bits) for bits in _HIDDEN.values())
+    for (function, register), bits in _HIDDEN.items():
+        # mov eax, leaf; xor ecx, ecx; cpuid; mov [rsi], ebx; mov [rsi+4], ecx
+        code = b"\xb8" + function.to_bytes(4, "little") + b"\x31\xc9\x0f\xa2\x89\x1e\x89\x4e\x04" + OUT_DONE
+        guest.enter(code)
+        if (end := guest.run()) != "done":
+            found.basis["cpuid_forced"] = f"CPUID {_ENDS[end]}"
+            return
+        at = DATA if register == "ebx" else DATA + 4
+        seen = int.from_bytes(guest.memory.read(at, 4), "little")
+        found.cpuid_forced += [name for bit, name in bits.items() if seen >> bit & 1]
+    found.basis["cpuid_forced"] = f"the guest saw {len(found.cpuid_forced)} of {hidden} features hidden from it"
+
+
+def _shadows(guest: TinyGuest, found: Findings) -> None:
     # User code, which no emulator runs, reads a page, and again when the host has put another in its place and, as
     # KVM wants it, another CR3 in between.
     table, pages = 0x6000, (0x20000, 0x21000)
@@ -221,30 +212,39 @@ def _shadows(guest: TinyGuest, found: host.Findings) -> None:
         check(lib.vmm_vcpu_get_sregs(guest.vcpu, sregs))
         sregs.cr3 = 0
         check(lib.vmm_vcpu_set_sregs(guest.vcpu, sregs))
-        guest.enter(b"\x8b\x06\x89\x03" + _OUT_DONE, cpl=3, rsi=2 << 20, rbx=_DATA)  # mov eax, [rsi]; mov [rbx], eax
-        if guest.run() != "done":
+        guest.enter(b"\x8b\x06\x89\x03" + OUT_DONE, cpl=3, rsi=2 << 20, rbx=DATA)  # mov eax, [rsi]; mov [rbx], eax
+        if (end := guest.run()) != "done":
+            found.basis["shadowed"] = f"a read of memory at CPL 3 {_ENDS[end]}"
             return
-    found.shadowed = guest.memory.read(_DATA, 4) == pages[0].to_bytes(4, "little")
+    found.shadowed = guest.memory.read(DATA, 4) == pages[0].to_bytes(4, "little")
+    which = "old" if found.shadowed else "new"
+    found.basis["shadowed"] = f"a guest read the {which} page after its page table was written from outside"
 
 
-def _syscall(guest: TinyGuest, found: host.Findings) -> None:
-    guest.memory.write(_UPPER_CODE, _OUT_DONE)
+def _syscall(guest: TinyGuest, found: Findings) -> None:
+    guest.memory.write(UPPER_CODE, OUT_DONE)
     guest.enter(b"\x0f\x05", cpl=3)
     # STAR, LSTAR, SFMASK (SDM vol. 3, 5.8.8)
     index = ffi.new("uint32_t[]", [0xC0000081, 0xC0000082, 0xC0000084])
-    value = ffi.new("uint64_t[]", [0x23 << 48 | 0x10 << 32, _UPPER + _UPPER_CODE, 0])
+    value = ffi.new("uint64_t[]", [0x23 << 48 | 0x10 << 32, UPPER + UPPER_CODE, 0])
     check(lib.vmm_vcpu_set_msrs(guest.vcpu, index, value, 3))
-    found.syscall_broken = guest.run() != "done"
+    end = guest.run()
+    found.syscall_broken = end != "done"
+    what = "reached code that only CPL 0 may execute" if end == "done" else _ENDS[end]
+    found.basis["syscall_broken"] = f"SYSCALL at CPL 3 {what}"
 
 
-def _vmcall(guest: TinyGuest, found: host.Findings) -> None:
-    guest.enter(b"\xb8\x63\x00\x00\x00\x0f\x01\xc1" + _OUT_DONE)  # an unknown hypercall is answered -ENOSYS
-    found.vmcall_loops = guest.run(0.02) == "timeout"
+def _vmcall(guest: TinyGuest, found: Findings) -> None:
+    guest.enter(b"\xb8\x63\x00\x00\x00\x0f\x01\xc1" + OUT_DONE)  # an unknown hypercall gives -ENOSYS
+    end = guest.run()
+    found.vmcall_loops = end == "stuck"
+    found.basis["vmcall_loops"] = f"VMCALL {_ENDS[end]}" + (f": {guest.why_stuck}" if end == "stuck" else "")
 
 
-def _tsc(guest: TinyGuest, found: host.Findings) -> None:
+def _tsc(guest: TinyGuest, found: Findings) -> None:
     far = 1 << 62
     index, value = ffi.new("uint32_t[]", [0x10]), ffi.new("uint64_t[]", [far])
     check(lib.vmm_vcpu_set_msrs(guest.vcpu, index, value, 1))
     check(lib.vmm_vcpu_get_msrs(guest.vcpu, index, value, 1))
     found.tsc_fixed = value[0] < far
+    found.basis["tsc_fixed"] = f"a TSC set to {far:#x} read {int(value[0]):#x}"

@@ -1,0 +1,45 @@
+"""KVM's own statistics of a vCPU (Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD; Linux 5.14 and later)."""
+
+from __future__ import annotations
+
+import os
+from struct import Struct
+
+_GET_STATS_FD = 0xAECE  # _IO(0xAE, 0xCE)
+_HEADER = Struct("=6I")  # struct kvm_stats_header: flags, name_size, num_desc, id_offset, desc_offset, data_offset
+_DESCRIPTOR = Struct("=IhHII")  # struct kvm_stats_desc: flags, exponent, size (in values), offset, bucket_size
+_VALUE = Struct("=Q")
+
+
+class Statistics:
+    """The counters that have one value each, by name. May be read while the vCPU runs.
+
+    Raises ``OSError`` where KVM keeps none that can be read.
+    """
+
+    def __init__(self, vcpu_fd: int) -> None:
+        from fcntl import ioctl
+
+        self._fd = ioctl(vcpu_fd, _GET_STATS_FD, 0)
+        try:
+            _, name_size, count, _, at, data = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0))
+            size = _DESCRIPTOR.size + name_size
+            table = os.pread(self._fd, size * count, at)
+            self._places: dict[str, int] = {}
+            for start in range(0, len(table) - size + 1, size):
+                _, _, values, offset, _ = _DESCRIPTOR.unpack_from(table, start)
+                if values == 1:
+                    name = table[start + _DESCRIPTOR.size : start + size].split(b"\0")[0]
+                    self._places[name.decode()] = data + offset
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, *names: str) -> dict[str, int]:
+        """The counters of these names, as far as this KVM has them."""
+        places = {name: self._places[name] for name in names if name in self._places}
+        return {name: _VALUE.unpack(os.pread(self._fd, _VALUE.size, at))[0] for name, at in places.items()}
+
+    def close(self) -> None:
+        """Give back the file."""
+        os.close(self._fd)
