@@ -43,15 +43,26 @@ def read_path(value: Any) -> str | None:
     return path
 
 
+def split_commas(text: str) -> list[str]:
+    """The parts of a text that is a list: between single commas; two stand for one, as QEMU has it.
+
+    Raises :class:`~vmm.errors.ConfigError` for a zero byte, which no part of any list can have.
+    """
+    if "\0" in text:
+        raise ConfigError(f"{text!r} is not a list: there is a zero byte in it")
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+
+
 def read_paths(value: Any) -> tuple[str, ...]:
-    """Several paths: a list, or text separated by commas."""
+    """Several paths: a list, one path, or text for :func:`split_commas`."""
     if value is None:
         return ()
-    if isinstance(value, str | os.PathLike):
-        return tuple(part for part in os.fspath(value).split(",") if part)
-    if not isinstance(value, list | tuple) or not all(isinstance(part, str | os.PathLike) for part in value):
+    if isinstance(value, str):
+        return tuple(part for part in split_commas(value) if part)
+    entries = [value] if isinstance(value, os.PathLike) else value
+    if not isinstance(entries, list | tuple) or not all(isinstance(part, str | os.PathLike) for part in entries):
         raise ConfigError(f"{value!r} is not a list of paths of files")
-    return tuple(os.fspath(part) for part in value)
+    return tuple(path for path in map(read_path, entries) if path is not None)
 
 
 def read_text(value: Any) -> str:

@@ -6,7 +6,7 @@ Each is written as text on a command line or in a machine file, and as an object
     Net("user", hostfwd=("tcp::8080-:80",))             "user,hostfwd=tcp::8080-:80"
     Share("src", "work")                                "src:work"
 
-A comma within a value is written twice.
+A comma within a value is written twice (:func:`vmm.fields.split_commas`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError
-from vmm.fields import Field, parse_size, read_count, read_flag, read_one_of, read_text
+from vmm.fields import Field, parse_size, read_count, read_flag, read_one_of, read_text, split_commas
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,7 +137,7 @@ class Part:
     @classmethod
     def parse(cls, text: str) -> Any:
         """The part that ``text`` describes. Raises :class:`~vmm.errors.ConfigError`."""
-        first, *options = _split(text)
+        first, *options = split_commas(text)
         given: dict[str, Any] = cls.first(first)
         for option in options:
             name, equals, value = option.partition("=")
@@ -173,11 +173,6 @@ def _make(kind: type[Part], fields: dict[str, Any]) -> Part:
 _NONE = Field(read_text, None, "")
 _PATHS = frozenset({"path", "overlay", "directory", "socket"})
 _PATH_LISTS = frozenset({"layers"})
-
-
-def _split(text: str) -> list[str]:
-    """At single commas; two stand for one."""
-    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
 
 
 class Disk(Part):

@@ -263,3 +263,4 @@ def test_the_option_names_an_address_and_whether_to_wait() -> None:
     assert parse_option("5000,nowait") == ("5000", False)
     with pytest.raises(ConfigError, match="only ,nowait"):
         parse_option("5000,later")
+    assert parse_option("a,,b.sock,nowait") == ("a,b.sock", False)

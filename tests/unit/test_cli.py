@@ -12,8 +12,8 @@ import pytest
 
 import vmm
 from vmm.cli import COMMANDS
-from vmm.cli.boot import DEFAULTS, FLAGS, _plain_arguments, arguments, configure
-from vmm.config import FIELDS
+from vmm.cli.boot import DEFAULTS, FLAGS, _plain_arguments, arguments, configure, given_fields
+from vmm.config import FIELDS, MachineConfig
 from vmm.errors import ConfigError, HostError
 from vmm.machine import Machine
 from vmm.outcome import REASONS
@@ -284,3 +284,21 @@ def test_a_value_that_looks_like_a_flag_needs_an_equals_sign() -> None:
     assert arguments(["--append=-x"])["append"] == "-x"
     with pytest.raises(ConfigError, match="--append"):
         arguments(["--append", "-x"])
+
+
+def test_a_standbys_address_is_a_list_like_the_others() -> None:
+    from vmm.cli.boot import parse_standby
+
+    assert parse_standby("tcp:h:1") == ("tcp:h:1", None)
+    assert parse_standby("unix:a,,b,fence=c,,d") == ("unix:a,b", "c,d")
+    for text in ("unix:a,b", "unix:a,fence=b,fence=c", "unix:a,fence=b,c"):
+        with pytest.raises(ConfigError, match="write a comma in a path twice"):
+            parse_standby(text)
+
+
+def test_an_initrd_with_a_comma_in_its_name_is_found(files: Path) -> None:
+    (files / "a,b").write_bytes(b"content")
+    (files / "machine.toml").write_text('initrd = "a,,b"')
+    fields = given_fields(arguments(["--config", str(files / "machine.toml")]))
+    assert fields["initrd"] == [str(files / "a,b")]
+    assert MachineConfig(initrd=str(files / "a,,b")).initrd == (str(files / "a,b"),)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,6 @@ from hypothesis import strategies as st
 from vmm import layout
 from vmm.config import FIELDS, MachineConfig, parse_size, read_file
 from vmm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SCALE = {"": 1 << 20, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -92,6 +90,10 @@ def test_defaults() -> None:
         ("timeout", 3, 3.0),
         ("initrd", "a,b", ("a", "b")),
         ("initrd", ["a", "b"], ("a", "b")),
+        ("initrd", "a,,b,c", ("a,b", "c")),
+        ("initrd", "a,,,b", ("a,", "b")),
+        ("initrd", ["a,b"], ("a,b",)),
+        ("initrd", Path("a,b"), ("a,b",)),
         ("initrd", "", ()),
         ("address", "0x7c00", 0x7C00),
         ("address", 31744, 0x7C00),
@@ -118,6 +120,9 @@ def test_a_field_is_read(name: str, value: Any, read: Any) -> None:
         ("kernel", 5),
         ("initrd", 5),
         ("initrd", [5]),
+        ("initrd", "a\0b"),
+        ("initrd", ["a\0b"]),
+        ("disks", "a\0b"),
         ("append", None),
         ("append", b"bytes"),
         ("timeout", 0),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.cli import command_parser
 from vmm.config import FIELDS, LINUX_KINDS, MachineConfig, read_file
 from vmm.errors import ConfigError
+from vmm.fields import split_commas
 from vmm.outcome import REASONS
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "boot",
         description="Boot an image; without --kernel, a Linux that pyvmm gets for itself.\n\n"
+        "In an option that is a list (FILE[,FILE], FILE[,OPTION]) a comma within a part is written twice.\n\n"
         "On a terminal: Ctrl-A x quits, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A.",
         epilog="exit status:\n" + statuses.replace("     1  debug", "   odd  debug") + "\n     2  a request that "
         "cannot be: one sentence on standard error says why\n\ndebug-exit with value v is status (v << 1) | 1.",
@@ -248,8 +250,19 @@ def _protect(machine: Machine, config: MachineConfig) -> None:
     if config.checkpoint_dir:
         machine.keep(config.checkpoint_dir, every=config.checkpoint_every, retain=config.retain)
     if config.standby:
-        address, _, fence = config.standby.partition(",fence=")
-        machine.standby(address, every=config.checkpoint_every, fence=fence or None)
+        address, fence = parse_standby(config.standby)
+        machine.standby(address, every=config.checkpoint_every, fence=fence)
+
+
+def parse_standby(text: str) -> tuple[str, str | None]:
+    """``ADDRESS[,fence=FILE]`` of ``--standby``."""
+    address, *options = split_commas(text)
+    fence = [option.removeprefix("fence=") for option in options if option.startswith("fence=")]
+    if len(options) != len(fence) or len(fence) > 1:
+        raise ConfigError(
+            f"--standby {text}: after the address there is only ,fence=FILE; write a comma in a path twice"
+        )
+    return address, fence[0] or None if fence else None
 
 
 def _control(machine: Machine, path: str) -> Control:

@@ -16,6 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, HostError, VmmError
+from vmm.fields import split_commas
 from vmm.observe.gdb_packets import INTERRUPT, PACKET_SIZE, Reader, frame
 from vmm.observe.gdb_registers import Registers
 
@@ -503,10 +504,10 @@ def _aligned(address: int, size: int) -> Iterator[tuple[int, int]]:
 
 def parse_option(text: str) -> tuple[str, bool]:
     """``[ADDR][,nowait]`` of ``--gdb``: the address, and whether the machine waits for the debugger."""
-    address, comma, word = text.partition(",")
-    if comma and word != "nowait":
-        raise ConfigError(f"--gdb {text}: after the address there is only ,nowait")
-    return address or DEFAULT_ADDRESS, not comma
+    address, *options = split_commas(text)
+    if options not in ([], ["nowait"]):
+        raise ConfigError(f"--gdb {text}: after the address there is only ,nowait; write a comma in a path twice")
+    return address or DEFAULT_ADDRESS, not options
 
 
 __all__ = ["DEFAULT_ADDRESS", "GdbServer", "Session", "listen", "parse_option"]
