@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
 
-.PHONY: setup boot test native slow lint bench fuzz fuzz-native clean
+.PHONY: setup boot test native slow svm svm-smoke svm-shell lint bench fuzz fuzz-native clean
 
 setup: $(VENV)/.done
 
@@ -29,6 +29,18 @@ native:
 # A stock distribution kernel: 10-20 minutes where KVM emulates guest kernel code.
 slow: setup
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+# An ordinary KVM host (SVM) in QEMU's TCG, built from Debian packages: needs no /dev/kvm. TESTS are words for pytest,
+# as in make svm TESTS="tests/kvm -k uart"; the results are in build/svm/junit.xml, too.
+TESTS ?= tests -m "not slow"
+svm: setup
+	$(BIN)/python -m tests.svm run $(TESTS)
+
+svm-smoke: setup
+	$(BIN)/python -m tests.svm smoke
+
+svm-shell: setup
+	$(BIN)/python -m tests.svm shell
 
 lint: setup
 	$(BIN)/ruff check .

@@ -36,7 +36,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def guest() -> Callable[[str], str]:
-    """The path of a built guest by its name (``"hello"``, ``"hello_real.bin"``)."""
+    """The path of a built guest by its name (``"hello"``, ``"hello_real.bin"``).
+
+    ``$PYVMM_GUESTS`` names a directory of guests that are built already; else they are built here.
+    """
+    built = os.environ.get("PYVMM_GUESTS")
+    bin_folder = Path(built) if built else BUILD / "bin"
+    if not built:
+        _build_guests()
+
+    def path(name: str) -> str:
+        found = bin_folder / name
+        assert found.exists(), f"{found}: guests/CMakeLists.txt builds no such guest"
+        return str(found)
+
+    return path
+
+
+def _build_guests() -> None:
     for tool in ("cmake", "gcc"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed: guests cannot be built")
@@ -49,13 +66,6 @@ def guest() -> Callable[[str], str]:
         ):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert done.returncode == 0, done.stdout
-
-    def path(name: str) -> str:
-        found = BUILD / "bin" / name
-        assert found.exists(), f"{found}: guests/CMakeLists.txt builds no such guest"
-        return str(found)
-
-    return path
 
 
 @pytest.fixture
