@@ -74,5 +74,5 @@ def load_flat(request: Request, address: int | None, mode: str) -> Entry:
 
 
 def _give_stack(request: Request, entry: Entry) -> None:
-    request.claims.claim(layout.STACK_END, layout.STACK_TOP - layout.STACK_END, "the stack")
-    entry.registers["rsp"] = layout.STACK_TOP
+    size = layout.STACK_TOP - layout.STACK_END
+    entry.registers["rsp"] = request.claims.place(layout.STACK_END, size, "the stack") + size

@@ -56,12 +56,13 @@ class Claims:
         """Take [gpa, gpa+size) for ``what``. ImageError: not RAM, or already taken."""
         self.need_ram(gpa, size, what)
         end = gpa + size
-        for start, stop, owner in self._taken:
-            if gpa < stop and start < end:
-                raise ImageError(
-                    f"{self.name}: {what} at {gpa:#x}..{end:#x} overlaps {owner} at {start:#x}..{stop:#x}; "
-                    "link or load it elsewhere"
-                )
+        taken = self._in_the_way(gpa, size)
+        if taken is not None:
+            start, stop, owner = taken
+            raise ImageError(
+                f"{self.name}: {what} at {gpa:#x}..{end:#x} overlaps {owner} at {start:#x}..{stop:#x}; "
+                "link or load it elsewhere"
+            )
         if size:
             self._taken.append((gpa, end, what))
 
@@ -70,6 +71,35 @@ class Claims:
         self.need_ram(gpa, size, what)
         if size:
             self._taken.append((gpa, gpa + size, what))
+
+    def place(self, wanted: int, size: int, what: str) -> int:
+        """Take ``size`` bytes for ``what``, which may lie anywhere: at ``wanted``, where the image is not there; else
+        the highest free pages below 640 KiB, far from what an image has after its end; else the highest of low RAM.
+
+        Returns the address. ImageError: no room.
+        """
+        gpa = wanted if self.is_free(wanted, size) else self._highest_free(size, layout.PAGE, layout.EBDA)
+        if gpa is None:
+            return self.claim_top(size, layout.HOLE, what)
+        self.claim(gpa, size, what)
+        return gpa
+
+    def _highest_free(self, size: int, low: int, high: int) -> int | None:
+        """The highest page-aligned piece of low RAM in [low, high) that nobody has."""
+        gpa = (min(high, self.low_end) - size) & -layout.PAGE
+        while gpa >= low:  # each round goes below a claim that was above before, so it ends
+            taken = self._in_the_way(gpa, size)
+            if taken is None:
+                return gpa
+            gpa = (taken[0] - size) & -layout.PAGE
+        return None
+
+    def _in_the_way(self, gpa: int, size: int) -> tuple[int, int, str] | None:
+        return next((taken for taken in self._taken if gpa < taken[1] and taken[0] < gpa + size), None)
+
+    def is_free(self, gpa: int, size: int) -> bool:
+        """Whether nothing has been loaded there."""
+        return self._in_the_way(gpa, size) is None
 
     def put(self, gpa: int, data: bytes | bytearray, what: str) -> None:
         """Claim and write."""
@@ -91,14 +121,10 @@ class Claims:
 
         Returns its address. ImageError: no room; says how much memory there would have to be.
         """
-        gpa = (min(limit, self.low_end) - size) & -layout.PAGE
-        # Every round goes below at least one claim that was above before, so it ends.
-        while gpa >= layout.HIGH_RAM:
-            in_the_way = [start for start, stop, _ in self._taken if gpa < stop and start < gpa + size]
-            if not in_the_way:
-                self.claim(gpa, size, what)
-                return gpa
-            gpa = (min(in_the_way) - size) & -layout.PAGE
+        gpa = self._highest_free(size, layout.HIGH_RAM, limit)
+        if gpa is not None:
+            self.claim(gpa, size, what)
+            return gpa
         needed = max(layout.HIGH_RAM, *(stop for _, stop, _ in self._taken)) + size + layout.PAGE
         advice = f"give the guest at least {mib(needed)}" if needed <= min(limit, layout.HOLE) else "make it smaller"
         raise ImageError(

@@ -26,6 +26,7 @@ _TSS = 0x00008B0000000067
 _PRESENT_WRITABLE = 0x3
 _LARGE_PAGE = 0x80
 _DIRECTORIES = 4  # one per GiB: the first 4 GiB
+_PAGE_TABLES_SIZE = (2 + _DIRECTORIES) * layout.PAGE
 
 
 class Entry:
@@ -88,13 +89,13 @@ def flat_mode(claims: Claims, mode: str, kind: str, rip: int) -> Entry:
     """An Entry in "protected" or "long" mode; writes the GDT and, for long mode, the identity page tables."""
     entry = Entry(mode, kind, rip)
     gdt = struct.pack("<6Q", 0, 0, _CODE64 if mode == "long" else _CODE32, _DATA, _TSS, 0)
-    claims.put(layout.GDT, gdt, "the GDT")
-    entry.gdt_base = layout.GDT
+    entry.gdt_base = claims.place(layout.GDT, len(gdt), "the GDT")
+    claims.memory.write(entry.gdt_base, gdt)
     entry.gdt_limit = len(gdt) - 1
     entry.cs, entry.ds, entry.ss, entry.tr = BOOT_CS, BOOT_DS, BOOT_DS, BOOT_TSS
     if mode == "long":
-        claims.put(layout.PAGE_TABLES, _identity_map(layout.PAGE_TABLES), "the page tables")
-        entry.cr3 = layout.PAGE_TABLES
+        entry.cr3 = claims.place(layout.PAGE_TABLES, _PAGE_TABLES_SIZE, "the page tables")
+        claims.memory.write(entry.cr3, _identity_map(entry.cr3))
     return entry
 
 

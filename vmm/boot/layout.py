@@ -13,7 +13,9 @@
    0x100000 | kernels; initrds from the top  |
             +--------------------------------+
 
-Nothing of this outlives the guest's own early boot: a kernel copies what it wants and takes the rest as RAM.
+An image may lie on any of it: what is left of its own place then goes to the highest free pages below 640 KiB, or to
+the top of low RAM (Claims.place). Nothing of this outlives the guest's own early boot: a kernel copies what it wants
+and takes the rest as RAM.
 """
 
 from __future__ import annotations

@@ -147,11 +147,10 @@ def _write_information(request: Request) -> int:
     # As QEMU and GRUB legacy have it, the image's name is the first word.
     name = request.image.name.rsplit("/", 1)[-1].encode("utf-8", "surrogateescape").replace(b"\0", b"?")
     cmdline = request.put_cmdline((name + b" " + request.cmdline).rstrip(), layout.CMDLINE_ROOM - 1)
-    claims.claim(layout.START_INFO, layout.START_TABLES_END - layout.START_INFO, "the multiboot information")
+    start, mmap = request.place_start_info("the multiboot information")
     modules = initrd.place_modules(request)
 
     # Bounded by ENTRIES_MAX and MODULES_MAX: 128 * 24 + 64 * 16 bytes, and the names after them.
-    mmap = layout.START_TABLES
     mods = mmap + len(request.memory_map) * 24
     strings = mods + len(modules) * 16
     tables = bytearray()
@@ -162,7 +161,7 @@ def _write_information(request: Request) -> int:
     for gpa, size, module in modules:
         tables += struct.pack("<4I", gpa, gpa + size, strings + len(names), 0)
         names += initrd.module_name(module)
-    claims.memory.write(layout.START_TABLES, tables + names)
+    claims.memory.write(mmap, tables + names)
 
     upper = next((size for gpa, size, kind in request.memory_map if gpa == layout.HIGH_RAM and kind == e820.RAM), 0)
     lower = min(layout.EBDA, claims.low_end)
@@ -172,5 +171,5 @@ def _write_information(request: Request) -> int:
     struct.pack_into("<III", info, 16, cmdline, len(modules), mods if modules else 0)
     struct.pack_into("<II", info, 44, len(request.memory_map) * 24, mmap)
     struct.pack_into("<I", info, 64, strings)
-    claims.memory.write(layout.START_INFO, info)
-    return layout.START_INFO
+    claims.memory.write(start, info)
+    return start

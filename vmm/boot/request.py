@@ -53,5 +53,11 @@ class Request:
                 f"the kernel command line is {len(text)} bytes long, more than the {limit} that "
                 f"{self.image.name} takes; shorten it"
             )
-        self.claims.put(layout.CMDLINE, text + b"\0", "the command line")
-        return layout.CMDLINE
+        gpa = self.claims.place(layout.CMDLINE, len(text) + 1, "the command line")
+        self.claims.memory.write(gpa, text + b"\0")
+        return gpa
+
+    def place_start_info(self, what: str) -> tuple[int, int]:
+        """Room for the start information of a boot protocol, a page, and after it for its tables; both addresses."""
+        gpa = self.claims.place(layout.START_INFO, layout.START_TABLES_END - layout.START_INFO, what)
+        return gpa, gpa + layout.START_TABLES - layout.START_INFO

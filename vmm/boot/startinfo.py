@@ -21,14 +21,13 @@ def write(request: Request) -> int:
     """
     claims = request.claims
     cmdline = request.put_cmdline(request.cmdline, layout.CMDLINE_ROOM - 1)
-    claims.claim(layout.START_INFO, layout.START_TABLES_END - layout.START_INFO, "the start info")
+    start, memmap = request.place_start_info("the start info")
     modules = initrd.place_modules(request)
 
     # Bounded by MODULES_MAX and the memory map's ENTRIES_MAX: 64 * 32 + 128 * 24 bytes, and the names after
     # them.
     tables = bytearray()
     names = bytearray()
-    memmap = layout.START_TABLES
     modlist = memmap + len(request.memory_map) * 24
     strings = modlist + len(modules) * 32
     for gpa, size, kind in request.memory_map:
@@ -36,7 +35,7 @@ def write(request: Request) -> int:
     for gpa, size, name in modules:
         tables += struct.pack("<4Q", gpa, size, strings + len(names), 0)
         names += initrd.module_name(name)
-    claims.memory.write(layout.START_TABLES, tables + names)
+    claims.memory.write(memmap, tables + names)
     info = struct.pack(
         "<4I4QII",
         _MAGIC,
@@ -50,5 +49,5 @@ def write(request: Request) -> int:
         len(request.memory_map),
         0,
     )
-    claims.memory.write(layout.START_INFO, info)
-    return layout.START_INFO
+    claims.memory.write(start, info)
+    return start

@@ -50,7 +50,7 @@ def enter_linux(
     """
     entry = flat_mode(request.claims, "long", kind, rip)
     cmdline = request.put_cmdline(request.cmdline, cmdline_max)
-    request.claims.claim(layout.START_INFO, layout.PAGE, "the zero page")
+    zero_page = request.claims.place(layout.START_INFO, layout.PAGE, "the zero page")
     ramdisk, ramdisk_size = initrd.place_concatenated(request, initrd_addr_max)
 
     page = bytearray(layout.PAGE)
@@ -67,7 +67,7 @@ def enter_linux(
     page[_E820_ENTRIES] = len(request.memory_map)
     for index, (gpa, size, e820_type) in enumerate(request.memory_map):
         struct.pack_into("<QQI", page, _E820_TABLE + index * 20, gpa, size, e820_type)
-    request.claims.memory.write(layout.START_INFO, page)
+    request.claims.memory.write(zero_page, page)
 
-    entry.registers["rsi"] = layout.START_INFO
+    entry.registers["rsi"] = zero_page
     return entry

@@ -224,12 +224,6 @@ def test_a_virtual_entry_point_is_translated() -> None:
     assert load(image).rip == KERNEL_AT + 8
 
 
-def test_a_kernel_that_would_lie_on_its_own_tables_is_refused() -> None:
-    image = elf(Load(0x1000, bytes(0x100)), Load(KERNEL_AT, b"x"), entry=KERNEL_AT, notes=LINUX_NOTE)
-    with pytest.raises(ImageError, match=r"page tables at 0x1000\.\.0x7000 overlaps ELF segment 0"):
-        load(image)
-
-
 def test_linux_is_entered_with_the_segments_its_protocol_names() -> None:
     ram = memory()
     entry = load(bzimage(PAYLOAD), ram)

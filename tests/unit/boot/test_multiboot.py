@@ -89,8 +89,6 @@ def test_a_kludge_header_in_the_middle_loads_what_precedes_it_and_clears_bss() -
         (kludge(entry=8 * MIB), "do not ascend"),
         (kludge(load_end=MIB + 4096), "truncated: the multiboot header wants 0x1000 bytes"),
         (kludge(bss_end=64 * MIB), "give the guest at least 64M"),
-        (kludge(load=0x7000, entry=0x7030), "multiboot information"),
-        (kludge(load=0x500, header=0x500, entry=0x530), "the GDT at 0x500"),
         (elf(Load(MIB, multiboot_header(7) + BODY), bits=32), r"demands features 0x4 \(a video mode\)"),
         (elf(Load(MIB, multiboot_header(0x8003) + BODY), bits=32), "demands features 0x8000"),
         (multiboot_header() + BODY, "not an ELF file"),
