@@ -177,18 +177,12 @@ class Unix(HostEnd):
     """A listening UNIX socket. One client at a time, the next one waits; without one, output is only logged."""
 
     def __init__(self, path: str) -> None:
-        import socket
+        from vmm.private_socket import PrivateSocket
 
-        self._path = path
         self._client: Any = None
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            self._server.bind(path)
-        except OSError as error:
-            self._server.close()
-            why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
-            raise ConfigError(f"cannot listen on console socket {path}: {why}") from error
-        self._server.listen(1)
+        self._named = PrivateSocket(path, f"cannot listen on console socket {path}", 1)
+        self._server = self._named.socket
+        self._server.setblocking(False)
         self.listen_fd = self._server.fileno()
 
     def accept(self) -> None:
@@ -211,9 +205,8 @@ class Unix(HostEnd):
         if self._client is not None:
             self.peer_gone()
         if self.listen_fd is not None:
-            self._server.close()
+            self._named.close()
             self.listen_fd = None
-            os.unlink(self._path)
 
 
 def open_end(kind: str) -> HostEnd:

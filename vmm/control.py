@@ -8,7 +8,6 @@ the machine's process.
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, HostError, StateError, VmmError
@@ -47,16 +46,16 @@ class Control:
     def __init__(self, machine: Machine, path: str) -> None:
         import threading
 
-        from vmm import private_socket
+        from vmm.private_socket import PrivateSocket
 
         self._machine = machine
-        self._path = path
         self._lock = threading.Lock()  # one request at a time, but for status and cancel
         self._busy = 0  # requests that were read and not answered
         self._answered = threading.Condition()
         self._room = threading.BoundedSemaphore(CLIENTS_MAX)
         self._clients: set[socket.socket] = set()
-        self._socket = private_socket.listen(path, f"cannot listen on control socket {path}", CLIENTS_MAX)
+        self._named = PrivateSocket(path, f"cannot listen on control socket {path}", CLIENTS_MAX)
+        self._socket = self._named.socket
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
         self._thread.start()
 
@@ -174,10 +173,8 @@ class Control:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # ends accept()
         self._thread.join()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
         with self._answered:
-            self._socket.close()
+            self._named.close()
             self._answered.wait_for(lambda: not self._busy, ANSWER_SECONDS)
         for client in list(self._clients):
             with contextlib.suppress(OSError):

@@ -1,30 +1,167 @@
-"""A UNIX socket that nobody but its owner can connect to."""
+"""Listening UNIX sockets: one policy for every part of pyvmm that has one.
+
+- A socket that no process has open any more (its owner was killed) is replaced. Anything else that has the name - a
+  file, a directory, a living socket - is refused, by name, and left as it is.
+- Only the owner of the process can connect: the mode is 0600 from the moment the name exists.
+- The process's umask is not changed, since it belongs to all of its threads.
+
+The socket is bound and listens under a name of its own, and takes ``path`` then: by ``link``, which fails where the
+name is taken, or, where a dead socket has it, by exchanging the two names (``RENAME_EXCHANGE``), under a lock on the
+directory. What comes out of the exchange is looked at once more, and put back if it is not that dead socket. So no name
+is ever removed that something living could have, whatever starts at the same time.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
+import time
 from typing import TYPE_CHECKING
 
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Iterator
+
+PATH_MAX = 107  # bytes of sun_path, without the zero that ends it: unix(7)
+LOCK_SECONDS = 5.0  # for another process that replaces a socket in the directory: it takes milliseconds
+_KINDS = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
-def listen(path: str, failed: str, backlog: int = 4) -> socket.socket:
-    """Listen at ``path``, made with mode 0600. ``failed`` begins the :class:`~vmm.errors.ConfigError` where that cannot
-    be. Who closes it removes the path."""
-    import socket
+class PrivateSocket:
+    """A listening stream socket with the name ``path``; ``socket`` is it.
 
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
+    ``failed`` begins the :class:`~vmm.errors.ConfigError` where that cannot be.
+    """
+
+    def __init__(self, path: str, failed: str, backlog: int = 4) -> None:
+        import socket
+
+        self.path = os.path.abspath(path)
+        if len(os.fsencode(path)) > PATH_MAX:
+            raise ConfigError(f"{failed}: the path is longer than a socket's may be, {PATH_MAX} bytes: choose another")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._made = self._listen(backlog)
+        except OSError as error:
+            self.socket.close()
+            raise ConfigError(f"{failed}: {error.strerror or error}") from error
+        except _Taken as taken:
+            self.socket.close()
+            raise ConfigError(f"{failed}: {taken}") from None
+
+    def _listen(self, backlog: int) -> tuple[int, int]:
+        """Bind, listen, take the name; return the device and inode of the socket's name."""
+        os.fchmod(self.socket.fileno(), 0o600)  # before bind: Linux makes the name with the mode of the socket
+        folder, name = os.path.split(self.path)
+        directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            beside = f"/proc/self/fd/{directory}"  # a short way to the directory: sun_path has little room
+            new = os.path.join(beside, f".pyvmm-{os.urandom(8).hex()}")
+            self.socket.bind(new)
+            try:
+                self.socket.listen(backlog)
+                made = os.lstat(new)
+                _take_name(new, os.path.join(beside, name))
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(new)
+        finally:
+            os.close(directory)
+        return made.st_dev, made.st_ino
+
+    def detach(self) -> int:
+        """Give the descriptor away; the name is still removed by :meth:`close`."""
+        return self.socket.detach()
+
+    def close(self) -> None:
+        """Stop listening, and remove the name if it is still this socket's. Idempotent."""
+        with contextlib.suppress(OSError):
+            found = os.lstat(self.path)
+            if (found.st_dev, found.st_ino) == self._made:
+                os.unlink(self.path)
+        self._made = (-1, -1)
+        self.socket.close()
+
+
+class _Taken(Exception):
+    """Something else has the name; the text says what."""
+
+
+def _take_name(new: str, path: str) -> None:
+    """Give the listening socket ``new`` the name ``path``. Raises :class:`_Taken`, ``OSError``."""
+    while True:
+        try:
+            os.link(new, path, follow_symlinks=False)
+            return
+        except FileExistsError:
+            _refuse_what_is_there(path)
+        with _locked(os.path.dirname(path)), contextlib.suppress(FileNotFoundError):  # what was there is gone
+            _refuse_what_is_there(path)
+            _exchange(new, path)
+            try:
+                _refuse_what_is_there(new)
+            except _Taken:  # a program that takes no lock put it there
+                _exchange(new, path)
+                raise
+            return
+
+
+def _exchange(one: str, other: str) -> None:
+    from vmm._ffi import lib
+
+    rc = lib.vmm_rename(os.fsencode(one), os.fsencode(other), 1)
+    if rc < 0:
+        raise OSError(-rc, os.strerror(-rc))
+
+
+@contextlib.contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """Alone among those that replace a socket in the directory."""
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        listener.bind(path)
-        listener.listen(backlog)
-    except OSError as error:
-        listener.close()
-        why = "it exists: remove it first" if os.path.exists(path) else error.strerror or str(error)
-        raise ConfigError(f"{failed}: {why}") from error
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise _Taken("another program has a lock on its directory: choose another path") from None
+                time.sleep(0.01)
+        yield
     finally:
-        os.umask(mask)
-    return listener
+        os.close(fd)
+
+
+def _refuse_what_is_there(path: str) -> None:
+    """Raise :class:`_Taken` unless ``path`` is nothing, or a socket that no process has open.
+
+    A living socket does not notice: connecting a datagram socket to it fails with EPROTOTYPE, and with ECONNREFUSED
+    where no process has it (unix(7)).
+    """
+    import socket
+
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise _Taken(f"it is {kind}, not a socket, and is left as it is: choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+    raise _Taken("it is the socket of a program that is running: choose another path, or end that program")

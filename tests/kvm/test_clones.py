@@ -361,7 +361,7 @@ def test_when_one_cannot_be_made_none_is(flat: Callable[..., Machine], tmp_path:
     machine = flat(SPIN, vsock=str(tmp_path / "v"))
     machine.start()
     before, there = open_files(), sorted(os.listdir(tmp_path))
-    with pytest.raises(ConfigError, match="belongs to a program that is running"):
+    with pytest.raises(ConfigError, match="the socket of a program that is running"):
         machine.clone(6, fields=lambda index: {"vsock": Vsock(str(tmp_path / "one"), cid=10 + index)})
     settle(before)
     assert sorted(os.listdir(tmp_path)) == there

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmm import private_socket
 from vmm.errors import ConfigError, MigrationError
+from vmm.private_socket import PrivateSocket
 
 if TYPE_CHECKING:
     import ssl
@@ -120,9 +119,12 @@ class Listener:
     def __init__(self, address: Address, tls: Tls | None) -> None:
         self._context = tls.context(server=True) if tls else None
         self._tls = tls
+        self._named: PrivateSocket | None
         if address.port < 0:
-            self._socket = private_socket.listen(address.host, f"cannot listen on {address}")
+            self._named = PrivateSocket(address.host, f"cannot listen on {address}")
+            self._socket = self._named.socket
         else:
+            self._named = None
             self._socket = _listen_tcp(address)
             address = address._replace(port=self._socket.getsockname()[1])
         self.address = address
@@ -172,9 +174,6 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening. Twice is fine."""
-        if self._socket.fileno() < 0:
-            return
+        if self._named is not None:
+            self._named.close()
         self._socket.close()
-        if self.address.port < 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.address.host)

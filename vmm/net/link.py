@@ -16,6 +16,8 @@ from vmm.net.end import End, Refusal, wait
 if TYPE_CHECKING:
     from socket import socket
 
+    from vmm.private_socket import PrivateSocket
+
 MAGIC, VERSION, FRAME_MAX = b"pyvmmnet", 1, 65597
 HELLO = MAGIC + VERSION.to_bytes(4, "little") + FRAME_MAX.to_bytes(4, "little")
 
@@ -80,7 +82,7 @@ class SocketLink(End):
         self.path = os.path.abspath(path)
         self._lock = -1
         self._seat = 0
-        self._listener: socket | None = None
+        self._named: PrivateSocket | None = None
         self._peer: socket | None = None
 
     def open(self, index: int, queues: int, mtu: int | None) -> None:
@@ -117,6 +119,8 @@ class SocketLink(End):
         import fcntl
         import socket
 
+        from vmm.private_socket import PrivateSocket
+
         self._hold(0, wait=True)
         try:
             peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -124,21 +128,12 @@ class SocketLink(End):
                 peer.connect(self.path)
                 self._peer = peer
                 return
-            except (FileNotFoundError, ConnectionRefusedError) as error:
+            except (FileNotFoundError, ConnectionRefusedError):
                 peer.close()
-                if isinstance(error, ConnectionRefusedError):
-                    os.unlink(self.path)  # of a listener that is no more
             except BaseException:
                 peer.close()
                 raise
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                listener.bind(self.path)
-                listener.listen(_SEATS)
-            except BaseException:
-                listener.close()
-                raise
-            self._listener = listener
+            self._named = PrivateSocket(self.path, f"link {self.path}", _SEATS)
         finally:
             self._hold(0, kind=fcntl.F_UNLCK)
 
@@ -148,26 +143,28 @@ class SocketLink(End):
 
     def connect(self, stop: int) -> socket | None:
         """The next machine at the other end."""
-        if self._listener is None and self._peer is None:
+        if self._named is None and self._peer is None:
             try:
                 self._join()
             except OSError as error:
                 raise Refusal(f"link {self.path}: {error.strerror}") from error
+            except ConfigError as error:
+                raise Refusal(str(error)) from error
         while True:
             peer, self._peer = self._peer, None
             if peer is None:
-                assert self._listener is not None
-                if not wait(self._listener.fileno(), stop):
+                assert self._named is not None
+                if not wait(self._named.socket.fileno(), stop):
                     return None
-                peer, _ = self._listener.accept()
+                peer, _ = self._named.socket.accept()
             # Who was accepted says hello at once. Who connected may have to wait until the two others part.
-            answer = greet(peer, stop, _HELLO_TIME if self._listener else None)
+            answer = greet(peer, stop, _HELLO_TIME if self._named else None)
             if answer == HELLO:
                 return peer
             peer.close()
             if answer is None:
                 return None
-            if self._listener is None:
+            if self._named is None:
                 if not answer:
                     raise Refusal(f"link {self.path}: who listened there left")
                 raise Refusal(f"link {self.path}: who listens there is no machine of this version of pyvmm")
@@ -176,21 +173,18 @@ class SocketLink(End):
         """Leave the link; the seat is free."""
         if self._peer is not None:
             self._peer.close()
-        if self._listener is not None:
-            self._leave(self._listener)
-        self._peer = self._listener = None
+        if self._named is not None:
+            self._leave(self._named)
+        self._peer = self._named = None
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
-    def _leave(self, listener: socket) -> None:
-        import contextlib
+    def _leave(self, named: PrivateSocket) -> None:
         import fcntl
 
         self._hold(0, wait=True)
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-        listener.close()
+        named.close()
         self._hold(0, kind=fcntl.F_UNLCK)
 
 

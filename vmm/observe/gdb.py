@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import stat
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from vmm.errors import ConfigError, HostError, VmmError
 from vmm.fields import split_commas
 from vmm.observe.gdb_packets import INTERRUPT, PACKET_SIZE, Reader, frame
 from vmm.observe.gdb_registers import Registers
+from vmm.private_socket import PrivateSocket
 
 if TYPE_CHECKING:
     import socket
@@ -37,7 +37,7 @@ _KINDS = {0: "breakpoint", 1: "hardware", 2: "write", 3: "access", 4: "access"}
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket on ``PORT``, ``HOST:PORT`` (port 0: any) or the path of a UNIX socket.
+    """A listening socket on ``PORT`` or ``HOST:PORT`` (port 0: any).
 
     Raises :class:`~vmm.errors.ConfigError` or :class:`~vmm.errors.HostError`.
     """
@@ -45,17 +45,10 @@ def listen(address: str) -> socket.socket:
 
     host, colon, port = address.rpartition(":")
     try:
-        if "/" in address:
-            with contextlib.suppress(FileNotFoundError):
-                if stat.S_ISSOCK(os.stat(address).st_mode):
-                    os.unlink(address)  # what an earlier run left
-            server = socket.socket(socket.AF_UNIX)
-            server.bind(address)
-        else:
-            if not port.isdigit() or int(port) > 0xFFFF:
-                raise ConfigError(f"--gdb {address}: give PORT, HOST:PORT or the path of a UNIX socket")
-            place = (host.strip("[]") if colon and host else "127.0.0.1", int(port))
-            server = socket.create_server(place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET)
+        if not port.isdigit() or int(port) > 0xFFFF:
+            raise ConfigError(f"--gdb {address}: give PORT, HOST:PORT or the path of a UNIX socket")
+        place = (host.strip("[]") if colon and host else "127.0.0.1", int(port))
+        server = socket.create_server(place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET)
         server.listen(1)
     except OSError as error:
         raise HostError(f"cannot listen for gdb on {address} ({error.strerror or error}): choose another") from error
@@ -81,11 +74,14 @@ def _is_wide(machine: Machine) -> bool:
 class GdbServer:
     """Serves one client at a time on ``address`` until :meth:`close`.
 
-    ``wait``: the machine does not execute its first instruction until a client lets it. Raises as :func:`listen`.
+    ``address``: ``PORT``, ``HOST:PORT`` or the path of a UNIX socket (:mod:`vmm.private_socket`). ``wait``: the machine
+    does not execute its first instruction until a client lets it. Raises :class:`~vmm.errors.ConfigError` or
+    :class:`~vmm.errors.HostError`.
     """
 
     def __init__(self, machine: Machine, address: str = DEFAULT_ADDRESS, *, wait: bool = False) -> None:
-        self._listener = listen(address)
+        self._named = PrivateSocket(address, f"cannot listen for gdb on {address}", 1) if "/" in address else None
+        self._listener = self._named.socket if self._named is not None else listen(address)
         self._machine = machine
         self._debug = machine.debug
         self._debug.on_stop = self._stopped
@@ -102,8 +98,10 @@ class GdbServer:
     @property
     def address(self) -> str:
         """What GDB's ``target remote`` takes."""
+        if self._named is not None:
+            return self._named.path
         name = self._listener.getsockname()
-        return name if isinstance(name, str) else f"{name[0]}:{name[1]}"
+        return f"{name[0]}:{name[1]}"
 
     def __enter__(self) -> GdbServer:
         return self
@@ -119,12 +117,10 @@ class GdbServer:
         self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        address = self.address
+        if self._named is not None:
+            self._named.close()
         self._listener.close()
         os.close(self._wake)
-        if "/" in address:
-            with contextlib.suppress(OSError):
-                os.unlink(address)
 
     def _stopped(self, stop: Stop) -> None:
         self._stops.append(stop)

@@ -15,8 +15,8 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
-from vmm import private_socket
 from vmm.errors import SnapshotError, VmmError
+from vmm.private_socket import PrivateSocket
 from vmm.snapshot import records
 from vmm.snapshot.reading import parse_regions
 from vmm.snapshot.regions import PAGE, Region, checksums_size
@@ -96,8 +96,8 @@ class Door:
 
     def __init__(self, snapshot: Snapshot, path: str) -> None:
         self._server = PageServer(snapshot)
-        self._path = path
-        self._socket = private_socket.listen(path, f"cannot serve at {path}")
+        self._named = PrivateSocket(path, f"cannot serve at {path}")
+        self._socket = self._named.socket
 
     def serve(self) -> None:
         """Every machine that comes, each on a thread of its own; until the process ends, or :meth:`close`."""
@@ -115,9 +115,7 @@ class Door:
         if self._socket.fileno() >= 0:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
+            self._named.close()
 
     def __enter__(self) -> Door:
         return self

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
-from vmm.errors import ConfigError, HostError
+from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
-    import socket
+    from vmm.private_socket import PrivateSocket
 
 PATH_MAX = 95  # bytes: a UNIX socket's path has 107, and "_4294967295" goes behind this one
 BACKLOG = 64
@@ -24,8 +24,7 @@ BACKLOG = 64
 class Vsock(VirtioDevice):
     """Stream sockets for the guest with context id ``cid``; ``path`` is made here and removed by :meth:`destroy`.
 
-    A socket at ``path`` on which nobody listens any more is replaced. Raises :class:`~vmm.errors.ConfigError` when
-    something else is there, and :class:`~vmm.errors.HostError` when the host does not let it be made.
+    Raises :class:`~vmm.errors.ConfigError` where the socket cannot be (:mod:`vmm.private_socket`).
     """
 
     device_id = 19
@@ -36,16 +35,15 @@ class Vsock(VirtioDevice):
         self.path = os.fspath(path)
         if not 3 <= cid < 0xFFFFFFFF:
             raise ConfigError(f"{cid} is not a guest's context id: give one from 3 to 4294967294")
-        listener = _listen(self.path)
-        self._made = _identity(self.path)
+        self._named = _listen(self.path)
         out = ffi.new("vmm_vsock **")
+        fd = self._named.socket.fileno()
         try:
-            check(lib.vmm_vsock_create(vm, self.name.encode(), cid, os.fsencode(self.path), listener.fileno(), out))
+            check(lib.vmm_vsock_create(vm, self.name.encode(), cid, os.fsencode(self.path), fd, out))
         except BaseException:
-            listener.close()
-            self._remove()
+            self._named.close()
             raise
-        listener.detach()  # the native half's now
+        self._named.detach()  # the native half's now
         self._vsock: Any = out[0]
         self.virtio = lib.vmm_vsock_virtio(self._vsock)
 
@@ -65,56 +63,14 @@ class Vsock(VirtioDevice):
         if self._vsock is not None:
             lib.vmm_vsock_destroy(self._vsock)
             self._vsock = self.virtio = None
-            self._remove()
-
-    def _remove(self) -> None:
-        if _identity(self.path) == self._made:  # nobody has put another one in its place
-            os.unlink(self.path)
+            self._named.close()
 
 
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _listen(path: str) -> socket.socket:
-    import socket
+def _listen(path: str) -> PrivateSocket:
+    from vmm.private_socket import PrivateSocket
 
     if len(os.fsencode(path)) > PATH_MAX:
         raise ConfigError(f"the vsock path {path} is longer than {PATH_MAX} bytes: give a shorter one")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        if os.path.lexists(path):
-            _make_way(path)
-        listener.bind(path)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise HostError(
-            f"{path}: {error.strerror}: give a vsock path in a directory you may write", error.errno or 0
-        ) from error
-    except ConfigError:
-        listener.close()
-        raise
-    return listener
-
-
-def _make_way(path: str) -> None:
-    """Remove a socket on which nobody listens."""
-    import socket
-    import stat
-
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise ConfigError(f"{path} is there already and no socket: give another vsock path, or remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:  # it listens, and is busy
-            pass
-    raise ConfigError(f"{path} belongs to a program that is running: give another vsock path")
+    named = PrivateSocket(path, f"cannot listen on vsock socket {path}", BACKLOG)
+    named.socket.setblocking(False)
+    return named
