@@ -1,9 +1,10 @@
-"""``python -m tests.svm [run|smoke|shell|build] [pytest's words]``: tests, a smoke test or a shell on the SVM host."""
+"""``python -m tests.svm run|do|smoke|shell|build [WORDS]`` on the SVM host: tests, a command, a smoke test or a shell."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,8 @@ def _job(action: str, words: list[str]) -> str:
     head += project.environment(["SVM_TEST_LIMIT", "HYPOTHESIS_PROFILE"])
     if action == "shell":
         return head + "echo 'ends with exit; the project is in /project'\nsetsid -c bash -i\n"
+    if action == "do":
+        return head + project.quoted(words) + "\n"
     if action == "smoke":
         return head + _SMOKE
     return head + project.quoted([*_PYTEST, "--junit-xml=/results/junit.xml", "--durations=25", *words]) + "\n"
@@ -58,10 +61,12 @@ def _job(action: str, words: list[str]) -> str:
 def main() -> int:
     """Build what is missing, run the job in the SVM host, and return its status."""
     parser = argparse.ArgumentParser(prog="make svm", description=__doc__)
-    parser.add_argument("action", choices=("run", "smoke", "shell", "build"))
+    parser.add_argument("action", choices=("run", "do", "smoke", "shell", "build"))
     parser.add_argument("--junit", type=Path, default=Path("build/svm/junit.xml"), help="where the results go")
     parser.add_argument("--silence", type=float, default=1800, help="seconds without output after which it is hung")
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="for pytest: files, -k, -m ...")
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, help="run: for pytest (files, -k, -m); do: a command and its words"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     made = root(_progress)
@@ -86,7 +91,12 @@ def main() -> int:
     return status
 
 
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # temporary files go, as after an interrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main())
     except VmmError as error:

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.svm.root import HERE, make_ext4
+from tests.svm.root import HERE, compile_python, make_ext4
 from vmm.errors import HostError
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def _install_wheel(tree: Path, folder: Path, progress: store.Progress) -> None:
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extractall(site)
     wheels[0].unlink()
+    compile_python(site)
+    compile_python(tree / "tests")
     (tree / "vmm").symlink_to("site/vmm")
 
 

@@ -41,7 +41,23 @@ class Guest:
 
     def _command(self) -> list[str]:
         append = "console=ttyS0 mitigations=off panic=-1 loglevel=4 nowatchdog rdinit=/init"
-        argv = [PROGRAM, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096", "-no-reboot"]
+        # However this process ends, QEMU ends with it.
+        argv = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--",
+            PROGRAM,
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            "4096",
+            "-no-reboot",
+        ]
         argv += ["-display", "none", "-nodefaults", "-monitor", "none"]
         argv += ["-kernel", str(self._root.kernel), "-initrd", str(self._root.initramfs), "-append", append]
         argv += ["-serial", "mon:stdio" if self._interactive else "stdio"]

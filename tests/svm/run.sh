@@ -9,7 +9,7 @@ ip link set lo up
 hostname svm
 echo 1 > /proc/sys/vm/overcommit_memory
 export HOME=/root LANG=C.UTF-8 PATH=/project/bin:/usr/sbin:/usr/bin TMPDIR=/var/tmp TERM="${TERM:-linux}"
-export PYTHONPATH=/project/site:/opt/site:/project PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=/project/site:/opt/site:/project
 export PYVMM_CACHE=/var/cache/pyvmm PYVMM_GUESTS=/project/guests-built
 mkdir -p /results
 cd /project
