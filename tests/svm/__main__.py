@@ -1,4 +1,4 @@
-"""``python -m tests.svm run|do|smoke|shell|build [WORDS]`` on the SVM host: tests, a command, a smoke test or a shell."""
+"""``python -m tests.svm run|do|smoke|shell|build``: tests, a command, a smoke test or a shell on the SVM host."""
 
 from __future__ import annotations
 
