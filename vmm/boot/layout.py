@@ -2,6 +2,7 @@
 
     0x00000 +--------------------------------+
             | real-mode interrupt vectors    |  left alone
+    0x00400 | BIOS data area                 |  bios.py
     0x00500 | GDT                            |  protected and long mode
     0x01000 | PML4, PDPT, 4 page directories |  long mode: identity map of the first 4 GiB
     0x07000 | zero page, or start info       |  struct boot_params | hvm_start_info | multiboot information

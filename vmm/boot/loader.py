@@ -104,12 +104,14 @@ def load(
         raise ConfigError(f"unknown image kind {kind!r}; choose one of {', '.join(KINDS)}")
     if unpack not in UNPACK:
         raise ConfigError(f"unknown way of unpacking {unpack!r}; choose one of {', '.join(UNPACK)}")
+    from vmm.boot import bios
     from vmm.boot.request import Request
 
     source = image if isinstance(image, Image) else Image.of(image, name)
     files = [item if isinstance(item, Image) else Image.of(item[1], item[0]) for item in initrds]
     request = Request(memory, source, cmdline, files, acpi_rsdp, e820, fresh)
     entry = _load_kind(request, kind, load_address, flat_mode, unpack)
+    bios.leave(request.claims)
     entry.notes = request.notes
     return entry
 
