@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import os
 import select
-import stat
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from vmm import slow_reader
 from vmm.errors import ConfigError, VmmError
+from vmm.slow_reader import CHUNK
 
 if TYPE_CHECKING:
     from vmm.console import Console
     from vmm.machine import Machine
 
 ESCAPE = 0x01  # Ctrl-A
-HELP = b"\nCtrl-A x  quit\nCtrl-A h  this help (also Ctrl-A c)\nCtrl-A Ctrl-A  send Ctrl-A\n"
-DRAIN_SECONDS = 2.0  # how long an ended machine waits for a peer that does not read
+HELP = "\nCtrl-A x  quit\nCtrl-A h  this help (also Ctrl-A c)\nCtrl-A Ctrl-A  send Ctrl-A\n"
 UNREAD_SECONDS = 1.0  # how long an ended machine's pty waits for its reader
-CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking
 
 
 class PeerGone(VmmError):
@@ -35,28 +35,30 @@ class HostEnd:
 
     Subclasses open what they need in ``__init__`` and undo it in :meth:`close`. ``listen_fd`` is a file descriptor
     that turns readable when :meth:`accept` should be called; it is looked at only while there is no ``out_fd``.
+    ``resumed_fd`` turns readable when :meth:`resumed` should be called.
     """
 
     in_fd: int | None = None
     out_fd: int | None = None
     listen_fd: int | None = None
+    resumed_fd: int | None = None
     escapes = False
     raw = False  # standard error is likely the terminal that was put into raw mode
 
     def accept(self) -> None:
         """A peer is waiting at ``listen_fd``."""
 
+    def resumed(self) -> None:
+        """The process goes on after a stop, or as another job of its terminal."""
+
     def peer_gone(self) -> None:
         """The peer closed its end. Raises :class:`PeerGone` when there can be no other."""
         raise PeerGone("the console's reader went away; the guest was stopped (use --console none to run without)")
 
     def say(self, text: str) -> None:
-        """Print one line of the monitor's own on standard error; from any thread."""
-        from contextlib import suppress
-
+        """Print one line of the monitor's own on standard error, from any thread, without waiting for its reader."""
         newline = "\r\n" if self.raw else "\n"
-        with suppress(OSError):  # nobody listens
-            os.write(2, f"{newline if self.raw else ''}pyvmm: {text}{newline}".encode())
+        slow_reader.say(f"{newline if self.raw else ''}pyvmm: {text}{newline}", newline)
 
     def show(self, data: bytes) -> bytes:
         """What of the guest's output goes out."""
@@ -69,11 +71,14 @@ class HostEnd:
 class Stdio(HostEnd):
     """Standard input and output; a terminal is put into raw mode and restored by :meth:`close`.
 
-    Without ``keyboard`` it is the output alone, and the terminal stays as it is: Ctrl-C is SIGINT.
+    Without ``keyboard`` it is the output alone, and the terminal stays as it is: Ctrl-C is SIGINT. A job in the
+    background of its terminal may neither read it nor set its mode (the kernel would stop the process: SIGTTIN,
+    SIGTTOU): it runs without input, and takes the terminal when it is continued in the foreground (SIGCONT).
     """
 
     def __init__(self, *, keyboard: bool = True) -> None:
         self._saved: Any = None
+        self._handler: Any = None
         self._own: int | None = None
         try:
             os.fstat(0)
@@ -81,47 +86,76 @@ class Stdio(HostEnd):
         except OSError:
             self.in_fd = None
         try:
-            self.out_fd = self._own_description(1)
+            if sys.stdout is None:  # the process was started so; what is on the descriptor now is not for a guest
+                raise OSError
+            self._own = slow_reader.nonblocking(1)
         except OSError as error:
             raise ConfigError("standard output is closed: use --console none, file:PATH or unix:PATH") from error
+        self.out_fd = 1 if self._own is None else self._own
         if self.in_fd is not None and os.isatty(0):
-            self._raw()
+            self._follow_job_control()
+            self._take_terminal()
+            if not self.raw:
+                self.say("in the background of its terminal, the guest gets no input: bring it to the foreground (fg)")
 
-    def _own_description(self, fd: int) -> int:
-        # O_NONBLOCK belongs to the open file description, which our parent shares: open another one. A regular
-        # file keeps its shared offset and never blocks, a socket has no path: both are used as they are.
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            try:
-                self._own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            except OSError:
-                return fd
-            return self._own
-        return fd
+    def _follow_job_control(self) -> None:
+        import signal
+        from contextlib import suppress
 
-    def _raw(self) -> None:
+        resumed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.resumed_fd = resumed
+        with suppress(ValueError):  # not the main thread, which alone may handle signals
+            self._handler = signal.signal(signal.SIGCONT, lambda *_: os.eventfd_write(resumed, 1))
+
+    def resumed(self) -> None:
+        """Take the terminal if this is its foreground job now; else leave it alone."""
+        assert self.resumed_fd is not None
+        os.eventfd_read(self.resumed_fd)
+        self._take_terminal()
+
+    def _take_terminal(self) -> None:
         import termios
 
-        self._saved = termios.tcgetattr(0)
+        if not _in_foreground(0):
+            self.in_fd = None
+            self.raw = self.escapes = False
+            return
+        if self._saved is None:
+            self._saved = termios.tcgetattr(0)
         raw = termios.tcgetattr(0)
-        self.raw = True
         raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON | termios.INLCR)
         raw[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
         termios.tcsetattr(0, termios.TCSADRAIN, raw)
-        self.escapes = True
+        self.in_fd = 0
+        self.raw = self.escapes = True
 
     def close(self) -> None:
-        """Restore the terminal."""
-        if self._saved is not None:
+        """Restore the terminal, unless it is another job's."""
+        if self._saved is not None and _in_foreground(0):
             import termios
 
             termios.tcsetattr(0, termios.TCSADRAIN, self._saved)
-            self._saved = None
-            self.raw = False
-        if self._own is not None:
-            os.close(self._own)
-            self._own = None
+        self._saved = None
+        self.raw = False
+        if self._handler is not None:
+            import signal
+
+            signal.signal(signal.SIGCONT, self._handler)
+            self._handler = None
+        for fd in (self._own, self.resumed_fd):
+            if fd is not None:
+                os.close(fd)
+        self._own = self.resumed_fd = None
+
+
+def _in_foreground(terminal: int) -> bool:
+    """Whether this process may read the terminal and set its mode: also where it is not the controlling one, which
+    knows no jobs."""
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return True
 
 
 class Pty(HostEnd):
@@ -135,7 +169,7 @@ class Pty(HostEnd):
         os.set_blocking(master, False)
         self.in_fd = self.out_fd = master
         self.path = os.ttyname(self._slave)
-        os.write(2, f"pyvmm: console is {self.path}\n".encode())
+        self.say(f"console is {self.path}")
 
     def _let_it_be_read(self) -> None:
         # Closing hangs the terminal up, and what its reader has not read by then is gone.
@@ -302,7 +336,7 @@ class _Pump:
                 self.quit = True
                 return bytes(out)
             if byte in b"hHcC?":
-                os.write(2, HELP)
+                slow_reader.say(HELP)
             elif byte == ESCAPE:
                 out.append(byte)
         return bytes(out)
@@ -318,6 +352,8 @@ class _Pump:
             reading.append(end.listen_fd)
         if end.in_fd is not None and self.input_open and not self.typed:
             reading.append(end.in_fd)
+        if end.resumed_fd is not None:
+            reading.append(end.resumed_fd)
         if self.typed:
             reading.append(console.room_fd)
         if self.pending and end.out_fd is not None:
@@ -325,6 +361,8 @@ class _Pump:
         elif end.out_fd is not None:
             reading.append(console.output_fd)
         readable, writable, _ = select.select(reading, writing, [], timeout)
+        if end.resumed_fd in readable:
+            end.resumed()
         if end.listen_fd in readable:
             end.accept()
             if end.out_fd is not None:
@@ -343,14 +381,14 @@ class _Pump:
 
     def drain(self) -> None:
         """Write out what is left, as long as the peer takes any."""
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline = time.monotonic() + slow_reader.PATIENCE
         while self.end.out_fd is not None:
             before = self.position - len(self.pending)
             self.write()
             if not self.pending:
                 return
             if self.position - len(self.pending) > before:
-                deadline = time.monotonic() + DRAIN_SECONDS
+                deadline = time.monotonic() + slow_reader.PATIENCE
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([], [self.end.out_fd], [], left)[1]:
                 lost = self.console.end - self.position + len(self.pending)

@@ -78,7 +78,7 @@ class Control:
             with client, client.makefile("rwb") as lines, contextlib.suppress(OSError):
                 while line := lines.readline(LINE_MAX):
                     with self._request():
-                        _say(lines, self._answer(line, lambda progress: _say(lines, {"progress": progress})))
+                        _say(lines, self._answer(line, lambda progress: _mention(client, {"progress": progress})))
         finally:
             self._clients.discard(client)
             self._room.release()
@@ -215,6 +215,16 @@ def _say(lines: Any, value: dict[str, Any]) -> None:
 
     lines.write(json.dumps(value).encode() + b"\n")
     lines.flush()
+
+
+def _mention(client: socket.socket, value: dict[str, Any]) -> None:
+    """Send a line if the client takes it at once: the machine, which may be held, does not wait for one that does not
+    read. A socket that is writable has room for a short line."""
+    import json
+    import select
+
+    if select.select([], [client], [], 0)[1]:
+        client.sendall(json.dumps(value).encode() + b"\n")
 
 
 def ask(path: str, request: dict[str, Any], progress: Callable[[dict[str, Any]], object] | None = None) -> Any:

@@ -73,6 +73,11 @@ _MESSAGES_MAX = 1000  # a guest can cause them: more are counted by nobody
 _PANIC_MARK = b"Kernel panic - not syncing"
 
 
+def host_outcome(code: int) -> Outcome:
+    """How a run ends that the host ends between two machines: the codes are those of :meth:`Machine.interrupt`."""
+    return Outcome(_HOST_REASONS[code], code)
+
+
 class Attendant(Protocol):
     """Who does something beside a machine, on a thread of its own."""
 

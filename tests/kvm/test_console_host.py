@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
@@ -173,17 +174,27 @@ def full_pipe() -> Iterator[int]:
         os.close(writer)
 
 
+def wait_until_handled(process: subprocess.Popen[bytes], number: int) -> None:
+    """Wait until the process has a handler for the signal, as a machine's is there then."""
+    deadline = time.monotonic() + 60
+    while True:
+        with open(f"/proc/{process.pid}/status") as status:
+            caught = next(int(line.split()[1], 16) for line in status if line.startswith("SigCgt"))
+        if caught >> (number - 1) & 1:
+            return
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("flags", "number"), [(("--timeout", "0.5"), None), ((), "SIGTERM")])
 def test_a_reader_that_stops_reading_keeps_no_end_from_working(
     guest: GuestPath, flags: tuple[str, ...], number: str | None
 ) -> None:
     with full_pipe() as writer, booted(guest("spin"), *flags, stdout=writer) as process:
-        start = time.monotonic()
         if number is not None:
-            time.sleep(0.5)
+            wait_until_handled(process, getattr(signal, number))
             process.send_signal(getattr(signal, number))
-        assert process.wait(8) == 2
-        assert time.monotonic() - start < 6
+        assert process.wait(30) == 2
         assert process.stderr is not None
         said = process.stderr.read()
         assert re.fullmatch(rb"pyvmm: the console's reader stopped reading: \d+ bytes were not delivered\n", said), said
@@ -340,3 +351,133 @@ def test_a_refused_request_restores_the_terminal(terminal: Callable[..., Termina
     on = terminal("/nonexistent/kernel")
     assert b"no such file" in read_until(on.master, b"\n")
     assert on.end() == 2
+
+
+# ---- readers of messages that do not read ----
+
+
+def test_messages_that_nobody_reads_hold_up_neither_the_guest_nor_its_end(guest: GuestPath) -> None:
+    with full_pipe() as writer, booted(guest("flood"), "--append", "n=2000", stderr=writer) as process:
+        assert process.stdout is not None
+        assert read_until(process.stdout.fileno(), b"PASS\n") == b"flooded\nPASS\n"
+        assert process.wait(30) == 33
+
+
+def test_messages_that_were_lost_are_counted(guest: GuestPath) -> None:
+    reader, writer = os.pipe()
+    with booted(guest("flood"), "--append", "n=2000", stderr=writer) as process:
+        os.close(writer)
+        assert process.stdout is not None
+        read_until(process.stdout.fileno(), b"PASS\n")
+        with open(reader, "rb") as pipe:
+            said = pipe.read()
+        assert process.wait(30) == 33
+    lines = said.splitlines()
+    lost = re.fullmatch(rb"pyvmm: (\d+) messages were lost: standard error was not read", lines[-1])
+    assert lost and len(lines) - 1 + int(lost[1]) == 1000, lines[-1]  # Machine.messages is full then
+
+
+def test_a_last_report_that_nobody_reads_does_not_keep_the_exit_status(guest: GuestPath) -> None:
+    with full_pipe() as writer, booted(guest("triple_fault"), stderr=writer) as process:
+        assert process.wait(30) == 12
+
+
+def test_a_trace_that_nobody_reads_keeps_no_end_from_working(guest: GuestPath) -> None:
+    words = [sys.executable, "-m", "vmm", "trace", "--", *command(guest("hello"))[4:]]
+    with full_pipe() as writer:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=writer, timeout=60)
+    assert (done.returncode, done.stdout) == (33, HELLO)
+
+
+# ---- a run of several boots ----
+
+
+def test_the_time_limit_is_of_the_run_and_not_of_each_boot(guest: GuestPath) -> None:
+    done = subprocess.run(
+        command(guest("reset_acpi"), "--reboot", "--timeout", "1"), capture_output=True, stdin=subprocess.DEVNULL,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 124, done
+    assert done.stdout.count(b"reset register") > 1
+    assert done.stderr.startswith(b"pyvmm: the time limit passed")
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
+def test_a_signal_ends_a_run_wherever_between_two_boots_it_comes(guest: GuestPath, number: str, status: int) -> None:
+    for boots in range(1, 6):  # each time somewhere else: a boot is a few milliseconds
+        with booted(guest("reset_acpi"), "--reboot") as process:
+            assert process.stdout is not None and process.stderr is not None
+            for _ in range(boots):
+                read_until(process.stdout.fileno(), b"value")
+            process.send_signal(getattr(signal, number))
+            while os.read(process.stdout.fileno(), 4096):
+                pass
+            assert process.wait(30) == status
+            assert process.stderr.read().count(b"\n") == 1
+
+
+# ---- descriptors that are not there ----
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 2>&-"])
+def test_without_standard_error_nothing_else_takes_its_place(guest: GuestPath, tmp_path: Path, closed: str) -> None:
+    log = tmp_path / "log"
+    words = command(guest("spin"), "--timeout", "0.3", "--console", f"file:{log}")
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words], stdout=subprocess.PIPE, timeout=20)
+    assert (done.returncode, done.stdout) == (124, b"")
+    assert log.read_bytes() == b"spinning\n"
+
+
+# ---- jobs of a terminal ----
+
+
+class Shell(Terminal):
+    """A terminal with a shell of job control on it, which starts pyvmm in the background."""
+
+    def __init__(self, kernel: str, *flags: str) -> None:
+        self.master, self.slave = pty.openpty()
+        self.before = termios.tcgetattr(self.slave)
+        self.process = subprocess.Popen(
+            ["sh", "-mc", '"$@" & read line; fg >/dev/null; exit $?', "sh", *command(kernel, *flags)],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def shell() -> Iterator[Callable[..., Shell]]:
+    opened: list[Shell] = []
+
+    def make(kernel: str, *flags: str) -> Shell:
+        opened.append(Shell(kernel, *flags))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def test_a_background_job_runs_without_its_terminal_and_says_so_once(
+    guest: GuestPath, shell: Callable[..., Shell]
+) -> None:
+    on = shell(guest("hello"))
+    shown = read_until(on.master, b"PASS\r\n")
+    assert shown.count(b"pyvmm: in the background of its terminal, the guest gets no input") == 1
+    assert shown.endswith(b"Hello from long mode\r\nPASS\r\n")
+    assert not on.raw()
+
+
+def test_a_background_job_takes_the_terminal_in_the_foreground_and_gives_it_back(
+    guest: GuestPath, shell: Callable[..., Shell]
+) -> None:
+    on = shell(guest("uart"), "--append", "bytes=2")
+    read_until(on.master, b"ready")
+    assert not on.raw()
+    os.write(on.master, b"\n")  # the shell's: fg
+    deadline = time.monotonic() + 60
+    while not on.raw():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.write(on.master, b"\x03\x04")  # the guest's, not the terminal's
+    assert b"received 2 sums 7 10" in read_until(on.master, b"PASS")
+    assert on.end() == 33

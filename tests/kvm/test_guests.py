@@ -74,7 +74,7 @@ OTHERS = {"traps", "instructions", "debug_exit"}
 # And that of test_diagnose.py.
 OTHERS |= {"deaths"}
 # And those of test_virtio_guests.py.
-OTHERS |= {"blk_rw", "net_pair", "ring_abuse", "virtio_irq", "virtio_bench"}
+OTHERS |= {"blk_rw", "net_pair", "ring_abuse", "virtio_irq", "virtio_bench", "flood"}
 # And that of test_rollback_self_check.py and test_migrate.py.
 OTHERS |= {"self_check"}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import time
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from vmm import slow_reader
 from vmm.cli import command_parser
 from vmm.config import FIELDS, LINUX_KINDS, MachineConfig, read_file
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, StateError
 from vmm.fields import split_commas
 from vmm.outcome import REASONS
 
@@ -164,27 +166,82 @@ def run(argv: list[str], watch: Watch | None = None) -> int:
 
     end = open_end(config.console)
     try:
-        while True:
-            outcome, report = once(config, end, bool(given.get("verbose")), watch)
-            if not (outcome.reason == "reset" and config.reboot):
-                break
+        with Run(config.timeout) as limits:
+            outcome, report = once(config, end, bool(given.get("verbose")), watch, limits)
+            while outcome.reason == "reset" and config.reboot:
+                if (over := limits.over()) is not None:
+                    outcome, report = over, f"pyvmm: {over.sentence}\n"
+                    break
+                outcome, report = once(config, end, bool(given.get("verbose")), watch, limits)
     finally:
         end.close()
-    if report:
-        sys.stderr.write(report)
+    slow_reader.report(report)
     return outcome.status
 
 
-def once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None = None) -> tuple[Outcome, str]:
+class Run:
+    """What belongs to a run, however often its machine boots: its time limit, and the signals that end it.
+
+    A context manager: signals are handled from the first :meth:`of` on, until it is left.
+    """
+
+    SIGNALS: ClassVar = {signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 3}  # codes of Machine.interrupt
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._deadline: float | None = None
+        self._code: int | None = None  # of the first signal
+        self._machine: Machine | None = None
+        self._before: dict[int, Any] = {}
+
+    def of(self, machine: Machine) -> None:
+        """Have signals end ``machine`` from here on: also one that came before it was there."""
+        self._machine = machine
+        for number in self.SIGNALS if not self._before else ():
+            self._before[number] = signal.signal(number, self._signalled)
+        if self._code is not None:
+            machine.interrupt(self._code)
+
+    def left(self) -> float | None:
+        """Seconds until the time limit, which begins at the first call; ``None`` without one."""
+        if self._timeout is None:
+            return None
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._timeout
+        return max(0.0, self._deadline - time.monotonic())
+
+    def over(self) -> Outcome | None:
+        """How the run ends instead of with another boot, if it does."""
+        from vmm.machine import host_outcome
+
+        return host_outcome(self._code) if self._code is not None else host_outcome(1) if self.left() == 0 else None
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self._code is None:
+            self._code = self.SIGNALS[signal.Signals(number)]
+        if self._machine is not None:
+            with suppress(StateError):  # closed: the next one is told
+                self._machine.interrupt(self._code)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+def once(config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None, limits: Run) -> tuple[Outcome, str]:
     """:func:`serve_once` of a new machine."""
     from vmm.machine import Machine
 
-    return serve_once(Machine(config), end, verbose, watch)
+    return serve_once(Machine(config), end, verbose, watch, limits)
 
 
-def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None = None) -> tuple[Outcome, str]:
-    """Run a machine with ``end`` at its console, and close it; answers how it ended and what a person should read
-    about that."""
+def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None, limits: Run) -> tuple[Outcome, str]:
+    """Run a machine with ``end`` at its console, and close it; return how it ended and what a person should read
+    about that. ``limits`` are those of the run that this boot is one of."""
     from vmm.console_host import PeerGone, serve
 
     config = made.config
@@ -193,8 +250,8 @@ def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None =
         machine.load()
         if verbose:
             for note in machine.notes:
-                print(f"pyvmm: {note}", file=sys.stderr)
-        _end_on_signals(machine)
+                end.say(note)
+        limits.of(machine)
         watched = watch(machine, end) if watch else nullcontext()
         controlled = _control(machine, config.control) if config.control else nullcontext()
         with watched, _gdb(machine, config.gdb) if config.gdb else nullcontext(), controlled:
@@ -204,7 +261,7 @@ def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None =
             gc.freeze()  # see vmm.cli.entry
             gc.enable()
             try:
-                serve(machine, end, config.timeout)
+                serve(machine, end, limits.left())
             except PeerGone as error:
                 machine.stop()
                 raise ConfigError(str(error)) from error
@@ -228,11 +285,11 @@ def go_on(machine: Machine, verbose: bool) -> int:
         machine.close()
         raise
     try:
-        outcome, report = serve_once(machine, end, verbose)
+        with Run(machine.config.timeout) as limits:
+            outcome, report = serve_once(machine, end, verbose, None, limits)
     finally:
         end.close()
-    if report:
-        sys.stderr.write(report)
+    slow_reader.report(report)
     return outcome.status
 
 
@@ -269,13 +326,3 @@ def _control(machine: Machine, path: str) -> Control:
     from vmm.control import Control
 
     return Control(machine, path)
-
-
-def _end_on_signals(machine: Any) -> None:
-    codes = {signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 3}
-
-    def end(number: int, frame: FrameType | None) -> None:
-        machine.interrupt(codes[signal.Signals(number)])
-
-    for number in codes:
-        signal.signal(number, end)

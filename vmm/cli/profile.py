@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from vmm import slow_reader
 from vmm.cli import check_writable, command_parser
 from vmm.errors import ConfigError
 
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
         results[:] = [profile.table(given.top)]
 
     status = boot.run(argv[at + 1 :], watch)
-    sys.stderr.writelines(results)
+    slow_reader.report("".join(results))
     return status
 
 

@@ -5,11 +5,10 @@ The guest's init (``vmm/linux/init-command.sh``) marks on the console where the 
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
+from vmm import slow_reader
 from vmm.boot.cmdline import CommandLine
 from vmm.cli import boot
 from vmm.config import MachineConfig
@@ -110,8 +109,7 @@ class CommandEnd(Stdio):
         """Print what was held back; answers the command's exit status if it came."""
         rest, status = self.output.finish()
         if rest and not self._everything:
-            os.set_blocking(1, True)
-            os.write(1, rest)
+            slow_reader.deliver(1, rest)
         return status
 
 
@@ -149,11 +147,12 @@ def run(argv: list[str]) -> int:
     config = configure(given, command)
     end = CommandEnd(verbose)
     try:
-        outcome, report = boot.once(config, end, verbose)
+        with boot.Run(config.timeout) as limits:
+            outcome, report = boot.once(config, end, verbose, None, limits)
         status = end.finish()
     finally:
         end.close()
     if status is not None and outcome.reason in ("power-off", "debug-exit"):
         return status
-    sys.stderr.write(report or f"pyvmm: {outcome.sentence} before the command was over\n")
+    slow_reader.report(report or f"pyvmm: {outcome.sentence} before the command was over\n")
     return outcome.status or LOST

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from vmm import slow_reader
 from vmm.cli import check_writable, command_parser
 from vmm.errors import ConfigError
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
     from vmm.observe.recording import Recording
     from vmm.observe.trace import Trace
+
+
+_HELD = 8192  # characters of a file's lines that are written together
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,19 +103,53 @@ def _boot(given: argparse.Namespace, argv: list[str]) -> int:
     finally:
         if lines is not None:
             lines.close()
-    sys.stderr.writelines(results)
+    slow_reader.report("".join(results))
     return status
 
 
-def _follow(trace: Trace, lines: Any, end: HostEnd) -> Any:
-    """Write lines as they come, on a thread of its own: the caller's serves the console."""
-    from threading import Thread
+class _Follower:
+    """Writes lines as they come, on a thread of its own: the caller's serves the console.
 
-    newline = "\r\n" if end.raw and lines is None else "\n"
-    write = (lines or sys.stderr).write
-    thread = Thread(target=_write_lines, args=(trace, trace, write, newline), name="trace", daemon=True)
-    thread.start()
-    return thread
+    While the machine runs its reader may take its time; events that the rings have no room for are lost, and the
+    lines say so. From :meth:`join` on a reader that takes nothing is waited for no longer than any other.
+    """
+
+    def __init__(self, trace: Trace, fd: int, newline: str, *, at_once: bool) -> None:
+        from threading import Thread
+
+        self._outlet = slow_reader.Outlet(fd)
+        self._at_once = at_once
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)
+        self._held = ""
+        self._thread = Thread(target=self._run, args=(trace, newline), name="trace", daemon=True)
+        self._thread.start()
+
+    def _run(self, trace: Trace, newline: str) -> None:
+        with suppress(slow_reader.ReaderStopped, OSError):  # nobody reads any more; the guest goes on
+            _write_lines(trace, trace, self._write, newline)
+            self._flush()
+
+    def _write(self, text: str) -> None:
+        self._held += text
+        if self._at_once or len(self._held) >= _HELD:
+            self._flush()
+
+    def _flush(self) -> None:
+        text, self._held = self._held, ""
+        self._outlet.deliver(text.encode(errors="surrogateescape"), bounded_from=self._over)
+
+    def join(self) -> None:
+        """The machine has ended: write what is left."""
+        os.eventfd_write(self._over, 1)
+        self._thread.join()
+        self._outlet.close()
+        os.close(self._over)
+
+
+def _follow(trace: Trace, lines: Any, end: HostEnd) -> _Follower:
+    if lines is not None:
+        return _Follower(trace, lines.fileno(), "\n", at_once=False)
+    return _Follower(trace, 2, "\r\n" if end.raw else "\n", at_once=True)
 
 
 def _collect(trace: Trace) -> Any:

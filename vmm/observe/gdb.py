@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from vmm import slow_reader
 from vmm.errors import ConfigError, HostError, VmmError
 from vmm.fields import split_commas
 from vmm.observe.gdb_packets import INTERRUPT, PACKET_SIZE, Reader, frame
@@ -141,6 +142,7 @@ class GdbServer:
             elif not self._closing:
                 client, _ = self._listener.accept()
                 with client:
+                    client.settimeout(slow_reader.PATIENCE)  # one that does not read keeps nothing from ending
                     _answer_at_once(client)
                     self._client(client)
 
