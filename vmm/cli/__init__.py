@@ -96,7 +96,9 @@ def main(argv: list[str]) -> int:
     try:
         return int(import_module(f"vmm.cli.{name}").run(rest))
     except VmmError as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
+        from vmm.slow_reader import report
+
+        report(f"pyvmm: {error}\n")
         return 2
     except BrokenPipeError:
         return 2
@@ -104,8 +106,26 @@ def main(argv: list[str]) -> int:
         return 130
 
 
+def open_missing_descriptors() -> None:
+    """Put /dev/null on those of the descriptors 0 to 2 that this process was started without.
+
+    Else the next file to be opened has that number: a disk, guest memory, or the console's log, into which whoever
+    prints on standard error would write.
+    """
+    import os
+
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # the lowest number that is free: this one
+    if sys.stderr is None:  # print() would take standard output instead
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - for as long as the process lives
+
+
 def entry() -> None:
     """Console script."""
+    open_missing_descriptors()
     # Start-up makes no garbage, and looking for it is a tenth of its time. `pyvmm boot` switches it on again.
     gc.disable()
     sys.exit(main(sys.argv[1:]))
