@@ -34,8 +34,11 @@ PACKAGES = (
 # Without what it depends on, which is QEMU: only its virtiofsd is wanted.
 ALONE = ("qemu-system-common",)
 
-# What the boot disk and the root need, and /dev/kvm with its companions.
-_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "fuse")
+# What the disks and the root file system need, and /dev/kvm with its companions, by the module behind the latter.
+_MODULES = {
+    "kvm_amd": ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "fuse"),
+    "kvm_intel": ("ata_piix", "sd_mod", "crc32c_generic", "ext4", "kvm_intel", "tun", "fuse"),
+}
 
 # What pyvmm depends on, and what its tests do.
 _DISTRIBUTIONS = (
@@ -54,14 +57,14 @@ class Root:
 
     __slots__ = ("image", "initramfs", "kernel")
 
-    def __init__(self, folder: Path, kernel: debian.StockKernel) -> None:
+    def __init__(self, folder: Path, kernel: debian.StockKernel, driver: str) -> None:
         self.image = folder / "root.img"
         self.kernel = kernel.vmlinuz
-        self.initramfs = initramfs.save(_boot_archive(kernel))
+        self.initramfs = initramfs.save(_boot_archive(kernel, driver))
 
 
-def root(progress: store.Progress = store.quiet) -> Root:
-    """The root of today's packages; made on first use (minutes), else found by its recipe.
+def root(driver: str, progress: store.Progress = store.quiet) -> Root:
+    """The root of today's packages, for a host with that KVM module; made on first use, else found by its recipe.
 
     Where apt cannot help, the one made last is used. Raises :class:`~vmm.errors.HostError` with what is missing.
     """
@@ -75,7 +78,7 @@ def root(progress: store.Progress = store.quiet) -> Root:
         made = sorted((store.root() / "svm").glob("root-????????????????"), key=lambda path: path.stat().st_mtime)
         if not made:
             raise
-        return Root(made[-1], kernels[-1])
+        return Root(made[-1], kernels[-1], driver)
     pins = _pins()
     whole = [str(_BUILDER_VERSION), *(package.file for package in wanted), *pins, *(k.version for k in kernels)]
     recipe = hashlib.sha256("\0".join(whole).encode()).hexdigest()[:16]
@@ -94,7 +97,7 @@ def root(progress: store.Progress = store.quiet) -> Root:
         make_ext4(tree, temporary / "root.img", _SPARE)
         shutil.rmtree(tree)
 
-    made_root = Root(store.made(place, make, progress), kernels[-1])
+    made_root = Root(store.made(place, make, progress), kernels[-1], driver)
     _drop_older(place)
     return made_root
 
@@ -210,7 +213,7 @@ def _may_map_root() -> bool:
     return done.returncode == 0
 
 
-def _boot_archive(kernel: debian.StockKernel) -> bytes:
+def _boot_archive(kernel: debian.StockKernel, driver: str) -> bytes:
     return initramfs.build(
         [
             initramfs.character_device("dev/console", 5, 1),
@@ -220,6 +223,6 @@ def _boot_archive(kernel: debian.StockKernel) -> bytes:
             initramfs.directory("root"),
             initramfs.file("bin/busybox", debian.busybox()),
             initramfs.file("init", (HERE / "init.sh").read_bytes()),
-            *modules.entries(kernel.modules, _MODULES),
+            *modules.entries(kernel.modules, _MODULES[driver]),
         ]
     )

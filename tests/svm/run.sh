@@ -1,22 +1,25 @@
 #!/bin/sh
-# The SVM host's second half, on the project disk: what a system needs around the job, the job, and its results.
+# A test host's second half, on the project disk: what a system needs around the job, the job, and its results.
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
-hostname svm
+hostname host
 echo 1 > /proc/sys/vm/overcommit_memory
 export HOME=/root LANG=C.UTF-8 PATH=/project/bin:/usr/sbin:/usr/bin TMPDIR=/var/tmp TERM="${TERM:-linux}"
 export PYTHONPATH=/project/site:/opt/site:/project
 export PYVMM_CACHE=/var/cache/pyvmm PYVMM_GUESTS=/project/guests-built
 mkdir -p /results
 cd /project
-[ -e /dev/kvm ] || echo "svm: /dev/kvm is missing: kvm-amd did not load"
-/project/job
-echo $? > /results/status
+if [ -e /dev/kvm ]; then
+	/project/job
+	echo $? > /results/status
+else
+	echo "this host has no /dev/kvm: its kernel's KVM module did not load" | tee /results/failure
+fi
 sync
 # The results are a tar archive on a disk of their own.
-tar -c -C /results . | dd of=/dev/vdc bs=64k conv=fsync 2>/dev/null
+tar -c -C /results . | dd of="${disks}c" bs=64k conv=fsync 2>/dev/null
 busybox poweroff -f
