@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
 
-.PHONY: setup boot test native slow svm svm-smoke svm-shell lint bench fuzz fuzz-native clean
+.PHONY: setup boot test native slow svm svm-smoke svm-shell vmx lint bench fuzz fuzz-native clean
 
 setup: $(VENV)/.done
 
@@ -41,6 +41,10 @@ svm-smoke: setup
 
 svm-shell: setup
 	$(BIN)/python -m tests.svm shell
+
+# A host with VT-x in Bochs, one slow processor: a smoke test. The results are in build/vmx/junit.xml.
+vmx: setup
+	$(BIN)/python -m tests.vmx run
 
 lint: setup
 	$(BIN)/ruff check .
