@@ -17,9 +17,10 @@ $(VENV)/.done: pyproject.toml setup.py CMakeLists.txt $(wildcard native/include/
 boot: setup
 	$(BIN)/pyvmm boot
 
-# The C half under AddressSanitizer and UBSan, then everything else.
+# The C half under AddressSanitizer and UBSan, then everything else. Where KVM emulates guest kernel code, a boot of
+# Linux takes 15 s and more: most tests that need one of their own are run by `make svm TESTS=tests/linux`.
 test: setup native
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$$($(BIN)/python tests/ordinary.py)" -n 2 --dist loadgroup --durations=25 $(PYTEST_ARGS)
 
 native:
 	cmake -S . -B $(BUILD) -DVMM_GUESTS=ON >/dev/null

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs KVM."""
-    if os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return
+    """Everything here needs KVM; each test boots Linux of its own unless its module says BOOTS = False."""
+    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        if getattr(getattr(item, "module", None), "BOOTS", True):
+            item.add_marker(pytest.mark.boots)
+        if not usable:
             item.add_marker(pytest.mark.skip(reason="/dev/kvm is missing or may not be opened"))
 
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from vmm.testing.linux import LinuxGuest
 
 PATIENCE = 120.0  # seconds, for a host that is busy otherwise
-pytestmark = pytest.mark.timeout(600)  # a boot takes 15 s where kernel code is emulated, several times that when busy
+# A boot takes 15 s where kernel code is emulated, several times that when busy; these share one.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("linux")]
+BOOTS = False  # but one for all of them
 
 
 @pytest.mark.parametrize(
