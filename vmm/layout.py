@@ -3,8 +3,8 @@
 ::
 
     guest-physical
-    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved: ACPI tables from 0xe_0000,
-                      the generation ID's page at 0xf_f000)
+    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved: ACPI tables from 0xe_0000, what stands
+                      where a BIOS would be at 0xf_e000, the generation ID's page at 0xf_f000)
     0x0010_0000  RAM  kernel from here
     0xc000_0000  hole: device windows          <- LOW_RAM_END
     0xc000_0000    virtio-mmio registers
@@ -28,8 +28,9 @@ MEMORY_MIN = 1 * MIB
 MEMORY_MAX = 1 << 46  # physical address bits of every x86-64 KVM host
 
 ACPI_START = 0xE0000
-ACPI_SIZE = 0x1F000
-GENERATION_ID = ACPI_START + ACPI_SIZE  # a page of its own, below 1 MiB: every memory map reserves it
+ACPI_SIZE = 0x1E000
+BIOS = ACPI_START + ACPI_SIZE  # a page
+GENERATION_ID = BIOS + PAGE  # a page of its own, below 1 MiB: every memory map reserves it
 
 VIRTIO_MMIO_START = LOW_RAM_END
 VIRTIO_MMIO_STRIDE = 0x1000
@@ -46,6 +47,7 @@ I8042 = 0x60
 SPEAKER = 0x61
 RTC = 0x70
 POST = 0x80
+NO_BIOS = 0xB3  # one byte; a PC's chip set has APM's status there, which only a BIOS reads
 SYSTEM_CONTROL_A = 0x92
 DEBUG_EXIT = 0xF4
 COM1 = 0x3F8

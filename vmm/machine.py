@@ -63,7 +63,7 @@ IRQCHIP, PIT = 1, 2
 _REASONS = {
     2: "power-off", 3: "reset", 4: "debug-exit", 5: "panic", 6: "triple-fault", 7: "emulation-failure",
     8: "entry-failure", 9: "halt", 10: "reset", 11: "unknown-exit", 12: "host-failure", 14: "debug",
-    15: "memory-lost",
+    15: "memory-lost", 16: "no-bios",
 }  # fmt: skip
 _STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CALLBACK = 1, 2, 3, 4, 5, 13
 _HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated", 4: "stalled"}
@@ -904,6 +904,10 @@ class Machine:
         if reason in ("reset", "halt", "timeout", "stalled") and _PANIC_MARK in outcome.console:
             # panic=-1 turns a panic into a reset: the guest's own last words say which it was.
             outcome.reason = "panic"
+        if outcome.reason == "no-bios":
+            from vmm.observe import bios
+
+            outcome.explanation = bios.call(outcome.registers, self.memory)
         if outcome.reason == "panic":
             at = outcome.console.rfind(_PANIC_MARK)
             if at >= 0:

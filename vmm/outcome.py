@@ -26,6 +26,7 @@ REASONS: dict[str, tuple[int, str]] = {
     "debug": (24, "the guest hit a debug exception nobody claimed"),
     "stalled": (26, "the guest made no progress for as long as it was given (--stall)"),
     "memory-lost": (28, "guest memory that was still to come will not: its source is gone"),
+    "no-bios": (30, "the guest called the BIOS, and this machine has none"),
     "stopped": (0, "the monitor stopped the machine"),
     "migrated": (0, "the machine moved, and goes on elsewhere"),
     "timeout": (124, "the time limit passed"),

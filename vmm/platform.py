@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 # enum vmm_stop_reason
-_POWEROFF, _RESET, _DEBUG_EXIT, _PANIC = 2, 3, 4, 5
+_POWEROFF, _RESET, _DEBUG_EXIT, _PANIC, _NO_BIOS = 2, 3, 4, 5, 16
 
 RESET_VALUE = 1
 _E820_RESERVED = 2
@@ -35,6 +35,7 @@ def create_devices(machine: Machine) -> None:
     from vmm.devices.generation_id import GenerationId
     from vmm.devices.i8042 import I8042
     from vmm.devices.native import NativeUart
+    from vmm.devices.no_bios import NoBios
     from vmm.devices.post import Post
     from vmm.devices.pvpanic import Pvpanic
     from vmm.devices.rtc import Rtc
@@ -49,6 +50,7 @@ def create_devices(machine: Machine) -> None:
         Rtc(memory=min(machine.config.memory, layout.LOW_RAM_END)), port=layout.RTC, size=2, gsi=layout.GSI_RTC
     )
     machine.attach(Post(), port=layout.POST, size=1)
+    machine.attach(NoBios(machine.stop_callback(_NO_BIOS)), port=layout.NO_BIOS, size=1)
     machine.attach(DebugExit(machine.stop_callback(_DEBUG_EXIT)), port=layout.DEBUG_EXIT, size=4)
     machine.attach(Pvpanic(machine.stop_callback(_PANIC)), port=layout.PVPANIC, size=1)
     power = PowerManagement(machine.stop_callback(_POWEROFF), S5_TYPES)

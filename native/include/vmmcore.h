@@ -379,6 +379,7 @@ enum vmm_stop_reason {
     VMM_STOP_RUN_FAILED = 12,   /* KVM_RUN itself failed (code: errno) */
     VMM_STOP_CALLBACK = 13,     /* a device's own code failed (an exception waits above) */
     VMM_STOP_DEBUG = 14,        /* KVM_EXIT_DEBUG that nobody claimed (code: exception vector) */
+    VMM_STOP_NO_BIOS = 16,      /* the guest called a BIOS, and there is none */
     VMM_STOP_MEMORY = 15,       /* guest memory that was still to come will not (vmmlazy.h) */
 };
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmm.boot import elf
 from vmm.boot.image import Image
+from vmm.config import LINUX_KINDS
 from vmm.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def load(
     files = [item if isinstance(item, Image) else Image.of(item[1], item[0]) for item in initrds]
     request = Request(memory, source, cmdline, files, acpi_rsdp, e820, fresh)
     entry = _load_kind(request, kind, load_address, flat_mode, unpack)
-    bios.leave(request.claims)
+    # Linux asks for nothing but the data area, and each page that is touched takes time.
+    bios.leave(request.claims, vectors=entry.kind not in LINUX_KINDS)
     entry.notes = request.notes
     return entry
 

@@ -38,6 +38,7 @@ CAUSES: dict[str, str] = {
     "no-code": "jump out of RAM",
     "wrong-image": "wrong or truncated image",
     "not-emulated": "instruction that KVM does not emulate",
+    "no-bios": "no BIOS",
     # nothing moves
     "halt-interrupts-off": "HLT with interrupts off",
     "no-wakeup": "waiting for an interrupt that nothing can raise",
@@ -98,6 +99,8 @@ def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
             found = found._replace(evidence=(*found.evidence, *map(_printable, linux.unprinted(machine))))
         if found.cause in ("idle", "waiting-for-device") and (undriven := linux.undriven(machine)):
             found = undriven._replace(evidence=(*undriven.evidence, found.sentence))
+    if found is None and outcome.reason == "no-bios":
+        found = say("no-bios", outcome.sentence)
     if found is None and outcome.reason == "panic":
         found = say("kernel-panic", "the guest reported it through pvpanic")
     if found is None and outcome.ok:

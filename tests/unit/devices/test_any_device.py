@@ -13,6 +13,7 @@ from vmm.devices.acpi_pm import PmTimer, PowerManagement, ResetRegister
 from vmm.devices.debug_exit import DebugExit
 from vmm.devices.generation_id import GenerationId
 from vmm.devices.i8042 import I8042
+from vmm.devices.no_bios import NoBios
 from vmm.devices.pit import Pit
 from vmm.devices.post import Post
 from vmm.devices.pvpanic import Pvpanic
@@ -65,6 +66,7 @@ DEVICES: dict[str, tuple[Callable[[Clock], Device], list[int]]] = {
     "acpi-pm": (lambda clock: PowerManagement(nothing), list(range(6))),
     "pm-timer": (lambda clock: PmTimer(clock), list(range(4))),
     "acpi-reset": (lambda clock: ResetRegister(nothing), [0, 1]),
+    "no-bios": (lambda clock: NoBios(nothing), [0, 1]),
     "reset-control": (lambda clock: ResetControl(nothing), [0, 1, 2, 3]),
     "system-control-a": (lambda clock: SystemControlA(nothing), [0, 1]),
     "sleep-control": (lambda clock: SleepControl(nothing, (0, 5)), [0, 1, 2]),
