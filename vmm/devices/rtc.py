@@ -7,8 +7,9 @@ offset  register (port 0x70 is offset 0)
 1       the byte: 0x00-0x09 time, date and alarm, 0x0a-0x0d registers A-D, 0x32 century, rest memory
 ======  ==========================================================================================
 
-Register A's update-in-progress bit is never set: the time is computed when it is read. No alarm or periodic interrupt
-is raised; their bits in B are remembered. Firmware's memory size is in 0x15-0x18, 0x30-0x31 and 0x34-0x35.
+The time is computed when it is read, and so is register A's update-in-progress bit: it is set for the last 2228 us of
+each second (244 us of warning and an update of 1984 us, as with a 32.768 kHz crystal), and the new time is there when it
+falls. No alarm or periodic interrupt is raised; their bits in B are remembered. Firmware's memory size is in 0x15-0x18, 0x30-0x31 and 0x34-0x35.
 Source: Motorola MC146818 datasheet, "Time, Calendar and Alarm Locations", "Registers"; century as the ACPI FADT tells.
 """
 
@@ -29,6 +30,8 @@ SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY = 0, 2, 4, 6, 7, 8, 
 TIME = (SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY)
 A, B, C, D = 0x0A, 0x0B, 0x0C, 0x0D
 A_RUNNING = 0x26  # 32.768 kHz time base, 1024 Hz periodic rate: as firmware leaves it
+A_UPDATING, A_DIVIDER, A_DIVIDER_RUNS = 0x80, 0x70, 0x20
+UPDATE_SECONDS = (244 + 1984) / 1e6  # MC146818 datasheet, table 6: tBUC and tUC
 B_SET, B_BINARY, B_24H = 0x80, 0x04, 0x02
 D_VALID = 0x80
 PM = 0x80  # of the hours, on a twelve-hour clock
@@ -90,6 +93,12 @@ class Rtc(Device):
         self._cmos[HOURS] = hour
         self._cmos[CENTURY], self._cmos[YEAR] = map(self._encode, divmod(now.tm_year, 100))
 
+    def _updating(self) -> int:
+        """The bit of register A: no update takes place while the guest holds the time, or the divider."""
+        if self._cmos[B] & B_SET or self._cmos[A] & A_DIVIDER != A_DIVIDER_RUNS:
+            return 0
+        return A_UPDATING if self._clock() % 1 >= 1 - UPDATE_SECONDS else 0
+
     def _take_time(self) -> None:
         second, minute, _, _, day, month, year, century = (self._decode(self._cmos[at]) for at in TIME)
         hour = self._cmos[HOURS]
@@ -109,7 +118,7 @@ class Rtc(Device):
         at = self._index & 0x7F
         if at in TIME:
             self._show_time()
-        return self._cmos[at]
+        return self._cmos[at] | (self._updating() if at == A else 0)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Choose a byte, or change it; two bytes at offset 0 do both."""
@@ -131,7 +140,7 @@ class Rtc(Device):
             if was_held and not value & B_SET:
                 self._take_time()
         elif at == A:
-            self._cmos[A] = value & 0x7F
+            self._cmos[A] = value & ~A_UPDATING
         elif at not in (C, D):
             self._cmos[at] = value
 
@@ -151,7 +160,7 @@ class Rtc(Device):
         """Become what :meth:`save` recorded. Raises ``ValueError`` for a state no clock can be in."""
         s = checked(self.name, state, {"index": 0xFF, "ahead": OFFSET_MOST, "behind": OFFSET_MOST}, {"cmos": 128})
         cmos = s["cmos"]
-        if len(cmos) != 128 or cmos[A] & 0x80 or cmos[C] or cmos[D] != D_VALID or (s["ahead"] and s["behind"]):
+        if len(cmos) != 128 or cmos[A] & A_UPDATING or cmos[C] or cmos[D] != D_VALID or (s["ahead"] and s["behind"]):
             raise ValueError("rtc: memory is not 128 bytes, or its registers A, C or D cannot read so")
         self.restore((s["index"], cmos, s["ahead"] - s["behind"]))
 

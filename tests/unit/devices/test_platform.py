@@ -248,3 +248,22 @@ def test_pvpanic_tells_its_events_and_reports_only_those() -> None:
     pvpanic.write(0, 1, 0x04)
     pvpanic.write(0, 1, 0x05)
     assert events == [1]
+
+
+def test_rtc_says_when_an_update_is_near_and_the_time_changes_as_it_ends() -> None:
+    now = [WHEN.timestamp()]  # 23:59:58, a whole second
+    rtc = Rtc(lambda: now[0])
+    seen = []
+    for microseconds in (0, 244, 500_000, 997_700, 997_800, 999_990, 1_000_000):
+        now[0] = WHEN.timestamp() + microseconds / 1e6
+        seen.append((cmos(rtc, 0x0A) >> 7, cmos(rtc, 0)))
+    assert seen == [(0, 0x58), (0, 0x58), (0, 0x58), (0, 0x58), (1, 0x58), (1, 0x58), (0, 0x59)]
+
+
+@pytest.mark.parametrize(("at", "value"), [(0x0B, 0x82), (0x0A, 0x66), (0x0A, 0x06)])
+def test_rtc_updates_nothing_while_the_time_or_the_divider_is_held(at: int, value: int) -> None:
+    rtc = Rtc(lambda: WHEN.timestamp() + 0.9995)
+    assert cmos(rtc, 0x0A) == 0xA6
+    set_cmos(rtc, at, value)
+    assert cmos(rtc, 0x0A) >> 7 == 0
+    assert rtc.save()["cmos"][0x0A] >> 7 == 0
