@@ -132,6 +132,12 @@ class SetupHeader:
                 f"{name}: payload at {self.payload_offset:#x}+{self.payload_length:#x} leaves the kernel of "
                 f"{self.kernel_size:#x} bytes; the image is damaged"
             )
+        if self.code32_start == 0:
+            raise ImageError(
+                f"{name}: begins in real mode and needs a BIOS (it has a setup header, as iPXE's images do, whose "
+                "code32_start names no other entry); this machine has none: use a kernel with a 64-bit entry, or a PVH "
+                "or multiboot image"
+            )
         for field, address in (("pref_address", self.pref_address), ("code32_start", self.code32_start)):
             if not layout.HIGH_RAM <= address < layout.HOLE:
                 raise ImageError(f"{name}: {field} {address:#x} is outside 1 MiB..3 GiB; the image is damaged")
@@ -204,7 +210,8 @@ def _load_packed(request: Request, header: SetupHeader) -> Entry:
     if not header.xloadflags & _XLF_KERNEL_64:
         raise ImageError(
             f"{request.image.name}: no 64-bit entry point (xloadflags {header.xloadflags:#x}): a 32-bit "
-            "kernel, or one older than Linux 3.8 that cannot be unpacked here; use a 64-bit kernel"
+            "kernel, one older than Linux 3.8 that cannot be unpacked here, or a program that begins in real mode and "
+            "needs a BIOS, which this machine has not; use a 64-bit kernel"
         )
     # A kernel that cannot be relocated is loaded at code32_start and moves itself to pref_address.
     address = header.pref_address if header.relocatable_kernel else header.code32_start

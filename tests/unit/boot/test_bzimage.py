@@ -156,6 +156,7 @@ def test_a_command_line_may_be_as_long_as_the_kernel_says_and_no_longer() -> Non
         ({"pref_address": 0x1000}, "pref_address 0x1000"),
         ({"pref_address": 1 << 40}, "pref_address 0x10000000000"),
         ({"code32_start": 0x10000}, "code32_start 0x10000"),
+        ({"code32_start": 0, "version": 0x0207}, "begins in real mode and needs a BIOS"),
         ({"initrd_addr_max": 5}, "initrd_addr_max 0x5"),
         ({"init_size": 0xFFFFFFFF}, "running kernel needs guest memory"),
         ({"init_size": 0x100}, "claims to unpack to"),
