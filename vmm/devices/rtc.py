@@ -8,8 +8,9 @@ offset  register (port 0x70 is offset 0)
 ======  ==========================================================================================
 
 The time is computed when it is read, and so is register A's update-in-progress bit: it is set for the last 2228 us of
-each second (244 us of warning and an update of 1984 us, as with a 32.768 kHz crystal), and the new time is there when it
-falls. No alarm or periodic interrupt is raised; their bits in B are remembered. Firmware's memory size is in 0x15-0x18, 0x30-0x31 and 0x34-0x35.
+each second (244 us of warning and an update of 1984 us, as with a 32.768 kHz crystal), and the new time is there when
+it falls. No alarm or periodic interrupt is raised; their bits in B are remembered. Firmware's memory size is in
+0x15-0x18, 0x30-0x31 and 0x34-0x35.
 Source: Motorola MC146818 datasheet, "Time, Calendar and Alarm Locations", "Registers"; century as the ACPI FADT tells.
 """
 
