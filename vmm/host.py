@@ -38,7 +38,6 @@ USED = {
     74: ("KVM_CAP_SYNC_REGS", "registers without an ioctl"),
     188: ("KVM_CAP_X86_USER_SPACE_MSR", "MSR accesses to this process"),
     189: ("KVM_CAP_X86_MSR_FILTER", "choice of which MSRs"),
-    192: ("KVM_CAP_DIRTY_LOG_RING", "dirty pages by ring"),
     203: ("KVM_CAP_BINARY_STATS_FD", "KVM's own counts, which the probes read"),
     204: ("KVM_CAP_EXIT_ON_EMULATION_FAILURE", "bytes of what KVM cannot emulate"),
 }

@@ -33,6 +33,8 @@ enum {
     MSR_MTRR_PHYS_FIRST = 0x200, /* base and mask of 8 */
     MSR_MTRR_PHYS_LAST = 0x20f,
     MSR_MTRR_DEFAULT = 0x2ff,
+    MSR_MC0_CTL = 0x400, /* control, status, address and misc of each bank (SDM vol. 3, 16.3.2) */
+    MC_BANKS_MAX = 32,   /* KVM_MAX_MCE_BANKS */
 };
 
 #define TSC_NEAR (1ull << 20) /* ticks: less than that, and a TSC is where it was set */
@@ -78,31 +80,66 @@ static void add_msr(const struct vmm_vcpu *vcpu, uint32_t index)
     vm->msrs[vm->n_msrs++] = index;
 }
 
-/* KVM's own list, and those it has but leaves out of it. */
-static int find_msrs(const struct vmm_vcpu *vcpu)
+/* What KVM has, but leaves out of its list: some of its versions do, or all (banks of machine checks, MTRRs). */
+static const uint32_t unlisted[] = {
+    MSR_TSC_AUX,
+    0x48,  /* IA32_SPEC_CTRL */
+    0x122, /* IA32_TSX_CTRL */
+    0x1d9, /* IA32_DEBUGCTL */
+    0xda0, /* IA32_XSS */
+    MSR_MTRR_DEFAULT,
+};
+
+static const struct {
+    uint32_t first, last;
+} unlisted_ranges[] = {
+    {MSR_MTRR_PHYS_FIRST, MSR_MTRR_PHYS_LAST},
+    {0x250, 0x250}, /* MTRRs of fixed ranges: 64, 16 and 4 KiB */
+    {0x258, 0x259},
+    {0x268, 0x26f},
+    {MSR_MC0_CTL, MSR_MC0_CTL + 4 * MC_BANKS_MAX - 1},
+};
+
+int vmm_vm_saved_msrs(vmm_vm *vm, uint32_t *indices, uint32_t max)
 {
-    static const uint32_t fixed_mtrrs[] = {0x250, 0x258, 0x259, 0x268, 0x269, 0x26a,
-                                           0x26b, 0x26c, 0x26d, 0x26e, 0x26f};
     struct {
         struct kvm_msr_list head;
         uint32_t indices[VMM_STATE_MSRS_MAX];
     } list = {.head.nmsrs = VMM_STATE_MSRS_MAX};
+    uint32_t n = 0;
+    if (ioctl(vm->kvm_fd, KVM_GET_MSR_INDEX_LIST, &list) < 0)
+        return vmm_error_errno("KVM_GET_MSR_INDEX_LIST");
+    if (list.head.nmsrs + VMM_UNLISTED_MSRS > max)
+        return vmm_error_set(-E2BIG, "KVM_GET_MSR_INDEX_LIST has %u entries", list.head.nmsrs);
+    for (uint32_t i = 0; i < list.head.nmsrs; i++)
+        indices[n++] = list.indices[i];
+    for (size_t i = 0; i < sizeof(unlisted) / sizeof(unlisted[0]); i++)
+        indices[n++] = unlisted[i];
+    for (size_t i = 0; i < sizeof(unlisted_ranges) / sizeof(unlisted_ranges[0]); i++)
+        for (uint32_t index = unlisted_ranges[i].first; index <= unlisted_ranges[i].last; index++)
+            indices[n++] = index;
+    return (int)n;
+}
+
+_Static_assert(sizeof(unlisted) / sizeof(unlisted[0]) + (MSR_MTRR_PHYS_LAST - MSR_MTRR_PHYS_FIRST + 1) + 11 +
+                       4 * MC_BANKS_MAX ==
+                   VMM_UNLISTED_MSRS,
+               "as many as vmmcore.h says");
+
+static int find_msrs(const struct vmm_vcpu *vcpu)
+{
+    uint32_t indices[VMM_STATE_MSRS_MAX];
     struct vmm_vm *vm = vcpu->vm;
     if (vm->msrs)
         return 0;
-    if (ioctl(vm->kvm_fd, KVM_GET_MSR_INDEX_LIST, &list) < 0)
-        return vmm_error_errno("KVM_GET_MSR_INDEX_LIST");
+    const int n = vmm_vm_saved_msrs(vm, indices, VMM_STATE_MSRS_MAX);
+    if (n < 0)
+        return n;
     vm->msrs = calloc(VMM_STATE_MSRS_MAX, sizeof(*vm->msrs));
     if (!vm->msrs)
         return vmm_error_set(-ENOMEM, "the list of MSRs");
-    for (uint32_t i = 0; i < list.head.nmsrs; i++)
-        add_msr(vcpu, list.indices[i]);
-    add_msr(vcpu, MSR_TSC_AUX);
-    for (uint32_t i = MSR_MTRR_PHYS_FIRST; i <= MSR_MTRR_PHYS_LAST; i++)
-        add_msr(vcpu, i);
-    for (size_t i = 0; i < sizeof(fixed_mtrrs) / sizeof(fixed_mtrrs[0]); i++)
-        add_msr(vcpu, fixed_mtrrs[i]);
-    add_msr(vcpu, MSR_MTRR_DEFAULT);
+    for (int i = 0; i < n; i++)
+        add_msr(vcpu, indices[i]);
     return 0;
 }
 

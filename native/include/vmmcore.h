@@ -281,7 +281,7 @@ typedef struct vmm_debug_registers { /* struct kvm_debugregs */
     uint64_t db[4], dr6, dr7, flags, reserved[9];
 } vmm_debug_registers;
 
-enum { VMM_STATE_MSRS_MAX = 512 };
+enum { VMM_STATE_MSRS_MAX = 512, VMM_UNLISTED_MSRS = 161 };
 typedef struct vmm_msr {
     uint32_t index;
     uint64_t value;
@@ -343,6 +343,12 @@ typedef struct vmm_chips_state {
  */
 int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips);
 int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips);
+
+/*
+ * The MSRs that are saved, as far as a vCPU has them: KVM_GET_MSR_INDEX_LIST, and VMM_UNLISTED_MSRS that KVM leaves out
+ * of it. Answers how many; one may be there twice. -E2BIG: more than max.
+ */
+int vmm_vm_saved_msrs(vmm_vm *vm, uint32_t *indices, uint32_t max);
 
 /* ---- checkpoints and roll-back --------------------------------------------------------------------------------- */
 

@@ -42,6 +42,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     try:
         report["capabilities"] = {name: value for name, (value, _) in host.capabilities(out[0]).items()}
         host.require_capabilities(out[0])
+        report["withheld_features"] = _withheld(out[0])
         found = host.probe_now(kvm)
     except VmmError as error:
         report["problem"] = str(error)
@@ -61,6 +62,13 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     report["basis"] = {_KEYS.get(name, name): found.basis[name] for name in VERDICTS if name in found.basis}
     report["consequences"] = consequences(found)
     return report
+
+
+def _withheld(vm: Any) -> list[str]:
+    from vmm.cpu.cpuid import offered, saved_msrs
+    from vmm.cpu.features import withheld
+
+    return withheld(offered(vm), saved_msrs(vm))
 
 
 def consequences(found: Findings) -> list[str]:
@@ -107,6 +115,7 @@ def as_text(report: dict[str, Any]) -> str:
     for name, value in report["capabilities"].items():
         shown = "no" if value == 0 else "yes" if value == 1 else str(value)
         lines.append(f"  {name:36}{shown:9}{purposes[name]}")
+    lines.append(f"kept from guests  {', '.join(report['withheld_features']) or 'no feature that KVM offers'}")
     lines.append("found by")
     lines += [f"  {name.replace('_', ' '):22}{text}" for name, text in report["basis"].items()]
     lines.append("departures from the architecture")

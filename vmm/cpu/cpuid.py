@@ -6,6 +6,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
+from vmm.cpu import features
 from vmm.errors import HostError
 
 if TYPE_CHECKING:
@@ -26,12 +27,6 @@ PCID = 1 << 17  # CPUID.1:ECX
 GIB_PAGES = 1 << 26  # CPUID.80000001:EDX
 
 
-# Registers whose bits are features: what a guest was told it has, it must find wherever it goes on.
-_FEATURES = {
-    (1, 0): ("ecx", "edx"), (7, 0): ("ebx", "ecx", "edx"), (7, 1): ("eax",), (0xD, 0): ("eax", "edx"),
-    (0xD, 1): ("eax",), (0x80000001, 0): ("ecx", "edx"), (0x80000007, 0): ("edx",), (0x80000008, 0): ("ebx",),
-    (KVM_FEATURES, 0): ("eax",),
-}  # fmt: skip
 _COLUMNS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
 _LEAF = Struct(f"={len(_COLUMNS)}I12x")  # a vmm_cpuid_entry
 
@@ -39,15 +34,36 @@ _STAMPED = (1, 4, 0xB, 0x1F, 0x8000001E)  # leaves that tell a vCPU's place
 
 
 class _Supported:
-    """The leaves KVM supports, and where each function's entries are among them."""
+    """The leaves KVM supports, as far as a guest may have them, and where each function's entries are among them."""
 
     def __init__(self, vm: Any) -> None:
         entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
         self.count = check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES))
-        self.leaves = bytes(ffi.buffer(entries, self.count * ffi.sizeof("vmm_cpuid_entry")))
         self.places: dict[int, list[int]] = {}
         for i in range(self.count):
             self.places.setdefault(entries[i].function, []).append(i)
+        offered = _leaves(entries, self.count)
+        by_place = {(entries[i].function, entries[i].index): entries[i] for i in range(self.count)}
+        for function, index, register, value in features.edits(offered, saved_msrs(vm)):
+            setattr(by_place[function, index], register, value)
+        self.leaves = bytes(ffi.buffer(entries, self.count * _LEAF.size))
+
+
+def _leaves(entries: Any, count: int) -> features.Leaves:
+    leaves = _LEAF.iter_unpack(ffi.buffer(entries, count * _LEAF.size))
+    return {(row[0], row[1]): dict(zip(_COLUMNS[3:], row[3:], strict=True)) for row in leaves}
+
+
+def offered(vm: Any) -> features.Leaves:
+    """The leaves that KVM supports, before any is withheld."""
+    entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
+    return _leaves(entries, check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES)))
+
+
+def saved_msrs(vm: Any) -> list[int]:
+    """The MSRs that are saved of a vCPU that has them."""
+    indices = ffi.new("uint32_t[]", lib.VMM_STATE_MSRS_MAX)
+    return [indices[i] for i in range(check(lib.vmm_vm_saved_msrs(vm, indices, len(indices))))]
 
 
 # It does not change while KVM is loaded, and asking takes 0.3 ms where CPUID exits to a hypervisor below: asked once
@@ -56,7 +72,8 @@ _supported: _Supported | None = None
 
 
 class CpuidTable:
-    """The host's supported leaves, edited once for the machine, then stamped for each vCPU."""
+    """The host's supported leaves without the features whose state is not saved (:mod:`vmm.cpu.features`), edited once
+    for the machine, then stamped for each vCPU."""
 
     def __init__(self, vm: Any, cpus: int, *, hypercalls: bool = True) -> None:
         global _supported
@@ -138,6 +155,10 @@ class CpuidTable:
         check(lib.vmm_vcpu_set_cpuid(vcpu, self._entries, self.count))
 
 
+# Registers whose bits are features: what a guest was told it has, it must find wherever it goes on.
+_FEATURES = features.REGISTERS | {(0xD, 0, "eax"), (0xD, 0, "edx")}
+
+
 def rows(value: object) -> list[list[int]]:
     """``value``, if it is what :meth:`CpuidTable.value` may have given. Raises ``ValueError``."""
     if not isinstance(value, list) or len(value) > MAX_ENTRIES:
@@ -158,8 +179,9 @@ def _missing(wanted: list[list[int]], found: list[list[int]]) -> list[str]:
         has = here.get((row[0], row[1]), [0] * len(_COLUMNS))
         if row[0] == 0 and row[4:] != has[4:]:
             missing.append(f"vendor {_vendor(row)} (this one is {_vendor(has)})")
-        for register in _FEATURES.get((row[0], row[1]), ()):
-            column = _COLUMNS.index(register)
+        for column, register in enumerate(_COLUMNS[3:], 3):
+            if (row[0], row[1], register) not in _FEATURES:
+                continue
             bits = row[column] & ~has[column]
             missing += [f"CPUID.{row[0]:X}H.{row[1]}:{register.upper()}[{bit}]" for bit in range(32) if bits >> bit & 1]
     return missing
