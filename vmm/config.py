@@ -92,7 +92,9 @@ FIELDS: dict[str, Field] = {
         read_one_of(*COMPAT), "auto", "remedies for what this host's KVM lacks: as probed, forced, or none"
     ),
     "gdb": Field(
-        read_text, "", "let gdb attach: PORT, HOST:PORT or a path; the guest waits for it unless ,nowait follows"
+        read_text,
+        "",
+        "let gdb attach: PORT, HOST:PORT or a path; the guest waits for it unless ,nowait follows; ,arch=i386|x86-64",
     ),
     "huge_pages": Field(read_flag, False, "back guest RAM with 2 MiB pages from the host's pool"),
     "disks": Field(parts.read_disks, (), "disk image: FILE[,ro][,serial=S][,cache=none][,overlay=FILE]..."),

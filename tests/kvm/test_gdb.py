@@ -228,6 +228,29 @@ def test_a_wrong_checksum_is_asked_for_again(guest: GuestPath) -> None:
         machine.stop()
 
 
+# ---- 64-bit symbols of an image that is entered in 32-bit mode ----
+
+
+@pytest.mark.parametrize("given", ["symbols", "arch"])
+def test_an_image_entered_in_32_bit_mode_is_debugged_with_64_bit_symbols(guest: GuestPath, given: str) -> None:
+    image, symbols = guest("hello_protected"), guest("hello")
+    with (
+        Machine(kernel=image, memory="16M", symbols=symbols if given == "symbols" else None) as machine,
+        GdbServer(machine, "127.0.0.1:0", wait=True, wide=True if given == "arch" else None) as server,
+    ):
+        machine.start()
+        said = gdb(server, symbols, "info registers rip", "p $r15", "stepi", "kill")
+        assert machine.wait(timeout=20).reason == "stopped"
+    assert "Truncated register" not in said and "$1 = 0" in said and "rip " in said
+
+
+def test_an_image_entered_in_32_bit_mode_is_i386_otherwise(guest: GuestPath) -> None:
+    with debugged(guest("hello_protected")) as (machine, server):
+        said = gdb(server, guest("hello_protected"), "info registers eip", "p $r15", "kill")
+        assert machine.wait(timeout=20).reason == "stopped"
+    assert "eip " in said and "$1 = void" in said
+
+
 # ---- addresses ----
 
 
@@ -262,8 +285,11 @@ def test_a_port_that_is_taken_is_refused_with_a_way_out() -> None:
 
 
 def test_the_option_names_an_address_and_whether_to_wait() -> None:
-    assert parse_option("127.0.0.1:1234") == ("127.0.0.1:1234", True)
-    assert parse_option("5000,nowait") == ("5000", False)
-    with pytest.raises(ConfigError, match="only ,nowait"):
-        parse_option("5000,later")
-    assert parse_option("a,,b.sock,nowait") == ("a,b.sock", False)
+    assert parse_option("127.0.0.1:1234") == ("127.0.0.1:1234", True, None)
+    assert parse_option("5000,nowait") == ("5000", False, None)
+    assert parse_option("5000,arch=x86-64,nowait") == ("5000", False, True)
+    assert parse_option("5000,arch=i386") == ("5000", True, False)
+    for text in ("5000,later", "5000,arch=arm", "5000,arch=i386,arch=x86-64"):
+        with pytest.raises(ConfigError, match="only ,nowait and one of arch=i386, arch=x86-64"):
+            parse_option(text)
+    assert parse_option("a,,b.sock,nowait") == ("a,b.sock", False, None)

@@ -296,8 +296,8 @@ def go_on(machine: Machine, verbose: bool) -> int:
 def _gdb(machine: Any, option: str) -> GdbServer:
     from vmm.observe.gdb import GdbServer, parse_option
 
-    address, wait = parse_option(option)
-    server = GdbServer(machine, address, wait=wait)
+    address, wait, wide = parse_option(option)
+    server = GdbServer(machine, address, wait=wait, wide=wide)
     print(f"pyvmm: gdb: target remote {server.address}", file=sys.stderr, flush=True)
     return server
 

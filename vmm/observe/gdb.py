@@ -12,7 +12,7 @@ import os
 import select
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm import slow_reader
 from vmm.errors import ConfigError, HostError, VmmError
@@ -65,28 +65,36 @@ def _answer_at_once(client: socket.socket) -> None:
 
 
 def _is_wide(machine: Machine) -> bool:
-    """Whether GDB is told of x86-64: the guest starts in long mode, or its image is for it (ELF class 2)."""
+    """Whether GDB is told of x86-64: the guest starts in long mode, or its image or its symbols are for that (ELF class
+    2), as of a kernel that is entered in 32-bit mode and goes on in 64-bit mode."""
     if machine.load().mode == "long" or machine.config.kernel is None:
         return True
-    with open(machine.config.kernel, "rb") as image:
-        return image.read(5) == b"\x7fELF\x02"
+    return any(map(_is_elf64, filter(None, (machine.config.kernel, machine.config.symbols))))
+
+
+def _is_elf64(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(5) == b"\x7fELF\x02"
 
 
 class GdbServer:
     """Serves one client at a time on ``address`` until :meth:`close`.
 
     ``address``: ``PORT``, ``HOST:PORT`` or the path of a UNIX socket (:mod:`vmm.private_socket`). ``wait``: the machine
-    does not execute its first instruction until a client lets it. Raises :class:`~vmm.errors.ConfigError` or
+    does not execute its first instruction until a client lets it. ``wide``: GDB is told of x86-64, or of i386
+    (``False``); ``None``: as the image and its symbols have it. Raises :class:`~vmm.errors.ConfigError` or
     :class:`~vmm.errors.HostError`.
     """
 
-    def __init__(self, machine: Machine, address: str = DEFAULT_ADDRESS, *, wait: bool = False) -> None:
+    def __init__(
+        self, machine: Machine, address: str = DEFAULT_ADDRESS, *, wait: bool = False, wide: bool | None = None
+    ) -> None:
         self._named = PrivateSocket(address, f"cannot listen for gdb on {address}", 1) if "/" in address else None
         self._listener = self._named.socket if self._named is not None else listen(address)
         self._machine = machine
         self._debug = machine.debug
         self._debug.on_stop = self._stopped
-        self._registers = Registers(_is_wide(machine))
+        self._registers = Registers(_is_wide(machine) if wide is None else wide)
         self._stops: deque[Stop] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
@@ -500,12 +508,26 @@ def _aligned(address: int, size: int) -> Iterator[tuple[int, int]]:
         address, size = address + length, size - length
 
 
-def parse_option(text: str) -> tuple[str, bool]:
-    """``[ADDR][,nowait]`` of ``--gdb``: the address, and whether the machine waits for the debugger."""
-    address, *options = split_commas(text)
-    if options not in ([], ["nowait"]):
-        raise ConfigError(f"--gdb {text}: after the address there is only ,nowait; write a comma in a path twice")
-    return address or DEFAULT_ADDRESS, not options
+class Option(NamedTuple):
+    """``--gdb``'s: what :class:`GdbServer` takes."""
 
+    address: str
+    wait: bool
+    wide: bool | None
+
+
+def parse_option(text: str) -> Option:
+    """``[ADDR][,nowait][,arch=i386|x86-64]`` of ``--gdb``. Raises :class:`~vmm.errors.ConfigError`."""
+    address, *options = split_commas(text)
+    architectures = [_ARCHITECTURES[option] for option in options if option in _ARCHITECTURES]
+    if len(architectures) > 1 or not all(option == "nowait" or option in _ARCHITECTURES for option in options):
+        raise ConfigError(
+            f"--gdb {text}: after the address there are only ,nowait and one of {', '.join(_ARCHITECTURES)}; write a "
+            "comma in a path twice"
+        )
+    return Option(address or DEFAULT_ADDRESS, "nowait" not in options, architectures[0] if architectures else None)
+
+
+_ARCHITECTURES = {"arch=i386": False, "arch=x86-64": True}
 
 __all__ = ["DEFAULT_ADDRESS", "GdbServer", "Session", "listen", "parse_option"]
