@@ -21,7 +21,7 @@ from vmm.console import Console
 from vmm.errors import ConfigError, HostError, StateError, kvm_refused
 from vmm.irq import GsiLine
 from vmm.memory import GuestMemory
-from vmm.outcome import Outcome
+from vmm.outcome import KVM_EMULATION, Outcome
 from vmm.runner import Runner
 
 if TYPE_CHECKING:
@@ -900,6 +900,11 @@ class Machine:
         )
         if native == _STOP_CALLBACK and self._exception is not None:
             outcome.explanation = f"code of a device or hook raised {self._exception!r:.200}"
+        if reason == "emulation-failure" and outcome.code != KVM_EMULATION:
+            from vmm.cpu.internal_error import sentence
+
+            outcome.data = vcpu.internal_error()
+            outcome.explanation = sentence(outcome.code, outcome.data)
         outcome.instruction = vcpu.failed_instruction() or self._bytes_at(vcpu, regs.rip + sregs.cs.base)
         if reason in ("reset", "halt", "timeout", "stalled") and _PANIC_MARK in outcome.console:
             # panic=-1 turns a panic into a reset: the guest's own last words say which it was.

@@ -34,6 +34,8 @@ REASONS: dict[str, tuple[int, str]] = {
     "terminated": (143, "terminated (SIGTERM)"),
 }
 
+KVM_EMULATION = 1  # the code of an "emulation-failure" that is one (KVM_INTERNAL_ERROR_EMULATION)
+
 GOOD_ENDS = frozenset({"power-off", "reset", "debug-exit", "stopped", "migrated"})
 
 
@@ -45,7 +47,8 @@ class Outcome:
     that ended it, or None. ``registers`` are that vCPU's (or vCPU 0's), ``instruction`` the bytes at its RIP,
     ``bits`` its operand size, ``last_exits`` its newest exits (oldest first), ``console`` the tail of what the
     guest printed. ``seconds`` is how long it ran. ``diagnosis`` is what ``Machine.diagnose()`` found, once that was
-    asked for.
+    asked for. ``data`` are the numbers that KVM gave with an internal error of its own, an "emulation-failure" whose
+    ``code`` is not 1.
     """
 
     __slots__ = (
@@ -54,6 +57,7 @@ class Outcome:
         "bits",
         "code",
         "console",
+        "data",
         "diagnosis",
         "explanation",
         "instruction",
@@ -78,6 +82,7 @@ class Outcome:
     ) -> None:
         self.reason = reason
         self.code = code
+        self.data: tuple[int, ...] = ()
         self.vcpu = vcpu
         self._registers = registers or {}
         self.instruction = instruction

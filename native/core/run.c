@@ -469,3 +469,15 @@ uint32_t vmm_vcpu_failed_instruction(vmm_vcpu *vcpu, uint8_t bytes[16])
     memcpy(bytes, run->emulation_failure.insn_bytes, n);
     return n;
 }
+
+uint32_t vmm_vcpu_internal_error(vmm_vcpu *vcpu, uint64_t data[16])
+{
+    const struct kvm_run *run = vcpu->run;
+    enum { MAX = sizeof(run->internal.data) / sizeof(run->internal.data[0]) };
+    memset(data, 0, MAX * sizeof(*data));
+    if (run->exit_reason != KVM_EXIT_INTERNAL_ERROR || run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION)
+        return 0;
+    const uint32_t n = run->internal.ndata < MAX ? run->internal.ndata : MAX;
+    memcpy(data, run->internal.data, n * sizeof(*data));
+    return n;
+}

@@ -438,6 +438,10 @@ uint64_t vmm_vcpu_exit_count(vmm_vcpu *vcpu, uint32_t reason);
 /* After VMM_STOP_EMULATION: the instruction bytes KVM reported. Answers how many (0..15). */
 uint32_t vmm_vcpu_failed_instruction(vmm_vcpu *vcpu, uint8_t bytes[16]);
 
+/* After VMM_STOP_EMULATION with another suberror than KVM_INTERNAL_ERROR_EMULATION (1): what KVM gave with it, whose
+ * meaning is the suberror's. Answers how many (0..16). */
+uint32_t vmm_vcpu_internal_error(vmm_vcpu *vcpu, uint64_t data[16]);
+
 /* ---- host compatibility (native/compat; see docs/architecture.md) ------------------------------------------- */
 
 enum vmm_compat_flags {

@@ -13,11 +13,13 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmm.cpu import internal_error
 from vmm.errors import ImageError
 from vmm.machine import Machine
 from vmm.observe import linux
 from vmm.observe.diagnose import CAUSES, diagnose
-from vmm.outcome import Outcome
+from vmm.observe.postmortem import report
+from vmm.outcome import KVM_EMULATION, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -257,12 +259,25 @@ def test_whatever_a_guest_leaves_behind_there_is_a_diagnosis(guest: GuestPath) -
         )
         def check(changed: dict[str, int], reason: str, bits: int, code: bytes, at: int, garbage: bytes) -> None:
             machine.memory.write(at & ~0xFFF, garbage * (0x1000 // len(garbage)))
-            outcome = Outcome(reason, registers={**known, **changed}, bits=bits, instruction=code)
+            outcome = Outcome(reason, KVM_EMULATION, registers={**known, **changed}, bits=bits, instruction=code)
             found = diagnose(machine, outcome)
             assert found.sentence.startswith(CAUSES[found.cause])
             assert all(line.isprintable() for line in (found.sentence, *found.evidence))
 
         check()
+
+
+def test_an_internal_error_of_kvm_is_not_blamed_on_the_instruction(guest: GuestPath) -> None:
+    with Machine(kernel=guest("deaths"), append="die=loop", memory="16M") as machine:
+        machine.run(timeout=0.5)
+        outcome = Outcome("emulation-failure", 3, registers=machine.vcpus[0].registers(), instruction=b"\x0f\x0b")
+        outcome.explanation = internal_error.sentence(3, (0x80000B0E, 0x31))
+        found = diagnose(machine, outcome)
+        assert found.cause == "unknown"
+        assert "exit reason 0x31" in found.sentence
+        screen = report(machine, outcome)
+        assert "exit reason 0x31" in screen
+        assert "instruction bytes" not in screen
 
 
 def test_symbols_that_are_gone_when_the_guest_has_died_are_said_and_the_diagnosis_stands(

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vmm._ffi import lib
 from vmm.cli.doctor import examine
 from vmm.cpu import features
 from vmm.cpu.cpuid import offered, saved_msrs
 from vmm.cpu.tiny_guest import TinyGuest
+from vmm.errors import HostError
 from vmm.machine import Machine
 
 if TYPE_CHECKING:
@@ -65,3 +67,22 @@ def test_a_register_that_kvm_leaves_out_of_its_list_comes_back(guest: Callable[[
 
 def test_doctor_names_the_features_kept_from_guests(tiny: TinyGuest) -> None:
     assert examine()["withheld_features"] == features.withheld(offered(tiny.vm), saved_msrs(tiny.vm))
+
+
+@pytest.mark.parametrize(("times", "close"), [(1.0, True), (1.0001, True), (0.5, False), (2.0, False)])
+def test_a_guest_keeps_the_rate_of_its_tsc_or_is_refused(
+    guest: Callable[[str], str], tiny: TinyGuest, times: float, close: bool
+) -> None:
+    scales = lib.vmm_vm_check_extension(tiny.vm, 60)  # KVM_CAP_TSC_CONTROL
+    with Machine(kernel=guest("hello"), memory="16M") as machine:
+        machine.load()
+        state = machine.save()
+        vcpu = state["processors"]["vcpus"][0]
+        khz = vcpu["tsc_khz"] = int(vcpu["tsc_khz"] * times)
+        if close or scales:
+            machine.load_state(state)
+        else:
+            with pytest.raises(HostError, match=rf"counts at {khz / 1e3:g} MHz"):
+                machine.load_state(state)
+        if scales:
+            assert machine.save()["processors"]["vcpus"][0]["tsc_khz"] == khz

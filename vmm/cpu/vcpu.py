@@ -330,6 +330,12 @@ class Vcpu:
         n = lib.vmm_vcpu_failed_instruction(self.native, buffer)
         return bytes(buffer)[:n]
 
+    def internal_error(self) -> tuple[int, ...]:
+        """After another internal error of KVM than an emulation failure: the numbers that came with it."""
+        buffer = ffi.new("uint64_t[16]")
+        n = lib.vmm_vcpu_internal_error(self.native, buffer)
+        return tuple(int(buffer[i]) for i in range(n))
+
     def local_apic(self) -> bytes:
         """The register page of its local APIC (SDM vol. 3, table 10-1): 1024 bytes."""
         buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_LAPIC))

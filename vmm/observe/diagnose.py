@@ -11,6 +11,8 @@ from __future__ import annotations
 from os.path import getsize, isfile
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm.outcome import KVM_EMULATION
+
 if TYPE_CHECKING:
     from vmm.machine import Machine
     from vmm.observe.faults import Fault
@@ -129,6 +131,8 @@ def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     from vmm.observe.descriptors import VECTORS, delivery
     from vmm.observe.processor import Processor
 
+    if outcome.reason == "emulation-failure" and outcome.code != KVM_EMULATION:
+        return None  # KVM gave up by itself: the instruction at RIP is not to blame
     r = outcome.registers
     entered_there = machine.entry is not None and machine.entry.rip == _AFTER_INIT["rip"]
     if outcome.reason == "triple-fault" and not entered_there and all(r[n] == v for n, v in _AFTER_INIT.items()):

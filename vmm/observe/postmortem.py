@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmm.bus import MMIO, PIO
+from vmm.outcome import KVM_EMULATION
 
 if TYPE_CHECKING:
     from vmm.cpu.vcpu import Exit
@@ -50,7 +51,7 @@ def report(machine: Machine, outcome: Outcome) -> str:
     who = "" if outcome.vcpu is None else f" on vCPU {outcome.vcpu}"
     lines = ["", f"pyvmm: {outcome.sentence}{who} (after {outcome.seconds:.3g} s)"]
     lines += _diagnosis(machine.diagnose())
-    if outcome.reason == "emulation-failure":
+    if outcome.reason == "emulation-failure" and outcome.code == KVM_EMULATION:
         lines.append(f"  instruction bytes {outcome.instruction.hex(' ') or '(unknown)'}; suberror {outcome.code}")
     linear = r["rip"] + (r["cs_base"] if outcome.bits == 16 else 0)
     lines.append(f"  rip {place(machine, r['rip'])}  {outcome.bits}-bit  rflags {r['rflags']:#x}")
