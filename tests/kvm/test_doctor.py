@@ -65,7 +65,7 @@ def two_busy_loops_per_cpu() -> Iterator[None]:
 @pytest.mark.usefixtures("two_busy_loops_per_cpu")
 def test_every_probe_of_a_busy_host_comes_to_the_same_verdicts() -> None:
     quiet = host.findings().verdicts()
-    for statistics in (True, False, True):
+    for statistics in (True, False):
         found = probe(statistics=statistics)
         assert found.verdicts() == quiet, found.basis
 
@@ -98,11 +98,15 @@ def test_a_guest_that_goes_nowhere_is_ended_by_what_it_did(statistics: bool) -> 
 
 
 def test_a_guest_that_goes_on_is_not_stuck_however_long_it_takes() -> None:
-    # Many times the patience, with a register that changes: mov ecx, n; L: dec ecx; jnz L
-    guest = TinyGuest("/dev/kvm", patience_ns=1_000_000)
-    guest.enter(b"\xb9" + (500_000_000).to_bytes(4, "little") + b"\xff\xc9\x75\xfc" + OUT_DONE, cpl=3)
+    # mov ecx, n; L: dec ecx; jnz L
+    loop = b"\xb9" + (600_000_000).to_bytes(4, "little") + b"\xff\xc9\x75\xfc" + OUT_DONE
+    guest = TinyGuest("/dev/kvm")
+    guest.enter(loop, cpl=3)
     assert guest.run() == "done"
-    assert guest.cpu_ns > 10 * guest.patience_ns
+    guest.patience_ns = guest.cpu_ns // 50  # so many looks, at a register that changes
+    guest.enter(loop, cpl=3)
+    assert guest.run() == "done"
+    assert guest.why_stuck == ""
     guest.close()
 
 
