@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -400,6 +401,24 @@ def test_the_time_limit_is_of_the_run_and_not_of_each_boot(guest: GuestPath) -> 
     assert done.returncode == 124, done
     assert done.stdout.count(b"reset register") > 1
     assert done.stderr.startswith(b"pyvmm: the time limit passed")
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is missing: apt-get install passt")
+def test_a_forwarded_port_is_there_for_the_next_boot(guest: GuestPath) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ("--reboot", "--net", f"user,hostfwd=tcp:127.0.0.1:{port}-:80")
+    with booted(guest("reset_acpi"), *flags) as process:
+        assert process.stdout is not None and process.stderr is not None
+        if select.select([process.stdout], [], [], 60)[0] and not os.read(process.stdout.fileno(), 1):
+            pytest.skip(f"no passt here: {process.stderr.read()!r}")
+        for _ in range(3):
+            read_until(process.stdout.fileno(), b"value")
+        process.terminate()
+        while os.read(process.stdout.fileno(), 4096):
+            pass
+        assert process.wait(30) == 143
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vmm import side_process
 from vmm.devices.virtio.net import derive_mac, parse_mac
 from vmm.errors import ConfigError, HostError
 from vmm.net import end_of, passt
@@ -316,6 +317,36 @@ def test_passt_answers_for_the_gateway_and_another_one_after_it_was_lost(stop: i
                 if frame[12:14] == b"\x08\x06":
                     break
             assert frame[20:22] == b"\0\2" and frame[28:32] == bytes([10, 0, 2, 2])
+
+
+@needs_passt
+@pytest.mark.parametrize("taken", [False, True], ids=["nobody-connected", "connected"])
+def test_forwarded_ports_are_free_once_the_end_is_closed(stop: int, taken: bool) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for _ in range(5):
+        end = Passt([f"tcp:127.0.0.1:{port}-:80", f"udp:127.0.0.1:{port}-:80"])
+        try:
+            end.open(0, 1, None)  # refuses a port that is taken
+        except HostError as error:
+            pytest.skip(f"no passt here: {error}")
+        if taken:
+            there = end.connect(stop)
+            assert there is not None
+            with there, pytest.raises(ConfigError, match="choose another host port"):
+                Passt([f"tcp:127.0.0.1:{port}-:80"]).open(0, 1, None)
+        end.close()
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_INET, kind) as again:
+                again.bind(("127.0.0.1", port))
+
+
+def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_process, "PATIENCE", 0.01)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        side_process.await_end(os.pidfd_open(process.pid))
+        assert process.wait(10) == -signal.SIGKILL
 
 
 # ---- trying again ----

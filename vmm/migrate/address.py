@@ -119,6 +119,7 @@ class Listener:
     def __init__(self, address: Address, tls: Tls | None) -> None:
         self._context = tls.context(server=True) if tls else None
         self._tls = tls
+        self._relays: list[int] = []  # pidfds
         self._named: PrivateSocket | None
         if address.port < 0:
             self._named = PrivateSocket(address.host, f"cannot listen on {address}")
@@ -156,7 +157,8 @@ class Listener:
             if self._tls and native:
                 from vmm.migrate.relay import relayed
 
-                connection = relayed(connection, self._tls)
+                connection, relay = relayed(connection, self._tls)
+                self._relays.append(relay)
             elif self._context:
                 connection = self._context.wrap_socket(connection, server_side=True)
         except (OSError, MigrationError) as error:
@@ -167,6 +169,13 @@ class Listener:
                 raise
             raise MigrationError(f"a connection was refused: {error}") from error
         return connection, fds[0] if fds else None
+
+    def end_relays(self) -> None:
+        """Return once the processes behind connections for native code have ended: after these were closed."""
+        from vmm.side_process import await_end
+
+        while self._relays:
+            await_end(self._relays.pop())
 
     def fileno(self) -> int:
         """For select."""

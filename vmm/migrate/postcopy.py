@@ -223,6 +223,7 @@ class Tending:
         self._thread = threading.Thread(target=self._tend, name="memory to come", daemon=True)
         self._thread.start()
         machine.attendants.append(self)
+        machine.on_close(listener.end_relays)  # native code has closed its connection by then
 
     def taken(self) -> None:
         """The machine runs here: have all of its memory come."""

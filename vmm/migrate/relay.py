@@ -7,6 +7,7 @@ do: whoever touches a page that is not here waits for it, perhaps with the inter
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -21,11 +22,11 @@ _ROOM = 1 << 20  # bytes on their way in one direction; who sends more waits
 _PIECE = 1 << 16
 
 
-def relayed(connection: socket.socket, tls: Tls) -> socket.socket:
+def relayed(connection: socket.socket, tls: Tls) -> tuple[socket.socket, int]:
     """What the other side of ``connection`` says in TLS, in the clear; closed when it is no friend.
 
-    The handshake and all that follows is another process's, which ends with either of the two connections;
-    ``connection`` is its own from now on.
+    The handshake and all that follows is another process's, which ends with either of the two connections, and whose
+    pidfd is the second value; ``connection`` is its own from now on.
     """
     ours, inner = socket.socketpair()
     with connection, inner:
@@ -37,8 +38,9 @@ def relayed(connection: socket.socket, tls: Tls) -> socket.socket:
             pass_fds=(connection.fileno(), inner.fileno()),
             start_new_session=True,  # Ctrl-C is for the machine, which says when there is no more to relay
         )
+    pidfd = os.pidfd_open(process.pid)
     threading.Thread(target=process.wait, name="relay", daemon=True).start()
-    return ours
+    return ours, pidfd
 
 
 def pump(secure: ssl.SSLSocket, inner: socket.socket) -> None:

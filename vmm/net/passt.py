@@ -40,6 +40,7 @@ class Passt(End):
 
         self.rules = [parse_hostfwd(rule) for rule in hostfwd]
         self._first: socket | None = None
+        self._running: list[int] = []  # pidfds
         self._mtu = MTU
 
     def open(self, index: int, queues: int, mtu: int | None) -> None:
@@ -52,9 +53,10 @@ class Passt(End):
         except Refusal as refusal:
             raise HostError(str(refusal)) from refusal
 
-    def command(self) -> list[str]:
+    def command(self, pid_file: str | None = None) -> list[str]:
         """The command line."""
         words = [COMMAND, "--quiet", "--fd", str(_SOCKET), "--mtu", str(self._mtu)]
+        words += ["--pid", pid_file] if pid_file else []
         words += ["--address", GUEST, "--netmask", NETMASK, "--gateway", GATEWAY]
         for protocol, flag in (("tcp", "--tcp-ports"), ("udp", "--udp-ports")):
             rules = [rule for rule in self.rules if rule[0] == protocol]
@@ -65,6 +67,26 @@ class Passt(End):
         return words
 
     def _start(self) -> socket:
+        """One more passt, which is ready and can be waited for."""
+        import shutil
+
+        folder = _folder()
+        pid_file = os.path.join(folder, "pid")
+        try:
+            try:
+                peer = self._spawn(self.command(pid_file))
+            except Refusal as refusal:
+                if "PID file" not in str(refusal):
+                    raise
+                peer = self._spawn(self.command())  # a policy of the host forbids it the file
+            self._running = [pidfd for pidfd in self._running if not _ended(pidfd)]
+            if (pidfd := _process_of(pid_file)) is not None:
+                self._running.append(pidfd)
+            return peer
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _spawn(self, words: list[str]) -> socket:
         """Its parent process ends when it is ready, or when it gives up: then it says why."""
         import socket
 
@@ -79,7 +101,6 @@ class Passt(End):
                 (os.POSIX_SPAWN_DUP2, high, _SOCKET),
                 (os.POSIX_SPAWN_CLOSE, high),
             ]
-            words = self.command()
             # A group of its own: Ctrl-C in our terminal is not for it.
             pid = os.posix_spawnp(words[0], words, os.environ, file_actions=actions, setpgroup=0, setsigmask=())
         except FileNotFoundError as error:
@@ -108,10 +129,58 @@ class Passt(End):
         return first or self._start()
 
     def close(self) -> None:
-        """A passt that nobody took ends."""
+        """Return once every passt has ended, so that its ports are free. Connections to it are closed before."""
+        from vmm.side_process import await_end
+
         if self._first is not None:
             self._first.close()
             self._first = None
+        while self._running:
+            await_end(self._running.pop())
+
+
+def _folder() -> str:
+    """A directory for the file with its process number, which no other user can put another number into.
+
+    passt goes into the background by itself, so that it is no child of ours. One that root starts becomes the user
+    nobody before it writes the file.
+    """
+    import tempfile
+
+    try:
+        folder = tempfile.mkdtemp(prefix="pyvmm-")
+    except OSError as error:
+        raise Refusal(f"no temporary directory ({error.strerror}): name one with room in TMPDIR") from error
+    if os.geteuid() == 0:
+        import pwd
+
+        os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
+    return folder
+
+
+def _process_of(pid_file: str) -> int | None:
+    """A pidfd of the process; ``None`` of one that has ended already."""
+    try:
+        with open(pid_file) as file:
+            pid = int(file.read())
+        pidfd = os.pidfd_open(pid)
+        with open(f"/proc/{pid}/comm") as file:
+            if file.read().startswith(COMMAND):
+                return pidfd
+        os.close(pidfd)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _ended(pidfd: int) -> bool:
+    """Whether the process has ended; closes its pidfd then."""
+    import select
+
+    if not select.select([pidfd], [], [], 0)[0]:
+        return False
+    os.close(pidfd)
+    return True
 
 
 def reason(text: str) -> str:
