@@ -7,6 +7,7 @@ limit, a signal or Ctrl-A x from working.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 ESCAPE = 0x01  # Ctrl-A
 HELP = "\nCtrl-A x  quit\nCtrl-A h  this help (also Ctrl-A c)\nCtrl-A Ctrl-A  send Ctrl-A\n"
+LAST_WORDS = 256 << 10  # bytes taken of a peer that has closed: what a socket holds by default
 UNREAD_SECONDS = 1.0  # how long an ended machine's pty waits for its reader
 
 
@@ -100,11 +102,10 @@ class Stdio(HostEnd):
 
     def _follow_job_control(self) -> None:
         import signal
-        from contextlib import suppress
 
         resumed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.resumed_fd = resumed
-        with suppress(ValueError):  # not the main thread, which alone may handle signals
+        with contextlib.suppress(ValueError):  # not the main thread, which alone may handle signals
             self._handler = signal.signal(signal.SIGCONT, lambda *_: os.eventfd_write(resumed, 1))
 
     def resumed(self) -> None:
@@ -296,9 +297,20 @@ class _Pump:
             self.console.pumped(self.position - len(self.pending))
 
     def gone(self) -> None:
-        self.pending = b""
+        if self.end.listen_fd is not None:
+            self.take_last_words()  # and what it did not get is the next one's
+        else:
+            self.pending = b""
         self.console.pumped(None)
         self.end.peer_gone()
+
+    def take_last_words(self) -> None:
+        """What the peer wrote before it closed is the guest's, also where a write was the first to notice."""
+        assert self.end.in_fd is not None
+        with contextlib.suppress(OSError):
+            while len(self.typed) < LAST_WORDS and (data := os.read(self.end.in_fd, CHUNK)):
+                self.typed += data
+        self.type()
 
     # input: peer -> guest
 
@@ -366,7 +378,7 @@ class _Pump:
         if end.listen_fd in readable:
             end.accept()
             if end.out_fd is not None:
-                console.pumped(self.position)
+                console.pumped(self.position - len(self.pending))
         if console.output_fd in readable:
             console.clear_output()
             self.write()

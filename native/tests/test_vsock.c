@@ -415,6 +415,54 @@ static void what_the_guest_sent_before_it_closed_still_arrives(void)
     tear_down(&f);
 }
 
+/* The guest gets `bytes` and hears that no more come; then both are done with the connection. */
+static void expect_the_rest(struct fixture *f, uint32_t port, const char *bytes)
+{
+    struct vsock_header h = {0};
+    uint8_t got[64] = {0};
+    CHECK(receive(f, &h, got));
+    CHECK_EQUAL(h.op, VSOCK_RW);
+    CHECK_EQUAL(h.len, strlen(bytes));
+    CHECK(memcmp(got, bytes, strlen(bytes)) == 0);
+    CHECK_EQUAL(expect(f, VSOCK_SHUTDOWN).flags, VSOCK_NEITHER);
+    say(f, 80, port, VSOCK_SHUTDOWN, VSOCK_NEITHER);
+    expect(f, VSOCK_RST);
+    CHECK_EQUAL(open_now(f), 0);
+}
+
+static void what_the_host_sent_before_it_closed_still_arrives(void)
+{
+    enum { BEFORE_IT_IS_SEEN, BEFORE_THE_ANSWER, AFTER_IT_UNREAD, MOMENTS };
+    for (unsigned moment = 0; moment < MOMENTS; moment++) {
+        struct fixture f;
+        set_up(&f, 0);
+        fill_receive_queue(&f, 32);
+        const int fd = unix_socket(f.path, false);
+        CHECK_EQUAL(write(fd, "CONNECT 80\nlast words", 21), 21);
+        if (moment == BEFORE_IT_IS_SEEN)
+            close(fd);
+        turn(&f);
+        const struct vsock_header request = expect(&f, VSOCK_REQUEST);
+        if (moment == BEFORE_THE_ANSWER)
+            close(fd);
+        turn(&f);
+        if (moment == AFTER_IT_UNREAD)
+            f.buf_alloc = 0; /* so that the bytes wait for credit */
+        say(&f, 80, request.src_port, VSOCK_RESPONSE, 0);
+        if (moment == AFTER_IT_UNREAD) {
+            expect_nothing(&f);
+            close(fd); /* the "OK" is unread */
+            f.buf_alloc = 1 << 20;
+            say(&f, 80, request.src_port, VSOCK_CREDIT_UPDATE, 0);
+        }
+        turn(&f);
+        if (moment != AFTER_IT_UNREAD)
+            CHECK_EQUAL(expect(&f, VSOCK_SHUTDOWN).flags, VSOCK_NO_RECEIVE); /* it reads no "OK" any more */
+        expect_the_rest(&f, request.src_port, "last words");
+        tear_down(&f);
+    }
+}
+
 /* ---- credit ---- */
 
 static void the_host_sends_no_more_than_the_guest_has_room_for(void)
@@ -777,6 +825,7 @@ int main(void)
     a_guest_that_refuses_hangs_up_on_the_host();
     half_a_stream_may_end_before_the_other();
     what_the_guest_sent_before_it_closed_still_arrives();
+    what_the_host_sent_before_it_closed_still_arrives();
     the_host_sends_no_more_than_the_guest_has_room_for();
     the_guest_is_told_of_room_as_the_host_reads();
     a_slow_host_fills_the_buffer_and_gets_every_byte();

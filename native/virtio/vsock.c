@@ -140,8 +140,8 @@ void vsock_receive(struct vsock_connection *c)
         }
         const int error = errno;
         vmm_queue_rewind(&device->virtio.queues[RECEIVE].ring, mark);
-        if (got == 0) {
-            c->host_shutdown |= VSOCK_NO_SEND;
+        if (got == 0 || error == ECONNRESET) { /* the latter: closed with bytes of ours unread */
+            c->host_shutdown |= got == 0 ? VSOCK_NO_SEND : VSOCK_NEITHER;
             vsock_owe(c, VSOCK_SHUTDOWN);
         } else if (error != EAGAIN && error != EINTR) {
             vsock_reset(c);

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -30,6 +31,13 @@ static bool hung_up(const struct vsock_connection *c)
 {
     struct pollfd end = {.fd = c->source.fd};
     return poll(&end, 1, 0) == 1 && end.revents & (POLLHUP | POLLERR);
+}
+
+/* Did the host's end write what was not read yet? A client may write, close, and count on it to arrive. */
+static bool has_bytes(const struct vsock_connection *c)
+{
+    int n = 0;
+    return ioctl(c->source.fd, FIONREAD, &n) == 0 && n > 0;
 }
 
 /* ---- what to wait for ---- */
@@ -51,7 +59,7 @@ static int wanted(const struct vsock_connection *c)
     case VSOCK_GREETING:
         return EPOLLIN;
     case VSOCK_REQUESTED:
-        return 0;
+        return hung_up(c) ? -1 : 0; /* with bytes: they wait for the guest's answer */
     case VSOCK_LINGERING:
         return EPOLLOUT;
     case VSOCK_OPEN: {
@@ -241,8 +249,12 @@ void vsock_greet_back(struct vsock_connection *c)
     char line[24];
     const int n = snprintf(line, sizeof line, "OK %u\n", c->host_port);
     c->state = VSOCK_OPEN;
-    /* The first bytes into a socket: there is room for them, or nobody there. */
-    if (send(c->source.fd, line, (size_t)n, MSG_DONTWAIT | MSG_NOSIGNAL) != n)
+    /* The first bytes into a socket: there is room for them, or nobody there, who may have left bytes. */
+    if (send(c->source.fd, line, (size_t)n, MSG_DONTWAIT | MSG_NOSIGNAL) == n)
+        return;
+    if (has_bytes(c))
+        refuse_bytes(c);
+    else
         vsock_reset(c);
 }
 
@@ -254,7 +266,8 @@ static void end_ready(struct vmm_source *source, uint32_t events)
     if (c->state == VSOCK_GREETING) {
         read_greeting(c);
     } else if (c->state == VSOCK_REQUESTED && hang_up && hung_up(c)) {
-        vsock_reset(c);
+        if (!has_bytes(c))
+            vsock_reset(c);
     } else if (c->state == VSOCK_LINGERING) {
         flush(c);
         if (kept(c) == 0)

@@ -241,6 +241,16 @@ def test_a_socket_console_shows_what_was_printed_before_the_client_came(guest: G
     assert not path.exists()
 
 
+def test_what_a_client_typed_before_it_closed_reaches_the_guest(guest: GuestPath, tmp_path: Path) -> None:
+    path = tmp_path / "console"
+    with booted(guest("uart"), "--append", "bytes=3", "--console", f"unix:{path}") as process:
+        with connect(path) as hasty:
+            hasty.sendall(b"abc")
+        with connect(path) as client:  # what the other one did not read is here
+            assert b"received 3 sums 294 " in read_until(client.fileno(), b"PASS\n")
+        assert process.wait(30) == 33
+
+
 # ---- a pseudo-terminal ----
 
 
