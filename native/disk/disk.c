@@ -455,15 +455,14 @@ int vmm_disk_clear(int fd, uint64_t at, uint64_t size)
 int vmm_disk_read_now(struct vmm_disk *disk, uint64_t at, uint64_t size, uint8_t *to)
 {
     while (size) {
-        const struct vmm_extent extent = disk->kind->map(disk, at, size);
+        struct vmm_extent extent = disk->kind->map(disk, at, size);
         if (extent.fd < 0) {
             memset(to, 0, extent.size);
         } else {
             const int64_t got = vmm_disk_read_whole(extent.fd, to, extent.size, extent.at);
-            if (got < 0)
-                return (int)got;
-            if ((uint64_t)got < extent.size)
-                return -ENODATA; /* the file has shrunk */
+            if (got <= 0)
+                return got ? (int)got : -ENODATA; /* the file has shrunk */
+            extent.size = (uint64_t)got; /* less: it ends within the last sector, or is looked at again */
         }
         to += extent.size;
         at += extent.size;

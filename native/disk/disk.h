@@ -98,6 +98,7 @@ struct vmm_disk {
     struct vmm_bounce bounce;
     int fd;                 /* what is written */
     uint64_t size, data_at; /* bytes of the disk; where they begin in fd */
+    uint64_t end;           /* raw.c: of the file, within the last sector; zeros come after it */
     uint32_t alignment;     /* O_DIRECT: of offsets, sizes and addresses; else 1 */
     bool no_punch, no_zero; /* the host's file system cannot */
     bool cancelling;

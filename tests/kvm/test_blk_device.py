@@ -127,6 +127,59 @@ def test_an_overlay_is_there_again_in_the_next_machine(image: Path, tmp_path: Pa
             assert guest.ask(OUT, n * 9, bytes([n + 1]) * 512)[0] == OK  # and no flush: closing records it
 
 
+ODD = SIZE - 512 + 24  # bytes of a file that ends within its last sector
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"readonly": True}, {"cache": "none"}, {"sector": 4096}, {"overlay": "top.ovl"}], ids=str
+)
+def test_a_file_that_ends_within_a_sector_reads_as_zeros_from_there_on(
+    image: Path, tmp_path: Path, fields: dict[str, object]
+) -> None:
+    if "overlay" in fields:
+        fields = {**fields, "overlay": str(tmp_path / "top.ovl")}
+    with image.open("r+b") as file:
+        file.truncate(ODD)
+    content = image.read_bytes() + bytes(SIZE - ODD)
+    with Guest(image, **fields) as guest:
+        assert guest.blk.size == SIZE
+        assert guest.ask(IN, CAPACITY - 8, room=4096) == (OK, content[-4096:])
+        assert guest.ask(IN, CAPACITY, room=4096)[0] == IOERR
+    assert image.stat().st_size == ODD  # nobody wrote
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_a_write_of_the_last_sector_makes_the_file_whole(image: Path, cache: str) -> None:
+    with image.open("r+b") as file:
+        file.truncate(ODD)
+    content = image.read_bytes()
+    with Guest(image, cache=cache) as guest:
+        before = guest.blk.checkpoint()
+        assert before is not None
+        assert guest.ask(WRITE_ZEROES, 0, struct.pack("<QII", CAPACITY - 1, 1, 0))[0] == OK
+        assert guest.ask(IN, CAPACITY - 1, room=512) == (OK, bytes(512))
+        assert guest.ask(OUT, CAPACITY - 1, b"x" * 512)[0] == OK
+        assert guest.ask(IN, CAPACITY - 2, room=1024)[1][512:] == b"x" * 512
+        assert image.stat().st_size == SIZE
+        before.rollback()
+        before.close()
+        tail = guest.ask(IN, CAPACITY - 1, room=512)[1]
+        assert tail == content[-24:] + bytes(SIZE - ODD)
+
+
+def test_an_overlay_over_a_file_of_odd_size_copies_its_last_cluster(image: Path, tmp_path: Path) -> None:
+    with image.open("r+b") as file:
+        file.truncate(ODD)
+    before = image.read_bytes()
+    for written in (False, True):
+        with Guest(image, overlay=str(tmp_path / "top.ovl")) as guest:
+            expected = b"x" * 512 if written else before[-536:-24]
+            assert guest.ask(IN, CAPACITY - 2, room=512)[1] == expected
+            assert guest.ask(OUT, CAPACITY - 2, b"x" * 512)[0] == OK
+            assert guest.ask(IN, CAPACITY - 1, room=512)[1] == before[-24:] + bytes(488)
+    assert image.read_bytes() == before
+
+
 def test_two_machines_do_not_write_one_image(image: Path, tmp_path: Path) -> None:
     with Guest(image):
         with pytest.raises(ConfigError, match="is in use by another machine"):

@@ -70,16 +70,19 @@ class Image:
 
 
 def open_raw(path: str, *, readonly: bool, direct: bool, sector: int) -> Image:
-    """A raw image or block device as a disk with sectors of ``sector`` bytes."""
+    """A raw image or block device as a disk with sectors of ``sector`` bytes.
+
+    A file may end within its last sector, of which the rest is zeros then: see :func:`whole_sectors`.
+    """
     image = Image(path, readonly=readonly, direct=direct)
     try:
         refuse_formats(image)
         if not image.size:
             raise ConfigError(f"disk {path} is empty: give it a size with 'truncate -s 1G {path}'")
-        if image.size % sector:
+        if image.size % sector and image.block_device:
             raise ConfigError(
                 f"disk {path} has {image.size} bytes, which are not whole sectors of {sector}: "
-                f"round it up with 'truncate -s %{sector} {path}'"
+                "leave sector=4096 out, or use another device"
             )
         if sector % image.alignment:
             raise ConfigError(
@@ -90,6 +93,11 @@ def open_raw(path: str, *, readonly: bool, direct: bool, sector: int) -> Image:
         image.close()
         raise
     return image
+
+
+def whole_sectors(size: int, sector: int) -> int:
+    """Bytes of the disk that a file of ``size`` bytes is. A write of the last sector makes the file as long."""
+    return -(-size // sector) * sector
 
 
 def refuse_formats(image: Image) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmm.disk.image import Image, read_page, refuse_formats
+from vmm.disk.image import Image, read_page, refuse_formats, whole_sectors
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,11 +75,20 @@ class Overlay:
 
     ``path``: made if there is none, or an empty one; ``None``: a file without a name, which goes with the disk.
     ``between``: overlay files over ``base_path``, the lowest first, only read. Raises
-    :class:`~vmm.errors.ConfigError`.
+    :class:`~vmm.errors.ConfigError`. A new one has whole sectors of ``sector`` bytes, whatever its base has.
     """
 
-    def __init__(self, path: str | None, base_path: str, *, between: Sequence[str] = (), direct: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        base_path: str,
+        *,
+        between: Sequence[str] = (),
+        direct: bool = False,
+        sector: int = 512,
+    ) -> None:
         self.layers: list[Layer] = []
+        self._sector = sector
         try:
             self._stack(base_path, between)
             self._open(path, direct)
@@ -122,7 +131,7 @@ class Overlay:
         if image.block_device:
             raise ConfigError(f"overlay {path} is a block device: give a file")
         if not image.size:
-            _write(image.fd, _new_layout(below), stable=path is not None)
+            _write(image.fd, _new_layout(below, self._sector), stable=path is not None)
         layout = _read(image, below)
         _make_whole(image.fd, layout)
         if direct and path is not None:
@@ -154,10 +163,10 @@ def _length(layout: Layout) -> int:
     return layout.data_at + _up(layout.size, CLUSTER)
 
 
-def _new_layout(base: Layer) -> Layout:
+def _new_layout(base: Layer, sector: int) -> Layout:
     bitmap_size = _up(-(-base.size * _GROWTH // (8 * CLUSTER)), CLUSTER)
     return Layout(
-        size=base.size,
+        size=whole_sectors(base.size, sector),
         bitmap_at=CLUSTER,
         bitmap_size=bitmap_size,
         data_at=_up(CLUSTER + bitmap_size, _DATA_ALIGNMENT),

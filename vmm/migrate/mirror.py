@@ -234,6 +234,8 @@ class _File:
         self.size = size
         self._dirty = 0  # bytes that are not on stable storage yet
         self._image: Image | None = None
+        if size % disk.sector:
+            raise ConfigError(f"disk {self.path}: {size} bytes are not whole sectors of {disk.sector}")
         try:
             with self.refusals("made"):
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

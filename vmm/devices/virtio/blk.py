@@ -81,12 +81,12 @@ class Blk(VirtioDevice):
         self.virtio = lib.vmm_blk_virtio(self._blk)
 
     def _open_raw(self, readonly: bool, direct: bool, sector: int) -> Any:
-        from vmm.disk.image import open_raw
+        from vmm.disk.image import open_raw, whole_sectors
 
         out = ffi.new("vmm_disk **")
         raw = self._raw = open_raw(self.path, readonly=readonly, direct=direct, sector=sector)
         try:
-            check(lib.vmm_disk_open_raw(raw.fd, raw.size, raw.alignment, 0, out))
+            check(lib.vmm_disk_open_raw(raw.fd, whole_sectors(raw.size, sector), raw.alignment, 0, out))
         except BaseException:
             self._close()
             raise
@@ -96,7 +96,7 @@ class Blk(VirtioDevice):
         from vmm.disk.overlay import Overlay
 
         out = ffi.new("vmm_disk **")
-        over = self._overlay = Overlay(path, self.path, between=between, direct=direct)
+        over = self._overlay = Overlay(path, self.path, between=between, direct=direct, sector=sector)
         try:
             image, size = over.image, over.layout.size
             if size % sector or sector % image.alignment:
@@ -151,6 +151,10 @@ class Blk(VirtioDevice):
                 raise ConfigError(f"overlay of {self.path}: say which size it is to have")
             new_size = os.lseek(self._raw.fd, 0, os.SEEK_END)
         sector = int.from_bytes(self.config(20, 4), "little")
+        if follow and self._raw is not None and not self._raw.block_device:
+            from vmm.disk.image import whole_sectors
+
+            new_size = whole_sectors(new_size, sector)
         if new_size <= 0 or new_size % sector:
             raise ConfigError(f"disk {self.path}: {new_size} bytes are not whole sectors of {sector}")
         if self._raw is not None and self._raw.block_device and not follow:
