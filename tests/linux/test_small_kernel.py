@@ -58,3 +58,13 @@ def test_the_shell_on_a_piped_console_takes_commands_and_powers_off(small_kernel
     )  # fmt: skip
     assert b"answer-42" in done.stdout, done.stderr
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("words", "status"), [("sh -c reboot", 4), ("halt", 18)])
+def test_the_shell_ends_the_machine_in_the_way_it_is_told(small_kernel: SmallKernel, words: str, status: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", "boot", "--kernel", str(small_kernel.bzimage), "--mem", "128M",
+         "--initrd", str(initramfs.default()), "--append", "quiet", "--timeout", "240"],
+        input=f"{words}\n".encode(), capture_output=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, (done.stdout, done.stderr)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
+    from types import TracebackType
 
     from vmm.config import MachineConfig
     from vmm.linux.initramfs import Entry
@@ -77,12 +78,18 @@ def progress_display() -> AbstractContextManager[Progress]:
         tasks: dict[str, TaskID] = {}
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as display:
 
+            def finish() -> None:
+                for task in tasks.values():  # a step that does not know how much there is to do ends at 100 %, too
+                    display.update(task, completed=1, total=1)
+
             def show(stage: str, done: int, total: int | None) -> None:
                 if stage not in tasks:
+                    finish()  # steps come one after another
                     tasks[stage] = display.add_task(stage, total=total)
                 display.update(tasks[stage], completed=done, total=total)
 
             yield show
+            finish()
 
     @contextmanager
     def lines() -> Iterator[Progress]:
@@ -117,6 +124,8 @@ class _Lazy:
             self._show = self._open.__enter__()
         self._show(stage, done, total)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._open is not None:
-            self._open.__exit__(None, None, None)
+            self._open.__exit__(kind, error, trace)

@@ -7,6 +7,10 @@ for module in /lib/load/*.ko; do
 done
 /bin/busybox mount -a
 [ -e /etc/up ] && . /etc/up
+# What busybox's poweroff, reboot and halt send the first process.
+trap 'exec /bin/busybox poweroff -f' USR2
+trap 'exec /bin/busybox reboot -f' TERM
+trap 'exec /bin/busybox halt -f' USR1
 # What is typed is not shown, lines may be long, and the guest's newline stays a newline.
 /bin/busybox stty -echo -icanon -onlcr
 

@@ -11,6 +11,7 @@ done
 read -r _ _ release _ </proc/version
 echo "Linux $release is up; the machine powers off when this shell exits."
 
-# -c makes the console the shell's controlling terminal: job control and Ctrl-C work.
-/bin/busybox setsid -c /bin/busybox sh
-exec /bin/busybox poweroff -f
+# It becomes the shell, which takes part in /etc/shell: a poweroff that is sent to the first process reaches it.
+# -c makes the console its controlling terminal: job control and Ctrl-C work.
+export ENV=/etc/shell
+exec /bin/busybox setsid -c /bin/busybox sh

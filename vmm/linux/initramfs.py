@@ -136,7 +136,8 @@ def default(busybox: Path | None = None, entries: Iterable[Entry] = ()) -> Path:
     ``busybox``: a static one (default: the host's, or Debian's). ``entries`` come on top, and may replace what
     is there. HostError: no busybox to be had.
     """
-    return save(build([*_base(busybox, "init-shell.sh"), *entries]))
+    shell = file("etc/shell", _script("shell.sh"), 0o644)
+    return save(build([*_base(busybox, "init-shell.sh"), shell, *entries]))
 
 
 def command(
@@ -166,8 +167,6 @@ def command(
 
 def network(leases: Iterable[bool]) -> list[Entry]:
     """What the first process brings a machine's interfaces up with; for each of them, whether it is to get a lease."""
-    from importlib import resources
-
     up = ""
     for number, lease in enumerate(leases):
         up += f"/bin/busybox ip link set eth{number} up\n"
@@ -176,8 +175,7 @@ def network(leases: Iterable[bool]) -> list[Entry]:
             up += f'\techo "eth{number} got no address"\n'
     if not up:
         return []
-    script = (resources.files("vmm.linux") / "lease.sh").read_bytes()
-    return [file("etc/up", up.encode(), 0o644), file("etc/lease", script)]
+    return [file("etc/up", up.encode(), 0o644), file("etc/lease", _script("lease.sh"))]
 
 
 def _mount_line(tag: str, options: str) -> bytes:
@@ -186,9 +184,13 @@ def _mount_line(tag: str, options: str) -> bytes:
     return os.fsencode(f"{field} /mnt/{field} virtiofs {options}\n")
 
 
-def _base(busybox: Path | None, init: str) -> list[Entry]:
+def _script(name: str) -> bytes:
     from importlib import resources
 
+    return (resources.files("vmm.linux") / name).read_bytes()
+
+
+def _base(busybox: Path | None, init: str) -> list[Entry]:
     if busybox is None:
         from vmm.linux import debian
 
@@ -203,7 +205,7 @@ def _base(busybox: Path | None, init: str) -> list[Entry]:
         file("etc/fstab", _FSTAB, 0o644),
         file("bin/busybox", busybox),
         symlink("bin/sh", "busybox"),
-        file("init", (resources.files("vmm.linux") / init).read_bytes()),
+        file("init", _script(init)),
     ]
 
 
