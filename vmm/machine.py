@@ -446,6 +446,7 @@ class Machine:
                 starter()
             for vcpu, thread in zip(self.vcpus, self._threads, strict=True):
                 thread.start(partial(self._run_vcpu, vcpu))
+            check(lib.vmm_vm_watch_halt(self._vm))
 
     def _run_vcpu(self, vcpu: Any) -> None:
         lib.vmm_vcpu_run(vcpu.native)

@@ -18,6 +18,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/types.h>
+#include <time.h>
 
 #define VMM_MAX_REGIONS 32  /* two of RAM, the rest for device memory; KVM's own limit is far higher */
 #define VMM_MAX_RANGES 4096 /* a machine with every PCI function's BARs has a few hundred */
@@ -66,7 +67,13 @@ struct vmm_bus {
 
 /* ---- machine ---- */
 
-enum vmm_request { VMM_REQUEST_STOP = 1, VMM_REQUEST_PAUSE = 2, VMM_REQUEST_DEBUG = 4 };
+enum vmm_request {
+    VMM_REQUEST_STOP = 1,
+    VMM_REQUEST_PAUSE = 2,
+    VMM_REQUEST_DEBUG = 4,
+    VMM_REQUEST_LOOK = 8,   /* park, to be looked at (halt.c) */
+    VMM_REQUEST_WATCH = 16, /* say that the guest is active: nobody is kicked for this */
+};
 
 struct vmm_compat_ops {
     int (*vcpu_init)(struct vmm_vcpu *vcpu);
@@ -122,6 +129,9 @@ struct vmm_vm {
     pthread_cond_t changed;    /* a vCPU parked, left, or may go on */
     _Atomic uint32_t requests; /* enum vmm_request; written under lock, read before every entry */
     uint32_t pauses;           /* nesting depth */
+    struct vmm_halt *halt;     /* NULL until it is watched; written once, under lock */
+    bool looking;              /* vCPUs park for halt.c */
+    _Atomic bool odd_messages; /* some message was programmed to be no ordinary interrupt */
     int stop_reason, stop_fd;
     uint64_t stop_code;
     uint32_t stop_vcpu;
@@ -139,6 +149,7 @@ struct vmm_vcpu {
     uint32_t id;
     _Atomic int state;      /* enum vmm_vcpu_place, written under vm->lock */
     pid_t thread;           /* who runs it, while state is not OUT */
+    clockid_t clock;        /* its CPU time, likewise */
     bool unsettled;         /* an I/O exit's result is not yet in the registers */
     uint32_t last_range[2]; /* per space: where the last hit was */
     _Atomic uint64_t epoch; /* bus epoch this vCPU reads under; 0: not in the bus */

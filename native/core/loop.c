@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The I/O thread: epoll, and a lock that is taken only between batches of events. */
-#include "core/loop.h"
+#include "core/halt.h"
 #include "core/thread.h"
 
 #include <errno.h>
@@ -12,6 +12,7 @@
 #define BATCH 64 /* events taken at a time; more wait in epoll for the next turn */
 
 struct vmm_loop {
+    struct vmm_vm *vm;
     int epoll, wake;
     pthread_t thread;
     _Atomic bool started; /* set once, under lock */
@@ -64,7 +65,10 @@ static void *loop_main(void *opaque)
     struct epoll_event events[BATCH];
     while (turn(loop)) {
         int n = epoll_wait(loop->epoll, events, BATCH, -1);
+        const bool watched = atomic_load(&loop->vm->requests) & VMM_REQUEST_WATCH;
         dispatch(loop, events, n);
+        if (unlikely(watched)) /* a doorbell is no exit */
+            vmm_halt_active(loop->vm);
     }
     return NULL;
 }
@@ -86,11 +90,12 @@ static void wake(struct vmm_loop *loop)
 
 /* ---- life ---- */
 
-static struct vmm_loop *loop_create(void)
+static struct vmm_loop *loop_create(struct vmm_vm *vm)
 {
     struct vmm_loop *loop = calloc(1, sizeof(*loop));
     if (!loop)
         return NULL;
+    loop->vm = vm;
     pthread_mutex_init(&loop->lock, NULL);
     pthread_cond_init(&loop->changed, NULL);
     loop->epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -108,7 +113,7 @@ vmm_loop *vmm_vm_loop(struct vmm_vm *vm)
 {
     pthread_mutex_lock(&vm->lock);
     if (!vm->loop)
-        vm->loop = loop_create();
+        vm->loop = loop_create(vm);
     struct vmm_loop *loop = vm->loop;
     pthread_mutex_unlock(&vm->lock);
     return loop;

@@ -143,6 +143,8 @@ int vmm_msi_route(struct vmm_msi *msi, struct vmm_msi_vector *vector, uint64_t a
         vector->routed = true;
         vector->address = address;
         vector->data = data;
+        if (data >> 8 & 6) /* neither fixed nor lowest priority (Intel SDM 3A, 11.11.2) */
+            atomic_store(&msi->vm->odd_messages, true);
         rc = give_table(msi);
         if (rc == 0)
             rc = attach(msi, vector);

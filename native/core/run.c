@@ -6,7 +6,7 @@
  * clears immediate_exit and then reads the requests, so a request made at any moment is either seen by that
  * read or turns the next KVM_RUN into an immediate EINTR.
  */
-#include "core/loop.h"
+#include "core/halt.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -80,6 +80,8 @@ static void stop_locked(struct vmm_vm *vm, int reason, uint64_t code, uint32_t v
     vm->stop_reason = reason;
     vm->stop_code = code;
     vm->stop_vcpu = vcpu_id;
+    vm->looking = false;
+    atomic_fetch_and(&vm->requests, ~(uint32_t)VMM_REQUEST_LOOK);
     atomic_fetch_or(&vm->requests, VMM_REQUEST_STOP);
     vmm_vm_kick_locked(vm);
     pthread_cond_broadcast(&vm->changed);
@@ -380,10 +382,14 @@ static bool attend(struct vmm_vcpu *vcpu)
     struct vmm_vm *vm = vcpu->vm;
     settle(vcpu);
     pthread_mutex_lock(&vm->lock);
-    while ((vm->pauses || vmm_debug_parked(vcpu)) && vm->stop_reason == VMM_STOP_NONE) {
+    vmm_halt_active_locked(vm);
+    while ((vm->pauses || vm->looking || vmm_debug_parked(vcpu)) && vm->stop_reason == VMM_STOP_NONE) {
         vcpu->state = VMM_VCPU_PARKED;
         pthread_cond_broadcast(&vm->changed);
-        pthread_cond_wait(&vm->changed, &vm->lock);
+        if (vmm_halt_judge_locked(vm))
+            stop_locked(vm, VMM_STOP_HALT, 0, 0);
+        else if (vm->pauses || vm->looking || vmm_debug_parked(vcpu))
+            pthread_cond_wait(&vm->changed, &vm->lock);
     }
     vcpu->state = VMM_VCPU_RUNNING;
     bool go_on = vm->stop_reason == VMM_STOP_NONE;
@@ -399,6 +405,7 @@ static void enter_loop(struct vmm_vcpu *vcpu)
     vmm_current_vcpu = vcpu;
     pthread_mutex_lock(&vcpu->vm->lock);
     vcpu->thread = (pid_t)syscall(SYS_gettid);
+    pthread_getcpuclockid(pthread_self(), &vcpu->clock);
     vcpu->state = VMM_VCPU_RUNNING;
     vcpu->vm->ran = true;
     pthread_mutex_unlock(&vcpu->vm->lock);

@@ -82,7 +82,8 @@ static bool runs_elsewhere(const vmm_vcpu *vcpu)
  */
 static int at_rest(const vmm_vcpu *vcpu)
 {
-    if (!runs_elsewhere(vcpu) || atomic_load(&vcpu->vm->requests))
+    const uint32_t leaving = VMM_REQUEST_STOP | VMM_REQUEST_PAUSE | VMM_REQUEST_DEBUG;
+    if (!runs_elsewhere(vcpu) || atomic_load(&vcpu->vm->requests) & leaving)
         return 0;
     return vmm_error_set(-EBUSY, "vCPU %u runs: pause the machine before you look at it", vcpu->id);
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A machine: /dev/kvm, guest memory, interrupt lines, life cycle. */
+#include "core/halt.h"
 #include "core/lazy.h"
 #include "core/loop.h"
 #include "core/thread.h"
@@ -150,6 +151,7 @@ void vmm_vm_destroy(vmm_vm *vm)
         return;
     vmm_lazy_destroy(vm->lazy); /* first: the I/O thread may be waiting for a page */
     vmm_loop_destroy(vm->loop);
+    vmm_halt_destroy(vm->halt);
     vmm_trace_destroy(vm);
     vmm_debug_deinit(vm);
     pthread_mutex_destroy(&vm->io_trace_lock);

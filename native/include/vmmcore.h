@@ -379,7 +379,7 @@ enum vmm_stop_reason {
     VMM_STOP_TRIPLE_FAULT = 6,  /* KVM_EXIT_SHUTDOWN */
     VMM_STOP_EMULATION = 7,     /* KVM_EXIT_INTERNAL_ERROR (code: suberror) */
     VMM_STOP_FAIL_ENTRY = 8,    /* KVM_EXIT_FAIL_ENTRY (code: hardware reason) */
-    VMM_STOP_HALT = 9,          /* HLT with no interrupt controller to wake it */
+    VMM_STOP_HALT = 9,          /* halted, and nothing can wake it */
     VMM_STOP_SYSTEM_EVENT = 10, /* KVM_EXIT_SYSTEM_EVENT (code: type) */
     VMM_STOP_UNKNOWN_EXIT = 11, /* an exit reason the loop has no answer to (code: reason) */
     VMM_STOP_RUN_FAILED = 12,   /* KVM_RUN itself failed (code: errno) */
@@ -411,6 +411,15 @@ int vmm_vm_resume(vmm_vm *vm);
 
 /* Make the machine runnable again after every vmm_vcpu_run returned: forgets the stop reason. */
 int vmm_vm_rearm(vmm_vm *vm);
+
+/*
+ * Stop with VMM_STOP_HALT once nothing can wake the machine: every vCPU is halted with interrupts off, and no NMI, SMI or
+ * INIT can come. Found a second or more after the guest's last exit; where there is doubt, it runs on, as it does
+ * while it is paused or a debugger is open. After each start; the I/O thread watches. -errno.
+ * looks: how often the vCPUs were stopped, all together, to find out.
+ */
+int vmm_vm_watch_halt(vmm_vm *vm);
+uint64_t vmm_vm_halt_looks(vmm_vm *vm);
 
 /* Break KVM_RUN of one vCPU so that it looks at its requests. */
 void vmm_vcpu_kick(vmm_vcpu *vcpu);

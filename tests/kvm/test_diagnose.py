@@ -193,13 +193,14 @@ def test_a_stall_ends_the_run_with_a_status_of_its_own_long_before_the_time_limi
 
 
 def test_the_command_says_what_a_guest_was_doing_at_its_time_limit_and_when_it_stalls(guest: GuestPath) -> None:
-    for flags, status, lines in ((["--timeout", "1"], 124, 4), (["--stall", "0.5"], 26, 100)):
+    for flags, status, lines in ((["--timeout", "1"], 124, 8), (["--stall", "0.5"], 26, 100)):
+        words = ["boot", "--kernel", guest("deaths"), "--append", "die=waiting", "--mem", "16M", "--rng", "off"]
         done = subprocess.run(
-            [sys.executable, "-m", "vmm", "boot", "--kernel", guest("hang"), "--mem", "16M", "--rng", "off", *flags],
+            [sys.executable, "-m", "vmm", *words, *flags],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
-        assert "HLT with interrupts off: the vCPU is halted at" in done.stderr
+        assert "the vCPU is halted at" in done.stderr
         assert len(done.stderr.splitlines()) <= lines
 
 

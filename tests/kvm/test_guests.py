@@ -65,7 +65,7 @@ ENDING = [
     ("reset_acpi", "", "reset"),
     ("pvpanic", "", "panic"),
     ("triple_fault", "", "triple-fault"),
-    ("hang", "", "timeout"),
+    ("hang", "", "halt"),
     ("spin", "", "timeout"),
 ]
 
