@@ -70,6 +70,62 @@ struct xsave_layout {
     uint32_t aligned;              /* bit n: 64-byte aligned in the compacted format */
 };
 
+/*
+ * CPUID's feature bits, as far as an instruction hangs on one: word << 5 | bit. Only what the guest's CPUID offers is
+ * completed; the rest is #UD, as it is on a processor without it.
+ */
+enum cpuid_word {
+    CPUID_1_ECX,
+    CPUID_1_EDX,
+    CPUID_7_EBX,
+    CPUID_7_ECX,
+    CPUID_7_EDX,
+    CPUID_D1_EAX, /* leaf 0xd, index 1 */
+    CPUID_80000001_ECX,
+    CPUID_80000001_EDX,
+    CPUID_80000008_EBX,
+    N_CPUID_WORDS,
+};
+enum feature {
+    MONITOR = CPUID_1_ECX << 5 | 3,
+    CX16 = CPUID_1_ECX << 5 | 13,
+    SSE42 = CPUID_1_ECX << 5 | 20,
+    MOVBE = CPUID_1_ECX << 5 | 22,
+    POPCNT = CPUID_1_ECX << 5 | 23,
+    XSAVE = CPUID_1_ECX << 5 | 26,
+    RDRAND = CPUID_1_ECX << 5 | 30,
+    CX8 = CPUID_1_EDX << 5 | 8,
+    CLFSH = CPUID_1_EDX << 5 | 19,
+    MMX = CPUID_1_EDX << 5 | 23,
+    SSE = CPUID_1_EDX << 5 | 25,
+    FSGSBASE = CPUID_7_EBX << 5 | 0,
+    SGX = CPUID_7_EBX << 5 | 2,
+    BMI1 = CPUID_7_EBX << 5 | 3,
+    BMI2 = CPUID_7_EBX << 5 | 8,
+    INVPCID = CPUID_7_EBX << 5 | 10,
+    RTM = CPUID_7_EBX << 5 | 11,
+    RDSEED = CPUID_7_EBX << 5 | 18,
+    ADX = CPUID_7_EBX << 5 | 19,
+    SMAP = CPUID_7_EBX << 5 | 20,
+    CLFLUSHOPT = CPUID_7_EBX << 5 | 23,
+    CLWB = CPUID_7_EBX << 5 | 24,
+    PKU = CPUID_7_ECX << 5 | 3,
+    RDPID = CPUID_7_ECX << 5 | 22,
+    SERIALIZE = CPUID_7_EDX << 5 | 14,
+    PCONFIG = CPUID_7_EDX << 5 | 18,
+    XSAVEOPT = CPUID_D1_EAX << 5 | 0,
+    XSAVEC = CPUID_D1_EAX << 5 | 1,
+    XGETBV1 = CPUID_D1_EAX << 5 | 2,
+    XSAVES = CPUID_D1_EAX << 5 | 3,
+    LZCNT = CPUID_80000001_ECX << 5 | 5,
+    MONITORX = CPUID_80000001_ECX << 5 | 29,
+    RDTSCP = CPUID_80000001_EDX << 5 | 27,
+    CLZERO = CPUID_80000008_EBX << 5 | 0,
+    INVLPGB = CPUID_80000008_EBX << 5 | 3,
+    RDPRU = CPUID_80000008_EBX << 5 | 4,
+    NO_FEATURE = 0xffff,
+};
+
 /* Where a completion gets what registers and memory do not hold. Functions answer false when the host
  * refuses. */
 struct completion_source {
@@ -82,6 +138,7 @@ struct completion_source {
     bool (*get_msr)(void *opaque, uint32_t index, uint64_t *value);
     bool (*flush_tlb)(void *opaque);
     struct xsave_layout layout;
+    uint32_t cpuid[N_CPUID_WORDS]; /* the guest's */
 };
 
 static inline void completion_wrote(const struct completion_source *source, const void *at, size_t n)
@@ -207,6 +264,28 @@ enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned ac
 /* ---- what instructions do ---- */
 
 typedef enum outcome completer(struct completion *c);
+
+/* Whether the guest's CPUID has the feature. */
+bool offered(const struct completion *c, enum feature feature);
+
+/* The table of complete.c, for its test. */
+enum { NP = 0, ANY_PREFIX = 1, ANY = 8 };
+enum form {
+    LEGACY = 0,
+    VEX = 1,         /* encoded with VEX, L = 0 */
+    RM_REGISTER = 2, /* r/m must be a register */
+    RM_MEMORY = 4,   /* r/m must be in memory */
+    LOCKABLE = 8,    /* LOCK is not #UD */
+    W1 = 16,         /* REX.W or VEX.W must be set */
+    ELSE_UD = 32,    /* r/m of the other kind, or L = 1, is #UD */
+};
+struct instruction {
+    uint8_t map, opcode, mask, prefix, extension, rm, form;
+    uint16_t feature; /* enum feature */
+    completer *complete;
+};
+extern const struct instruction instructions[];
+extern const size_t n_instructions;
 
 /* integer.c */
 completer complete_popcnt, complete_lzcnt, complete_tzcnt, complete_andn, complete_bextr, complete_bls,

@@ -82,105 +82,109 @@ enum cpu_mode completion_mode(const struct completion *c)
 }
 
 /*
- * The table. `prefix` is the mandatory prefix (NP: none of 66, F3, F2), `extension` ModRM.reg where it is
- * part of the opcode, `form` what else must hold. The first row that matches is the instruction.
+ * The table. `prefix` is the mandatory prefix (NP: none of 66, F3, F2), `extension` and `rm` ModRM's fields where they
+ * are part of the opcode, `form` what else must hold. The first row that matches is the instruction; without a
+ * completer it is one that is not done here where CPUID offers it.
  */
-enum { NP = 0, ANY_PREFIX = 1, ANY = 8 };
-
-enum form {
-    LEGACY = 0,
-    VEX = 1,      /* encoded with VEX, L = 0 */
-    REGISTER = 2, /* r/m must be a register */
-    MEMORY = 4,   /* r/m must be in memory */
-    LOCKABLE = 8, /* LOCK is not #UD */
+const struct instruction instructions[] = {
+    {MAP_PRIMARY, 0x50, 0xf8, NP, ANY, ANY, LEGACY, NO_FEATURE, complete_push},
+    {MAP_PRIMARY, 0x68, 0xff, NP, ANY, ANY, LEGACY, NO_FEATURE, complete_push},
+    {MAP_PRIMARY, 0x6a, 0xff, NP, ANY, ANY, LEGACY, NO_FEATURE, complete_push},
+    {MAP_PRIMARY, 0x90, 0xff, NP, ANY, ANY, LEGACY, NO_FEATURE, complete_nop},
+    {MAP_PRIMARY, 0x9b, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_fwait},
+    {MAP_PRIMARY, 0xcc, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_int3},
+    {MAP_PRIMARY, 0xcd, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_int},
+    {MAP_PRIMARY, 0xce, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_into},
+    {MAP_PRIMARY, 0xfc, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_cld},
+    {MAP_0F, 0x77, 0xff, NP, ANY, ANY, LEGACY, MMX, complete_x87_control},                  /* EMMS */
+    {MAP_0F, 0x00, 0xff, ANY_PREFIX, 4, ANY, LEGACY, NO_FEATURE, complete_segment_query},   /* VERR */
+    {MAP_0F, 0x00, 0xff, ANY_PREFIX, 5, ANY, LEGACY, NO_FEATURE, complete_segment_query},   /* VERW */
+    {MAP_0F, 0x02, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_segment_query}, /* LAR */
+    {MAP_0F, 0x03, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_segment_query}, /* LSL */
+    {MAP_0F, 0x0b, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_undefined},     /* UD2 */
+    {MAP_0F, 0xb9, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_undefined},     /* UD1 */
+    {MAP_0F, 0xff, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_undefined},     /* UD0 */
+    {MAP_0F, 0x18, 0xff, ANY_PREFIX, ANY, ANY, RM_MEMORY, NO_FEATURE, complete_nop},        /* PREFETCHh */
+    {MAP_0F, 0x0d, 0xff, ANY_PREFIX, ANY, ANY, RM_MEMORY, NO_FEATURE, complete_nop},        /* PREFETCHW */
+    {MAP_0F, 0x1e, 0xff, 0xf3, ANY, ANY, RM_REGISTER, NO_FEATURE,
+     complete_nop}, /* ENDBR, RDSSP without CET */
+    {MAP_0F, 0x1f, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_nop},   /* NOP r/m */
+    {MAP_0F, 0xae, 0xff, NP, 2, ANY, RM_MEMORY | ELSE_UD, SSE, complete_mxcsr},     /* LDMXCSR */
+    {MAP_0F, 0xae, 0xff, NP, 3, ANY, RM_MEMORY | ELSE_UD, SSE, complete_mxcsr},     /* STMXCSR */
+    {MAP_0F, 0xae, 0xff, NP, 4, ANY, RM_MEMORY | ELSE_UD, XSAVE, complete_xsave},   /* XSAVE */
+    {MAP_0F, 0xae, 0xff, NP, 5, ANY, RM_MEMORY, XSAVE, complete_xrstor},            /* XRSTOR */
+    {MAP_0F, 0xae, 0xff, NP, 6, ANY, RM_MEMORY, XSAVEOPT, complete_xsave},          /* XSAVEOPT */
+    {MAP_0F, 0xae, 0xff, NP, 7, ANY, RM_MEMORY, CLFSH, complete_memory_nop},        /* CLFLUSH */
+    {MAP_0F, 0xae, 0xff, 0x66, 6, ANY, RM_MEMORY, CLWB, complete_memory_nop},       /* CLWB */
+    {MAP_0F, 0xae, 0xff, 0x66, 7, ANY, RM_MEMORY, CLFLUSHOPT, complete_memory_nop}, /* CLFLUSHOPT */
+    {MAP_0F, 0xae, 0xff, 0xf3, 0, ANY, RM_REGISTER, FSGSBASE, complete_fsgsbase},
+    {MAP_0F, 0xae, 0xff, 0xf3, 1, ANY, RM_REGISTER, FSGSBASE, complete_fsgsbase},
+    {MAP_0F, 0xae, 0xff, 0xf3, 2, ANY, RM_REGISTER, FSGSBASE, complete_fsgsbase},
+    {MAP_0F, 0xae, 0xff, 0xf3, 3, ANY, RM_REGISTER, FSGSBASE, complete_fsgsbase},
+    {MAP_0F, 0xb8, 0xff, 0xf3, ANY, ANY, LEGACY, POPCNT, complete_popcnt},
+    {MAP_0F, 0xbc, 0xff, 0xf3, ANY, ANY, LEGACY, NO_FEATURE, complete_tzcnt},
+    {MAP_0F, 0xbd, 0xff, 0xf3, ANY, ANY, LEGACY, NO_FEATURE, complete_lzcnt},
+    {MAP_0F, 0xc7, 0xff, NP, 1, ANY, RM_MEMORY | LOCKABLE | ELSE_UD | W1, CX16,
+     complete_cmpxchg8b16b}, /* CMPXCHG16B */
+    {MAP_0F, 0xc7, 0xff, NP, 1, ANY, RM_MEMORY | LOCKABLE | ELSE_UD, CX8,
+     complete_cmpxchg8b16b},                                                        /* CMPXCHG8B */
+    {MAP_0F, 0xc7, 0xff, NP, 3, ANY, RM_MEMORY | ELSE_UD, XSAVES, complete_xrstor}, /* XRSTORS */
+    {MAP_0F, 0xc7, 0xff, NP, 4, ANY, RM_MEMORY | ELSE_UD, XSAVEC, complete_xsave},  /* XSAVEC */
+    {MAP_0F, 0xc7, 0xff, NP, 5, ANY, RM_MEMORY | ELSE_UD, XSAVES, complete_xsave},  /* XSAVES */
+    {MAP_0F, 0xc7, 0xff, NP, 6, ANY, RM_REGISTER, RDRAND, complete_rdrand},
+    {MAP_0F, 0xc7, 0xff, 0x66, 6, ANY, RM_REGISTER, RDRAND, complete_rdrand},
+    {MAP_0F, 0xc7, 0xff, NP, 7, ANY, RM_REGISTER, RDSEED, complete_rdrand}, /* RDSEED */
+    {MAP_0F, 0xc7, 0xff, 0x66, 7, ANY, RM_REGISTER, RDSEED, complete_rdrand},
+    {MAP_0F, 0xc7, 0xff, 0xf3, 7, ANY, RM_REGISTER, RDPID, complete_rdpid},
+    {MAP_0F38, 0x82, 0xff, 0x66, ANY, ANY, RM_MEMORY | ELSE_UD, INVPCID, complete_invpcid},
+    {MAP_0F38, 0xf0, 0xff, NP, ANY, ANY, RM_MEMORY | ELSE_UD, MOVBE, complete_movbe_load},
+    {MAP_0F38, 0xf0, 0xff, 0x66, ANY, ANY, RM_MEMORY | ELSE_UD, MOVBE, complete_movbe_load},
+    {MAP_0F38, 0xf1, 0xff, NP, ANY, ANY, RM_MEMORY | ELSE_UD, MOVBE, complete_movbe_store},
+    {MAP_0F38, 0xf1, 0xff, 0x66, ANY, ANY, RM_MEMORY | ELSE_UD, MOVBE, complete_movbe_store},
+    {MAP_0F38, 0xf0, 0xfe, 0xf2, ANY, ANY, LEGACY, SSE42, complete_crc32},
+    {MAP_0F38, 0xf6, 0xff, 0x66, ANY, ANY, LEGACY, ADX, complete_adcx},
+    {MAP_0F38, 0xf6, 0xff, 0xf3, ANY, ANY, LEGACY, ADX, complete_adox},
+    {MAP_0F38, 0xf2, 0xff, NP, ANY, ANY, VEX | ELSE_UD, BMI1, complete_andn},
+    {MAP_0F38, 0xf3, 0xff, NP, 1, ANY, VEX | ELSE_UD, BMI1, complete_bls},
+    {MAP_0F38, 0xf3, 0xff, NP, 2, ANY, VEX | ELSE_UD, BMI1, complete_bls},
+    {MAP_0F38, 0xf3, 0xff, NP, 3, ANY, VEX | ELSE_UD, BMI1, complete_bls},
+    {MAP_0F38, 0xf5, 0xff, NP, ANY, ANY, VEX | ELSE_UD, BMI2, complete_bzhi},
+    {MAP_0F38, 0xf5, 0xff, 0xf3, ANY, ANY, VEX | ELSE_UD, BMI2, complete_pext},
+    {MAP_0F38, 0xf5, 0xff, 0xf2, ANY, ANY, VEX | ELSE_UD, BMI2, complete_pdep},
+    {MAP_0F38, 0xf6, 0xff, 0xf2, ANY, ANY, VEX | ELSE_UD, BMI2, complete_mulx},
+    {MAP_0F38, 0xf7, 0xff, NP, ANY, ANY, VEX | ELSE_UD, BMI1, complete_bextr},
+    {MAP_0F38, 0xf7, 0xff, 0x66, ANY, ANY, VEX | ELSE_UD, BMI2, complete_shiftx}, /* SHLX */
+    {MAP_0F38, 0xf7, 0xff, 0xf3, ANY, ANY, VEX | ELSE_UD, BMI2, complete_shiftx}, /* SARX */
+    {MAP_0F38, 0xf7, 0xff, 0xf2, ANY, ANY, VEX | ELSE_UD, BMI2, complete_shiftx}, /* SHRX */
+    {MAP_0F3A, 0xf0, 0xff, 0xf2, ANY, ANY, VEX | ELSE_UD, BMI2, complete_rorx},
+    {MAP_0F, 0x01, 0xff, NP, 0, 0, RM_REGISTER, SGX, NULL},                   /* ENCLV */
+    {MAP_0F, 0x01, 0xff, NP, 0, 5, RM_REGISTER, PCONFIG, NULL},               /* PCONFIG */
+    {MAP_0F, 0x01, 0xff, NP, 1, 0, RM_REGISTER, MONITOR, complete_idle_hint}, /* MONITOR */
+    {MAP_0F, 0x01, 0xff, NP, 1, 1, RM_REGISTER, MONITOR, complete_idle_hint}, /* MWAIT */
+    {MAP_0F, 0x01, 0xff, NP, 1, 2, RM_REGISTER, SMAP, complete_clac},
+    {MAP_0F, 0x01, 0xff, NP, 1, 3, RM_REGISTER, SMAP, complete_stac},
+    {MAP_0F, 0x01, 0xff, NP, 1, 7, RM_REGISTER, SGX, NULL}, /* ENCLS */
+    {MAP_0F, 0x01, 0xff, NP, 2, 0, RM_REGISTER, XSAVE, complete_xgetbv},
+    {MAP_0F, 0x01, 0xff, NP, 2, 5, RM_REGISTER, RTM, NULL},       /* XEND */
+    {MAP_0F, 0x01, 0xff, NP, 2, 6, RM_REGISTER, RTM, NULL},       /* XTEST */
+    {MAP_0F, 0x01, 0xff, NP, 2, 7, RM_REGISTER, SGX, NULL},       /* ENCLU */
+    {MAP_0F, 0x01, 0xff, NP, 5, 0, RM_REGISTER, SERIALIZE, NULL}, /* SERIALIZE */
+    {MAP_0F, 0x01, 0xff, NP, 5, 6, RM_REGISTER, PKU, NULL},       /* RDPKRU */
+    {MAP_0F, 0x01, 0xff, NP, 5, 7, RM_REGISTER, PKU, NULL},       /* WRPKRU */
+    {MAP_0F, 0x01, 0xff, NP, 7, 1, RM_REGISTER, RDTSCP, complete_rdtscp},
+    {MAP_0F, 0x01, 0xff, NP, 7, 2, RM_REGISTER, MONITORX, complete_idle_hint}, /* MONITORX */
+    {MAP_0F, 0x01, 0xff, NP, 7, 3, RM_REGISTER, MONITORX, complete_idle_hint}, /* MWAITX */
+    {MAP_0F, 0x01, 0xff, NP, 7, 4, RM_REGISTER, CLZERO, NULL},                 /* CLZERO */
+    {MAP_0F, 0x01, 0xff, NP, 7, 5, RM_REGISTER, RDPRU, NULL},                  /* RDPRU */
+    {MAP_0F, 0x01, 0xff, NP, 7, 6, RM_REGISTER, INVLPGB, NULL},                /* INVLPGB */
+    {MAP_0F, 0x01, 0xff, NP, 7, 7, RM_REGISTER, INVLPGB, NULL},                /* TLBSYNC */
 };
+const size_t n_instructions = sizeof instructions / sizeof *instructions;
 
-static const struct {
-    uint8_t map, opcode, mask, prefix, extension, form;
-    completer *complete;
-} instructions[] = {
-    {MAP_PRIMARY, 0x50, 0xf8, NP, ANY, LEGACY, complete_push},
-    {MAP_PRIMARY, 0x68, 0xff, NP, ANY, LEGACY, complete_push},
-    {MAP_PRIMARY, 0x6a, 0xff, NP, ANY, LEGACY, complete_push},
-    {MAP_PRIMARY, 0x90, 0xff, NP, ANY, LEGACY, complete_nop},
-    {MAP_PRIMARY, 0x9b, 0xff, ANY_PREFIX, ANY, LEGACY, complete_fwait},
-    {MAP_PRIMARY, 0xcc, 0xff, ANY_PREFIX, ANY, LEGACY, complete_int3},
-    {MAP_PRIMARY, 0xcd, 0xff, ANY_PREFIX, ANY, LEGACY, complete_int},
-    {MAP_PRIMARY, 0xce, 0xff, ANY_PREFIX, ANY, LEGACY, complete_into},
-    {MAP_PRIMARY, 0xfc, 0xff, ANY_PREFIX, ANY, LEGACY, complete_cld},
-
-    {MAP_0F, 0x77, 0xff, NP, ANY, LEGACY, complete_x87_control}, /* EMMS */
-
-    {MAP_0F, 0x00, 0xff, ANY_PREFIX, 4, LEGACY, complete_segment_query},   /* VERR */
-    {MAP_0F, 0x00, 0xff, ANY_PREFIX, 5, LEGACY, complete_segment_query},   /* VERW */
-    {MAP_0F, 0x02, 0xff, ANY_PREFIX, ANY, LEGACY, complete_segment_query}, /* LAR */
-    {MAP_0F, 0x03, 0xff, ANY_PREFIX, ANY, LEGACY, complete_segment_query}, /* LSL */
-    {MAP_0F, 0x0b, 0xff, ANY_PREFIX, ANY, LEGACY, complete_undefined},     /* UD2 */
-    {MAP_0F, 0xb9, 0xff, ANY_PREFIX, ANY, LEGACY, complete_undefined},     /* UD1 */
-    {MAP_0F, 0xff, 0xff, ANY_PREFIX, ANY, LEGACY, complete_undefined},     /* UD0 */
-    {MAP_0F, 0x18, 0xff, ANY_PREFIX, ANY, LEGACY | MEMORY, complete_nop},  /* PREFETCHh */
-    {MAP_0F, 0x0d, 0xff, ANY_PREFIX, ANY, LEGACY | MEMORY, complete_nop},  /* PREFETCHW */
-    {MAP_0F, 0x1e, 0xff, 0xf3, ANY, LEGACY | REGISTER, complete_nop},      /* ENDBR, RDSSP without CET */
-    {MAP_0F, 0x1f, 0xff, ANY_PREFIX, ANY, LEGACY, complete_nop},           /* NOP r/m */
-    {MAP_0F, 0xae, 0xff, NP, 2, LEGACY | MEMORY, complete_mxcsr},          /* LDMXCSR */
-    {MAP_0F, 0xae, 0xff, NP, 3, LEGACY | MEMORY, complete_mxcsr},          /* STMXCSR */
-    {MAP_0F, 0xae, 0xff, NP, 4, LEGACY | MEMORY, complete_xsave},          /* XSAVE */
-    {MAP_0F, 0xae, 0xff, NP, 5, LEGACY | MEMORY, complete_xrstor},         /* XRSTOR */
-    {MAP_0F, 0xae, 0xff, NP, 6, LEGACY | MEMORY, complete_xsave},          /* XSAVEOPT */
-    {MAP_0F, 0xae, 0xff, NP, 7, LEGACY | MEMORY, complete_memory_nop},     /* CLFLUSH */
-    {MAP_0F, 0xae, 0xff, 0x66, 6, LEGACY | MEMORY, complete_memory_nop},   /* CLWB */
-    {MAP_0F, 0xae, 0xff, 0x66, 7, LEGACY | MEMORY, complete_memory_nop},   /* CLFLUSHOPT */
-    {MAP_0F, 0xae, 0xff, 0xf3, 0, LEGACY | REGISTER, complete_fsgsbase},
-    {MAP_0F, 0xae, 0xff, 0xf3, 1, LEGACY | REGISTER, complete_fsgsbase},
-    {MAP_0F, 0xae, 0xff, 0xf3, 2, LEGACY | REGISTER, complete_fsgsbase},
-    {MAP_0F, 0xae, 0xff, 0xf3, 3, LEGACY | REGISTER, complete_fsgsbase},
-    {MAP_0F, 0xb8, 0xff, 0xf3, ANY, LEGACY, complete_popcnt},
-    {MAP_0F, 0xbc, 0xff, 0xf3, ANY, LEGACY, complete_tzcnt},
-    {MAP_0F, 0xbd, 0xff, 0xf3, ANY, LEGACY, complete_lzcnt},
-    {MAP_0F, 0xc7, 0xff, NP, 1, LEGACY | MEMORY | LOCKABLE, complete_cmpxchg8b16b},
-    {MAP_0F, 0xc7, 0xff, NP, 3, LEGACY | MEMORY, complete_xrstor}, /* XRSTORS */
-    {MAP_0F, 0xc7, 0xff, NP, 4, LEGACY | MEMORY, complete_xsave},  /* XSAVEC */
-    {MAP_0F, 0xc7, 0xff, NP, 5, LEGACY | MEMORY, complete_xsave},  /* XSAVES */
-    {MAP_0F, 0xc7, 0xff, NP, 6, LEGACY | REGISTER, complete_rdrand},
-    {MAP_0F, 0xc7, 0xff, 0x66, 6, LEGACY | REGISTER, complete_rdrand},
-    {MAP_0F, 0xc7, 0xff, NP, 7, LEGACY | REGISTER, complete_rdrand}, /* RDSEED */
-    {MAP_0F, 0xc7, 0xff, 0x66, 7, LEGACY | REGISTER, complete_rdrand},
-    {MAP_0F, 0xc7, 0xff, 0xf3, 7, LEGACY | REGISTER, complete_rdpid},
-
-    {MAP_0F38, 0x82, 0xff, 0x66, ANY, LEGACY | MEMORY, complete_invpcid},
-    {MAP_0F38, 0xf0, 0xff, NP, ANY, LEGACY | MEMORY, complete_movbe_load},
-    {MAP_0F38, 0xf0, 0xff, 0x66, ANY, LEGACY | MEMORY, complete_movbe_load},
-    {MAP_0F38, 0xf1, 0xff, NP, ANY, LEGACY | MEMORY, complete_movbe_store},
-    {MAP_0F38, 0xf1, 0xff, 0x66, ANY, LEGACY | MEMORY, complete_movbe_store},
-    {MAP_0F38, 0xf0, 0xfe, 0xf2, ANY, LEGACY, complete_crc32},
-    {MAP_0F38, 0xf6, 0xff, 0x66, ANY, LEGACY, complete_adcx},
-    {MAP_0F38, 0xf6, 0xff, 0xf3, ANY, LEGACY, complete_adox},
-    {MAP_0F38, 0xf2, 0xff, NP, ANY, VEX, complete_andn},
-    {MAP_0F38, 0xf3, 0xff, NP, 1, VEX, complete_bls},
-    {MAP_0F38, 0xf3, 0xff, NP, 2, VEX, complete_bls},
-    {MAP_0F38, 0xf3, 0xff, NP, 3, VEX, complete_bls},
-    {MAP_0F38, 0xf5, 0xff, NP, ANY, VEX, complete_bzhi},
-    {MAP_0F38, 0xf5, 0xff, 0xf3, ANY, VEX, complete_pext},
-    {MAP_0F38, 0xf5, 0xff, 0xf2, ANY, VEX, complete_pdep},
-    {MAP_0F38, 0xf6, 0xff, 0xf2, ANY, VEX, complete_mulx},
-    {MAP_0F38, 0xf7, 0xff, NP, ANY, VEX, complete_bextr},
-    {MAP_0F38, 0xf7, 0xff, 0x66, ANY, VEX, complete_shiftx}, /* SHLX */
-    {MAP_0F38, 0xf7, 0xff, 0xf3, ANY, VEX, complete_shiftx}, /* SARX */
-    {MAP_0F38, 0xf7, 0xff, 0xf2, ANY, VEX, complete_shiftx}, /* SHRX */
-    {MAP_0F3A, 0xf0, 0xff, 0xf2, ANY, VEX, complete_rorx},
-};
-
-/* 0F 01 with a register form: the whole ModRM byte is opcode. */
-static const struct {
-    uint8_t modrm;
-    completer *complete;
-} group_0f01[] = {
-    {0xc8, complete_idle_hint}, /* MONITOR */
-    {0xc9, complete_idle_hint}, /* MWAIT */
-    {0xca, complete_clac},      {0xcb, complete_stac},      {0xd0, complete_xgetbv},
-    {0xf9, complete_rdtscp},    {0xfa, complete_idle_hint}, /* MONITORX */
-    {0xfb, complete_idle_hint},                             /* MWAITX */
-};
+bool offered(const struct completion *c, enum feature feature)
+{
+    return feature == NO_FEATURE || c->source->cpuid[feature >> 5] >> (feature & 31) & 1;
+}
 
 static completer *find_x87(const struct insn *i)
 {
@@ -192,32 +196,34 @@ static completer *find_x87(const struct insn *i)
     return known ? complete_x87_control : complete_x87;
 }
 
-static completer *find_0f01(const struct insn *i)
+static bool opcode_matches(const struct instruction *row, const struct insn *i)
 {
-    uint8_t modrm = (uint8_t)(0xc0 | (i->reg & 7) << 3 | (i->rm & 7));
-    for (size_t n = 0; n < sizeof group_0f01 / sizeof *group_0f01; n++)
-        if (group_0f01[n].modrm == modrm && !i->prefix)
-            return group_0f01[n].complete;
-    return NULL;
+    return row->map == i->map && row->opcode == (i->opcode & row->mask) &&
+           (row->prefix == ANY_PREFIX || row->prefix == i->prefix) &&
+           (row->extension == ANY || row->extension == (i->reg & 7)) &&
+           (row->form & VEX) == (i->vex ? VEX : 0);
 }
 
-static completer *find(const struct insn *i, uint8_t *form)
+static bool form_matches(const struct instruction *row, const struct insn *i)
 {
-    *form = LEGACY;
-    if (i->map == MAP_0F && i->opcode == 0x01 && !i->memory && !i->vex)
-        return find_0f01(i);
-    if (i->map == MAP_PRIMARY && (i->opcode & 0xf8) == 0xd8)
-        return find_x87(i);
-    for (size_t n = 0; n < sizeof instructions / sizeof *instructions; n++) {
-        *form = instructions[n].form;
-        if (instructions[n].map == i->map && instructions[n].opcode == (i->opcode & instructions[n].mask) &&
-            (instructions[n].prefix == ANY_PREFIX || instructions[n].prefix == i->prefix) &&
-            (instructions[n].extension == ANY || instructions[n].extension == (i->reg & 7)) &&
-            (*form & VEX) == (i->vex ? VEX : 0) && !(*form & VEX && i->vector_256) &&
-            !(*form & REGISTER && i->memory) && !(*form & MEMORY && !i->memory))
-            return instructions[n].complete;
+    return !(row->form & VEX && i->vector_256) && !(row->form & RM_REGISTER && i->memory) &&
+           !(row->form & RM_MEMORY && !i->memory) && !(row->form & W1 && !i->w) &&
+           (row->rm == ANY || row->rm == (i->rm & 7));
+}
+
+/* The instruction's row, or NULL; *illegal: nothing but another form of it is known, and that is #UD. */
+static const struct instruction *find(const struct insn *i, bool *illegal)
+{
+    *illegal = false;
+    for (size_t n = 0; n < n_instructions; n++) {
+        if (!opcode_matches(&instructions[n], i))
+            continue;
+        if (form_matches(&instructions[n], i)) {
+            *illegal = false;
+            return &instructions[n];
+        }
+        *illegal |= instructions[n].form & ELSE_UD;
     }
-    *form = LEGACY;
     return NULL;
 }
 
@@ -226,12 +232,22 @@ enum outcome complete(struct completion *c, const uint8_t *bytes, size_t n)
     memset(&c->event, 0, sizeof c->event);
     if (!insn_decode(&c->insn, bytes, n, completion_mode(c)))
         return COMPLETE_UNKNOWN;
-    uint8_t form;
-    completer *completer = find(&c->insn, &form);
-    if (!completer)
-        return COMPLETE_UNKNOWN;
-    if (c->insn.lock && !(form & LOCKABLE))
-        return fault(c, V_UD);
+    completer *completer;
+    if (c->insn.map == MAP_PRIMARY && (c->insn.opcode & 0xf8) == 0xd8) {
+        if (c->insn.lock)
+            return fault(c, V_UD);
+        completer = find_x87(&c->insn);
+    } else {
+        bool illegal;
+        const struct instruction *row = find(&c->insn, &illegal);
+        if (!row && !illegal)
+            return COMPLETE_UNKNOWN;
+        if (illegal || !offered(c, row->feature) || (c->insn.lock && !(row->form & LOCKABLE)))
+            return fault(c, V_UD);
+        completer = row->complete;
+        if (!completer)
+            return COMPLETE_UNKNOWN;
+    }
 
     enum outcome o = completer(c);
     if (o == COMPLETE_DONE || o == COMPLETE_TRAP) {

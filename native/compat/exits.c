@@ -3,6 +3,7 @@
 #include "vcpu.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -78,6 +79,38 @@ const struct completion_source kvm_completion_source = {
     .flush_tlb = flush_tlb,
 };
 
+/* The guest's CPUID, as KVM has it: on some hosts it has more than was set. It does not change once the guest runs. */
+static bool learn_cpuid(struct compat_vcpu *compat)
+{
+    static const struct {
+        uint32_t function, index;
+        size_t at;
+    } words[N_CPUID_WORDS] = {
+        [CPUID_1_ECX] = {1, 0, offsetof(struct kvm_cpuid_entry2, ecx)},
+        [CPUID_1_EDX] = {1, 0, offsetof(struct kvm_cpuid_entry2, edx)},
+        [CPUID_7_EBX] = {7, 0, offsetof(struct kvm_cpuid_entry2, ebx)},
+        [CPUID_7_ECX] = {7, 0, offsetof(struct kvm_cpuid_entry2, ecx)},
+        [CPUID_7_EDX] = {7, 0, offsetof(struct kvm_cpuid_entry2, edx)},
+        [CPUID_D1_EAX] = {0xd, 1, offsetof(struct kvm_cpuid_entry2, eax)},
+        [CPUID_80000001_ECX] = {0x80000001, 0, offsetof(struct kvm_cpuid_entry2, ecx)},
+        [CPUID_80000001_EDX] = {0x80000001, 0, offsetof(struct kvm_cpuid_entry2, edx)},
+        [CPUID_80000008_EBX] = {0x80000008, 0, offsetof(struct kvm_cpuid_entry2, ebx)},
+    };
+    enum { MOST = 256 };
+    struct {
+        struct kvm_cpuid2 head;
+        struct kvm_cpuid_entry2 entries[MOST];
+    } list = {.head.nent = MOST};
+    if (ioctl(compat->vcpu->fd, KVM_GET_CPUID2, &list) != 0)
+        return false;
+    for (uint32_t i = 0; i < list.head.nent && i < MOST; i++)
+        for (unsigned w = 0; w < N_CPUID_WORDS; w++)
+            if (list.entries[i].function == words[w].function && list.entries[i].index == words[w].index)
+                memcpy(&compat->source.cpuid[w], (const char *)&list.entries[i] + words[w].at,
+                       sizeof(uint32_t));
+    return true;
+}
+
 /*
  * One KVM_RUN that comes straight back brings registers, segments and events together, for a third of what
  * the three ioctls cost; what completion_store() changes goes in with the guest's next entry. The core clears
@@ -86,6 +119,8 @@ const struct completion_source kvm_completion_source = {
 bool completion_load(struct compat_vcpu *compat, struct completion *c)
 {
     struct kvm_run *run = compat->vcpu->run;
+    if (!compat->knows_cpuid && !(compat->knows_cpuid = learn_cpuid(compat)))
+        return false;
     uint32_t exit_reason = run->exit_reason;
     uint64_t valid = run->kvm_valid_regs; /* a trace has registers copied out as well */
     run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;

@@ -49,14 +49,29 @@ static enum outcome count_zeros(struct completion *c, bool leading)
     return COMPLETE_DONE;
 }
 
+/* BSF, BSR: what the same bytes are without the feature, which ignore F3. A source of zero leaves the register. */
+static enum outcome scan_bits(struct completion *c, bool reverse)
+{
+    unsigned size = c->insn.operand_size;
+    uint64_t value;
+    enum outcome o = rm_read(c, size, &value);
+    if (o != COMPLETE_DONE)
+        return o;
+    set_flags(c, FLAG_ZF, value ? 0 : FLAG_ZF);
+    if (value)
+        gpr_write(c, c->insn.reg, size,
+                  reverse ? 63 - (unsigned)__builtin_clzll(value) : (unsigned)__builtin_ctzll(value));
+    return COMPLETE_DONE;
+}
+
 enum outcome complete_lzcnt(struct completion *c)
 {
-    return count_zeros(c, true);
+    return offered(c, LZCNT) ? count_zeros(c, true) : scan_bits(c, true);
 }
 
 enum outcome complete_tzcnt(struct completion *c)
 {
-    return count_zeros(c, false);
+    return offered(c, BMI1) ? count_zeros(c, false) : scan_bits(c, false);
 }
 
 enum outcome complete_andn(struct completion *c)

@@ -115,6 +115,8 @@ enum outcome complete_xgetbv(struct completion *c)
             return COMPLETE_UNKNOWN;
         break;
     case 1: { /* XCR0 & XINUSE */
+        if (!offered(c, XGETBV1))
+            return fault_error(c, V_GP, 0);
         uint64_t area[512];
         if (!c->source->get_xcr0(c->source->opaque, &xcr0) || !c->source->get_xsave(c->source->opaque, area))
             return COMPLETE_UNKNOWN;

@@ -16,6 +16,7 @@ struct compat_machine {
 struct compat_vcpu {
     struct vmm_vcpu *vcpu;
     struct completion_source source;
+    bool knows_cpuid; /* source.cpuid is the guest's */
     /* The SYSCALL repair. The MSRs are as the guest wrote them; lstar 0: not yet. */
     uint64_t star, lstar, cstar, sfmask;
     uint64_t page_fault_entry, undefined_entry; /* breakpoints, armed while not 0 */

@@ -105,6 +105,7 @@ static void fresh(void)
                                           .get_msr = get_msr,
                                           .flush_tlb = flush_tlb};
     xsave_layout_init(&f.source.layout);
+    memset(f.source.cpuid, 0xff, sizeof f.source.cpuid);
     f.c.source = &f.source;
     f.c.regs = (struct kvm_regs){.rip = CODE, .rflags = 2, .rsi = DATA, .rsp = DATA + 0x8000};
     f.c.sregs.cr0 = 0x80010033;
@@ -573,8 +574,111 @@ static void bad_restore_headers_are_refused(void)
     CHECK_EQUAL(f.c.event.vector, V_NM);
 }
 
+/* ---- only what CPUID offers ---- */
+
+/* A row's encoding, with a memory operand at DATA or register RAX where it takes either. */
+static size_t encode_row(const struct instruction *row, bool memory, bool wide, uint8_t bytes[INSN_MAX])
+{
+    static const uint8_t implied[] = {[0] = 0, [1] = 0x66, [2] = 0xf3, [3] = 0xf2};
+    uint8_t prefix = row->prefix == ANY_PREFIX ? NP : row->prefix;
+    uint8_t reg = row->extension == ANY ? 0 : row->extension, rm = row->rm == ANY ? memory ? 6 : 0 : row->rm;
+    size_t n = 0;
+    if (row->form & VEX) {
+        uint8_t pp = 0;
+        while (implied[pp] != prefix)
+            pp++;
+        bytes[n++] = 0xc4;
+        bytes[n++] = 0xe0 | row->map;
+        bytes[n++] = (uint8_t)(0x78 | pp | (wide ? 0x80 : 0));
+    } else {
+        if (prefix)
+            bytes[n++] = prefix;
+        if (wide)
+            bytes[n++] = 0x48;
+        if (row->map != MAP_PRIMARY)
+            bytes[n++] = 0x0f;
+        if (row->map >= MAP_0F38)
+            bytes[n++] = row->map == MAP_0F38 ? 0x38 : 0x3a;
+    }
+    bytes[n++] = row->opcode;
+    bytes[n++] = (uint8_t)((memory ? 0 : 0xc0) | reg << 3 | rm);
+    return n + 4; /* an immediate that one or the other takes, of zeros */
+}
+
+static enum outcome complete_row(const struct instruction *row, bool memory, uint32_t offered_words)
+{
+    uint8_t bytes[INSN_MAX] = {0};
+    size_t n = encode_row(row, memory, row->form & W1, bytes);
+    fresh();
+    memset(f.source.cpuid, 0xff, sizeof f.source.cpuid);
+    if (row->feature != NO_FEATURE)
+        f.source.cpuid[row->feature >> 5] ^= offered_words & 1u << (row->feature & 31);
+    return complete(&f.c, bytes, n);
+}
+
+static void without_its_feature_every_row_is_undefined(void)
+{
+    unsigned checked = 0;
+    for (size_t i = 0; i < n_instructions; i++) {
+        const struct instruction *row = &instructions[i];
+        if (row->feature == NO_FEATURE)
+            continue;
+        bool memory = row->form & RM_MEMORY;
+        enum outcome without = complete_row(row, memory, ~0u);
+        if (without != COMPLETE_FAULT || f.c.event.vector != V_UD)
+            fprintf(stderr, "row %zu (%x %02x /%u): %d, vector %u\n", i, row->map, row->opcode,
+                    row->extension, without, f.c.event.vector);
+        CHECK_EQUAL(without, COMPLETE_FAULT);
+        CHECK_EQUAL(f.c.event.vector, V_UD);
+        CHECK_EQUAL(f.c.regs.rip, CODE);
+        enum outcome with = complete_row(row, memory, 0);
+        CHECK(with != COMPLETE_FAULT || f.c.event.vector != V_UD || !row->complete ||
+              row->complete == complete_fsgsbase); /* which asks CR4 as well */
+        CHECK(row->complete || with == COMPLETE_UNKNOWN);
+        checked++;
+    }
+    CHECK(checked > 50);
+}
+
+static void the_other_form_of_a_row_that_has_one_is_undefined(void)
+{
+    for (size_t i = 0; i < n_instructions; i++) {
+        const struct instruction *row = &instructions[i];
+        uint8_t bytes[INSN_MAX] = {0};
+        if (!(row->form & ELSE_UD))
+            continue;
+        size_t n = encode_row(row, false, row->form & W1, bytes);
+        if (row->form & VEX)
+            bytes[2] |= 4; /* L = 1 */
+        fresh();
+        CHECK_EQUAL(complete(&f.c, bytes, n), COMPLETE_FAULT);
+        CHECK_EQUAL(f.c.event.vector, V_UD);
+    }
+    fresh(); /* fences share an opcode with XRSTOR, XSAVEOPT and CLFLUSH */
+    CHECK_EQUAL(COMPLETE(0x0f, 0xae, 0xe8), COMPLETE_UNKNOWN);
+}
+
+static void tzcnt_and_lzcnt_without_their_features_are_the_older_scans(void)
+{
+    fresh();
+    memset(f.source.cpuid, 0, sizeof f.source.cpuid);
+    f.c.regs.rax = 0x10100;
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xbc, 0xc8), COMPLETE_DONE); /* bsf %rax, %rcx */
+    CHECK_EQUAL(f.c.regs.rcx, 8);
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xbd, 0xc8), COMPLETE_DONE); /* bsr %rax, %rcx */
+    CHECK_EQUAL(f.c.regs.rcx, 16);
+    CHECK_EQUAL(f.c.regs.rflags & FLAG_ZF, 0);
+    f.c.regs.rax = 0;
+    CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xbc, 0xc8), COMPLETE_DONE);
+    CHECK_EQUAL(f.c.regs.rcx, 16);
+    CHECK_EQUAL(f.c.regs.rflags & FLAG_ZF, FLAG_ZF);
+}
+
 int main(void)
 {
+    without_its_feature_every_row_is_undefined();
+    the_other_form_of_a_row_that_has_one_is_undefined();
+    tzcnt_and_lzcnt_without_their_features_are_the_older_scans();
     lengths_and_operands_are_decoded();
     every_case_agrees_with_the_processor();
     any_bytes_are_safe();
