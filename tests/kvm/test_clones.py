@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COUNT, HEAP = 0x200000, 0x300000
 PAGE, MIB = 4096, 1 << 20
 SPIN = bytes.fromhex("ff042500002000ebf7")  # again: inc dword [0x200000]; jmp again
-HALT = bytes.fromhex("f4ebfd")  # again: hlt; jmp again
+HALT = bytes.fromhex("fbf4ebfd")  # sti; again: hlt; jmp again: with interrupts off it would end
 
 
 def count(machine: Machine) -> int:
