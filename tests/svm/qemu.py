@@ -25,7 +25,7 @@ def require() -> None:
 
 
 def _command(root: Root, project: Path, results: Path, serial: str) -> list[str]:
-    append = "console=ttyS0 mitigations=off panic=-1 loglevel=4 nowatchdog rdinit=/init disks=/dev/vd"
+    append = "console=ttyS0 mitigations=off no_timer_check panic=-1 loglevel=4 nowatchdog rdinit=/init disks=/dev/vd"
     argv = [PROGRAM, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096", "-no-reboot"]
     argv += ["-display", "none", "-nodefaults", "-monitor", "none", "-serial", serial]
     argv += ["-kernel", str(root.kernel), "-initrd", str(root.initramfs), "-append", append]
