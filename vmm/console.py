@@ -28,6 +28,8 @@ class Console:
         check(lib.vmm_console_create(INPUT_LIMIT, LOG_LIMIT, HIGH_WATER, out))
         self._native: Any = out[0]
         self.position = 0
+        self.inputs = 0
+        """Bytes of input that were queued ever."""
 
     @property
     def native(self) -> Any:
@@ -50,19 +52,24 @@ class Console:
 
     def offer(self, data: bytes) -> int:
         """Queue what there is room for; answers how many bytes were taken."""
+        taken = self._queue(data)
+        self.inputs += taken
+        return taken
+
+    def _queue(self, data: bytes) -> int:
         return int(lib.vmm_console_send(self.native, data, len(data)))
 
     def pending(self) -> bytes:
         """Input that the guest has not taken yet; it stays queued. While the machine does not run."""
         queued = self._take_input()
-        self.offer(queued)
+        self._queue(queued)
         return queued
 
     def rewind(self, queued: bytes) -> None:
         """Be as at a checkpoint that had this input pending. What was printed stays in the transcript, and
         :attr:`position` goes behind it."""
         self._take_input()
-        self.offer(queued)
+        self._queue(queued)
         self.position = self.end
 
     def _take_input(self) -> bytes:

@@ -83,6 +83,9 @@ class Hooks:
         """The machine is gone: removing does nothing from now on."""
         self._vm = None
 
+    def __bool__(self) -> bool:
+        return bool(self._accesses or self._exits)
+
     def _tag(self) -> int:
         with self._lock:
             tag, self._next_tag = self._next_tag, self._next_tag + 1

@@ -23,6 +23,7 @@ from vmm.irq import GsiLine
 from vmm.memory import GuestMemory
 from vmm.outcome import KVM_EMULATION, Outcome
 from vmm.runner import Runner
+from vmm.snapshot.replica import Course
 
 if TYPE_CHECKING:
     import os
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from vmm.migrate.standby import Shadow
     from vmm.observe.diagnose import Diagnosis
     from vmm.observe.profile import Profile
+    from vmm.observe.replay import Replayed
     from vmm.observe.stack import Frame
     from vmm.observe.symbols import Symbols
     from vmm.observe.trace import Trace
@@ -69,6 +71,9 @@ _STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CA
 _HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated", 4: "stalled"}
 
 _MESSAGES_MAX = 1000  # a guest can cause them: more are counted by nobody
+
+_WENT_ON = "it went on from a snapshot, a clone or a saved state: take a checkpoint, and it can be repeated from there"
+_BROUGHT_BACK = "it was rolled back to a checkpoint that is closed"
 
 _PANIC_MARK = b"Kernel panic - not syncing"
 
@@ -123,7 +128,7 @@ class Machine:
         self.command_line = ""
         self._pauses = 0
         self.samples: list[list[Sample]] = []
-        self._kvm_path = kvm
+        self.kvm_path = kvm
         self._vm: Any = None
         self._debugger: Debugger | None = None
         self._hooks: Hooks | None = None
@@ -139,6 +144,9 @@ class Machine:
         self._tracing: Trace | None = None
         self._started_at = 0.0
         self._checkpoints: list[Checkpoint] = []
+        self.course = Course(obstacle=_WENT_ON if origin else "")
+        """Where what it does now began."""
+        self._from_boot: Course | None = None if origin else self.course
         self._series: Series | None = None
         self.lazy: LazyMemory | None = None
         """Memory that was still to come when the machine was restored (``later``)."""
@@ -191,16 +199,16 @@ class Machine:
     def _open_kvm(self) -> None:
         from vmm import host
 
-        self.host = host.check(self._kvm_path, self.config)
+        self.host = host.check(self.kvm_path, self.config)
         # Where a tick costs milliseconds of emulation, a Linux guest gets a PIT of ours, which merges them.
         self.merge_ticks = self.host.emulated and self.kind in LINUX_KINDS
         if self._origin is not None:
             self.merge_ticks = self._origin.merge_ticks  # a device the guest knows
         out = ffi.new("vmm_vm **")
         flags = IRQCHIP if self.merge_ticks else IRQCHIP | PIT
-        code = lib.vmm_vm_create(self._kvm_path.encode(), flags, out)
+        code = lib.vmm_vm_create(self.kvm_path.encode(), flags, out)
         if code < 0:
-            raise kvm_refused(self._kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
+            raise kvm_refused(self.kvm_path, code, ffi.string(lib.vmm_error_text()).decode())
         self._vm = out[0]
         self._say = ffi.new_handle(self._message)
         lib.vmm_vm_on_message(self._vm, PYTHON_SAY, self._say)
@@ -374,9 +382,14 @@ class Machine:
 
     def stack(self, vcpu: int = 0) -> list[Frame]:
         """The call stack of a vCPU that does not run (paused or ended), innermost frame first; 64-bit guests."""
+        from vmm.cpu.paging import LinearMemory
         from vmm.observe import stack
 
-        return stack.walk(self.vcpus[vcpu].registers(), self.vcpus[vcpu].memory, self.symbols)
+        looked, ended = self.vcpus[vcpu], self.outcome
+        if ended is None or not ended.replayed or ended.vcpu != vcpu:
+            return stack.walk(looked.registers(), looked.memory, self.symbols)
+        paging = looked.paging(ended.registers)
+        return stack.walk(ended.registers, LinearMemory(self.memory, lambda: paging), self.symbols)
 
     def diagnose(self) -> Diagnosis:
         """Why the guest died or did not go on; kept in ``outcome.diagnosis``. After the run, before :meth:`close`."""
@@ -388,6 +401,35 @@ class Machine:
         if self.outcome.diagnosis is None:
             self.outcome.diagnosis = diagnose(self, self.outcome)
         return self.outcome.diagnosis
+
+    def replay(self) -> Replayed:
+        """Run a second machine from where the ended one began, to the instruction it died of in a triple fault.
+
+        For hosts whose KVM resets a vCPU before it reports the fault (AMD's SVM): ``outcome.registers`` and a diagnosis
+        ask for it there. It takes a few times as long as the run did, 30 to 120 seconds at most. What it finds or why
+        it finds nothing, ``docs/debug-a-boot.md``.
+        """
+        if self.outcome is None:
+            raise StateError("there is nothing to replay before the machine has ended: wait() or stop() it first")
+        return self.replay_of(self.outcome)()
+
+    def replay_of(self, outcome: Outcome) -> Callable[[], Replayed]:
+        """What repeats the run that ended so, also after :meth:`close` if it began at the boot."""
+        from vmm.observe.replay import Death, Replayed, find
+        from vmm.snapshot.replica import replica
+
+        number, began = outcome.vcpu or 0, self.course
+        before = began.exits[number] if began.exits else 0
+        exits = self.vcpus[number].recorded - before
+
+        def look() -> Replayed:
+            if self.course is not began or self.running:
+                return Replayed(why="the machine has gone on since, or its checkpoint is closed")
+            ram = self.memory if self._vm is not None else None
+            death = Death(number, exits, outcome.last_exits, outcome.seconds, ram)
+            return find(death, lambda: replica(self))
+
+        return look
 
     def trace(self, *, capacity: int = 1 << 18, keep: int = 1 << 20, instructions: bool = True) -> Trace:
         """Trace every exit from now on, until :meth:`Trace.stop`; before the start or while it runs.
@@ -417,6 +459,13 @@ class Machine:
     def running(self) -> bool:
         """Whether vCPU threads are running (or paused)."""
         return bool(self._threads)
+
+    @property
+    def ended(self) -> Outcome | None:
+        """How it ended, if it has, without waiting for that."""
+        if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
+            self._end()
+        return self.outcome
 
     def _open_vm(self) -> Any:
         if self._vm is None:
@@ -537,8 +586,7 @@ class Machine:
         self.pause()
         try:
             # Only now is it known whether the guest has ended: its outcome is of the state that it ended in.
-            if self._threads and select.select([self.stop_fd], [], [], 0)[0]:
-                self._end()
+            _ = self.ended
             with contextlib.ExitStack() as held:
                 for hold, release in self._holders:
                     hold()
@@ -583,6 +631,7 @@ class Machine:
         if odd := devices.keys() ^ state["devices"].keys():
             raise ValueError(f"the state is of a machine with other devices: {', '.join(sorted(map(str, odd)))}")
         with self._still():
+            self.course, self._from_boot = Course(obstacle=_WENT_ON), None
             for name, device in devices.items():
                 device.load(state["devices"][name])
             self.console.rewind(state["input"])
@@ -676,7 +725,7 @@ class Machine:
             configs = [mould.config(fields(index) if fields else {}) for index in range(n)]
 
             def make(index: int) -> Machine:
-                clone = type(self)(configs[index], kvm=self._kvm_path, origin=mould.origin)
+                clone = type(self)(configs[index], kvm=self.kvm_path, origin=mould.origin)
                 mould.finish(clone)
                 return clone
 
@@ -698,6 +747,7 @@ class Machine:
         a checkpoint. Raises :class:`~vmm.errors.StateError` where a device cannot be held: a share, whose server is
         another process.
         """
+        from vmm.snapshot import replica
         from vmm.snapshot.checkpoint import Checkpoint
 
         self._have_all_memory()
@@ -705,6 +755,7 @@ class Machine:
             self.load()
             checkpoint = Checkpoint(self)
             self._checkpoints.append(checkpoint)
+            self.course = replica.course(self, checkpoint)
             return checkpoint
 
     def rollback(self, checkpoint: Checkpoint) -> None:
@@ -715,8 +766,11 @@ class Machine:
         """
         if checkpoint not in self._checkpoints:
             raise StateError("that is no checkpoint of this machine, or it was closed")
+        from vmm.snapshot import replica
+
         with self._still():
             checkpoint.restore()
+            self.course, self._from_boot = replica.course(self, checkpoint), None
 
     def migrate(self, destination: str, **how: Any) -> Migrated:
         """Move to another process, ``"unix:PATH"`` or ``"tcp:HOST:PORT"``, where :func:`vmm.migrate.receive` waits.
@@ -769,6 +823,8 @@ class Machine:
         """A checkpoint was closed."""
         if checkpoint in self._checkpoints:
             self._checkpoints.remove(checkpoint)
+        if self.course.checkpoint is checkpoint:
+            self.course = self._from_boot or Course(obstacle=_BROUGHT_BACK)
 
     # ---- hooks ----
 
@@ -794,6 +850,11 @@ class Machine:
         ``reasons`` are names of :data:`vmm.cpu.vcpu.EXIT_REASONS`, for example ``"io"`` or ``["shutdown", "hlt"]``.
         """
         return self._hooked().exits(reasons, callback)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether there are hooks."""
+        return bool(self._hooks)
 
     def _hooked(self) -> Hooks:
         vm = self._open_vm()
@@ -879,7 +940,7 @@ class Machine:
         return outcome
 
     def _make_outcome(self) -> Outcome:
-        from vmm.cpu.vcpu import named, operand_bits
+        from vmm.cpu.vcpu import named, operand_bits, was_reset
 
         code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
         native = lib.vmm_vm_stop_reason(self._vm, code, number)
@@ -899,6 +960,8 @@ class Machine:
             console=self.console.tail(),
             seconds=time.monotonic() - self._started_at,
         )
+        if reason == "triple-fault" and was_reset(regs, sregs) and self.entry and self.entry.rip != regs.rip:
+            outcome.seek(self.replay_of(outcome))
         if native == _STOP_CALLBACK and self._exception is not None:
             outcome.explanation = f"code of a device or hook raised {self._exception!r:.200}"
         if reason == "emulation-failure" and outcome.code != KVM_EMULATION:

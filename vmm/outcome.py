@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from vmm.cpu.vcpu import Exit
     from vmm.observe.diagnose import Diagnosis
+    from vmm.observe.replay import Replayed
 
 # reason -> (exit status of `pyvmm boot`, one sentence). A debug exit's status is (value << 1) | 1, always odd, as
 # QEMU's isa-debug-exit has it; so pyvmm's own are even wherever no older convention fixes them.
@@ -49,18 +50,25 @@ class Outcome:
     guest printed. ``seconds`` is how long it ran. ``diagnosis`` is what ``Machine.diagnose()`` found, once that was
     asked for. ``data`` are the numbers that KVM gave with an internal error of its own, an "emulation-failure" whose
     ``code`` is not 1.
+
+    Where the host's KVM has reset the vCPU (AMD's SVM, after a triple fault), whoever first asks for ``registers``,
+    ``instruction`` or ``bits`` has the run repeated, which takes a few times as long as it did. ``replayed`` then says
+    whether they are of that replay, and ``lost`` why they are not: they are the reset's.
     """
 
     __slots__ = (
+        "_bits",
         "_exits",
+        "_instruction",
+        "_lost",
         "_registers",
-        "bits",
+        "_replayed",
+        "_seek",
         "code",
         "console",
         "data",
         "diagnosis",
         "explanation",
-        "instruction",
         "reason",
         "seconds",
         "vcpu",
@@ -85,8 +93,11 @@ class Outcome:
         self.data: tuple[int, ...] = ()
         self.vcpu = vcpu
         self._registers = registers or {}
-        self.instruction = instruction
-        self.bits = bits
+        self._instruction = instruction
+        self._bits = bits
+        self._seek: Callable[[], Replayed] | None = None
+        self._replayed = False
+        self._lost = ""
         self._exits = last_exits or []
         self.console = console
         self.explanation = explanation
@@ -98,9 +109,54 @@ class Outcome:
     @property
     def registers(self) -> dict[str, int]:
         """The registers, by the names :meth:`vmm.cpu.vcpu.Vcpu.registers` has."""
+        self._find()
         if callable(self._registers):
             self._registers = self._registers()
         return self._registers
+
+    @property
+    def instruction(self) -> bytes:
+        """The bytes at its RIP, as many as there are, up to 16."""
+        self._find()
+        return self._instruction
+
+    @instruction.setter
+    def instruction(self, code: bytes) -> None:
+        """Of whoever makes the outcome."""
+        self._instruction = code
+
+    @property
+    def bits(self) -> int:
+        """Operand size of the code it was in: 16, 32 or 64."""
+        self._find()
+        return self._bits
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the registers are those of a second run that died the same way."""
+        self._find()
+        return self._replayed
+
+    @property
+    def lost(self) -> str:
+        """Why the registers are not those it died with, or ``""``."""
+        self._find()
+        return self._lost
+
+    def seek(self, replay: Callable[[], Replayed]) -> None:
+        """The host has reset the vCPU: ``replay`` is called when somebody asks what was there."""
+        self._seek = replay
+
+    def _find(self) -> None:
+        seek, self._seek = self._seek, None
+        if seek is None:
+            return
+        found = seek()
+        if found.why:
+            self._lost = f"the host's KVM has reset the vCPU (SVM), and a replay does not tell: {found.why}"
+        else:
+            self._registers, self._bits, self._instruction = found.registers, found.bits, found.instruction
+            self._replayed = True
 
     @property
     def last_exits(self) -> list[Exit]:

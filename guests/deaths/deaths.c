@@ -148,6 +148,29 @@ static void no_stack(void)
     __asm__ volatile("mov %0, %%rsp; ud2" ::"r"(UNMAPPED_TERABYTE));
 }
 
+/* A handler that is entered, and dies itself. */
+static void lose(struct trap_frame *frame)
+{
+    (void)frame;
+    no_idt();
+    read_at(UNMAPPED_TERABYTE);
+}
+
+static void in_handler(void)
+{
+    cpu_init();
+    trap_handlers[VECTOR_UD] = lose;
+    __asm__ volatile("ud2");
+}
+
+/* Many instructions without an exit before it. */
+static void late(void)
+{
+    for (volatile uint32_t n = 0; n < 1000; n++)
+        ;
+    read_at(UNMAPPED_TERABYTE);
+}
+
 /* Every source of interrupts is off, and interrupts are on. */
 static void waiting(void)
 {
@@ -224,6 +247,8 @@ static const struct {
     {"divide", divide},
     {"empty-idt", empty_idt},
     {"no-stack", no_stack},
+    {"in-handler", in_handler},
+    {"late", late},
     {"waiting", waiting},
     {"ticking", ticking},
     {"listening", listening},

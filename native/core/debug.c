@@ -72,7 +72,7 @@ static int set_guest_debug(struct vmm_vcpu *vcpu, uint32_t more)
         to.control |= KVM_GUESTDBG_USE_SW_BP;
     if (vcpu->debug.step)
         to.control |= KVM_GUESTDBG_SINGLESTEP | (debug->controls & KVM_GUESTDBG_BLOCKIRQ);
-    if (vcpu->debug.step_over || (steps_to_watch(debug) && !vcpu->debug.user))
+    if (vcpu->debug.step_over || vcpu->debug.follow || (steps_to_watch(debug) && !vcpu->debug.user))
         to.control |= KVM_GUESTDBG_SINGLESTEP;
     if (to.control)
         to.control |= KVM_GUESTDBG_ENABLE;
@@ -169,6 +169,12 @@ void vmm_debug_rearm(struct vmm_vm *vm)
     request_locked(vm);
 }
 
+static void end_locked(struct vmm_vcpu_debug *debug)
+{
+    debug->step = debug->held = debug->user = false;
+    debug->follow = debug->stop_at = 0;
+}
+
 int vmm_debug_close(vmm_vm *vm)
 {
     struct vmm_debug *debug = &vm->debug;
@@ -181,7 +187,7 @@ int vmm_debug_close(vmm_vm *vm)
     debug->open = false;
     pthread_mutex_lock(&vm->lock);
     for (uint32_t i = 0; i < vm->n_vcpus; i++)
-        vm->vcpus[i]->debug.step = vm->vcpus[i]->debug.held = vm->vcpus[i]->debug.user = false;
+        end_locked(&vm->vcpus[i]->debug);
     forget_events_locked(vm);
     request_locked(vm);
     pthread_mutex_unlock(&vm->lock);
@@ -344,6 +350,50 @@ int vmm_debug_step(vmm_vcpu *vcpu, int on)
     return vmm_debug_apply(vcpu);
 }
 
+/* The registers before the next instruction. The step is asked for again: POPF, IRET, SYSRET may have taken TF away. */
+static bool keep_and_step(struct vmm_vcpu *vcpu)
+{
+    struct vmm_vcpu_debug *debug = &vcpu->debug;
+    debug->known = vmm_vcpu_get_regs(vcpu, &debug->regs) == 0 && vmm_vcpu_get_sregs(vcpu, &debug->sregs) == 0;
+    return debug->known && vmm_debug_apply(vcpu) == 0;
+}
+
+int vmm_debug_follow(vmm_vcpu *vcpu, uint64_t steps)
+{
+    int rc = refuse_running(vcpu->vm);
+    if (rc < 0)
+        return rc;
+    if (steps && by_step(&vcpu->vm->debug) && at_cpl3(vcpu))
+        return vmm_error_set(-ENOTSUP, "this host's KVM cannot stop vCPU %u at CPL 3", vcpu->id);
+    vcpu->debug.follow = steps;
+    vcpu->debug.followed = 0;
+    vcpu->debug.known = false;
+    if (!steps)
+        return vmm_debug_apply(vcpu);
+    return keep_and_step(vcpu) ? 0 : vmm_error_set(-EIO, "vCPU %u cannot be stepped", vcpu->id);
+}
+
+int vmm_debug_followed(vmm_vcpu *vcpu, vmm_regs *regs, vmm_sregs *sregs, uint64_t *steps)
+{
+    int rc = refuse_running(vcpu->vm);
+    if (rc == 0 && !vcpu->debug.known)
+        rc = vmm_error_set(-ENOENT, "vCPU %u was not followed", vcpu->id);
+    if (rc < 0)
+        return rc;
+    *regs = vcpu->debug.regs;
+    *sregs = vcpu->debug.sregs;
+    *steps = vcpu->debug.followed;
+    return 0;
+}
+
+int vmm_debug_stop_at(vmm_vcpu *vcpu, uint64_t count)
+{
+    int rc = refuse_running(vcpu->vm);
+    if (rc == 0)
+        vcpu->debug.stop_at = count;
+    return rc;
+}
+
 int vmm_debug_hold(vmm_vcpu *vcpu, int on)
 {
     int rc = refuse_running(vcpu->vm);
@@ -375,6 +425,13 @@ static void report(struct vmm_vcpu *vcpu, uint32_t kind, uint64_t linear)
     pthread_mutex_unlock(&vm->lock);
 }
 
+void vmm_debug_counted(struct vmm_vcpu *vcpu)
+{
+    vcpu->debug.stop_at = 0; /* no count is 0: one was recorded just now */
+    if (vcpu->vm->debug.open)
+        report(vcpu, VMM_DEBUG_COUNT, 0);
+}
+
 int vmm_debug_take(vmm_vm *vm, vmm_debug_event *event)
 {
     int rc = vm->debug.open ? refuse_running(vm) : vmm_error_set(-EINVAL, "no debugger is open");
@@ -392,6 +449,8 @@ int vmm_debug_take(vmm_vm *vm, vmm_debug_event *event)
     uint32_t kept = 0;
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         struct vmm_vcpu_debug *debug = &vm->vcpus[i]->debug;
+        if (debug->event.kind)
+            debug->follow = 0;
         bool lasts = debug->event.kind == VMM_DEBUG_WRITE || debug->event.kind == VMM_DEBUG_ACCESS;
         if (vm->vcpus[i] == first || !lasts)
             debug->event.kind = VMM_DEBUG_NONE;
@@ -440,13 +499,18 @@ static bool report_change(struct vmm_vcpu *vcpu)
 static bool report_step(struct vmm_vcpu *vcpu)
 {
     bool watching = steps_to_watch(&vcpu->vm->debug), stepping = vcpu->debug.step;
+    const bool following = vcpu->debug.follow;
     if (watching && report_change(vcpu))
         return true;
+    if (following) {
+        vcpu->debug.followed++;
+        stepping |= !--vcpu->debug.follow || !keep_and_step(vcpu);
+    }
     if (stepping)
         report(vcpu, VMM_DEBUG_STEP, 0);
     if (watching)
         (void)follow_cpl(vcpu); /* KVM_SET_GUEST_DEBUG cannot fail here where it has not before */
-    return watching || stepping;
+    return watching || stepping || following;
 }
 
 /* The linear address of the next instruction; false when the host refuses. */

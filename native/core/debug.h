@@ -32,8 +32,13 @@ struct vmm_vcpu_debug {
     uint64_t reserved[VMM_DEBUG_RESERVED]; /* compat's breakpoints; 0: none */
     bool step_over;                        /* compat: one instruction with every breakpoint off */
     bool step, held, user;                 /* user: at CPL 3 when last looked */
-    vmm_debug_event event;                 /* kind NONE: none */
-    uint64_t order;                        /* of events */
+    uint64_t follow, followed; /* steps still to be kept without an event, and made; 0: not followed */
+    bool known;                /* whether what follows holds something */
+    vmm_regs regs;             /* before the latest instruction of those */
+    vmm_sregs sregs;
+    uint64_t stop_at;      /* exits recorded; 0: none */
+    vmm_debug_event event; /* kind NONE: none */
+    uint64_t order;        /* of events */
 };
 
 struct vmm_vcpu;
@@ -48,6 +53,9 @@ bool vmm_debug_wants(const struct vmm_vcpu *vcpu, uint64_t linear);
 /* Exits that compat did not claim: 1: the vCPU may re-enter (and will find a request if an event was made of it). */
 int vmm_debug_exit(struct vmm_vcpu *vcpu);
 int vmm_debug_int3(struct vmm_vcpu *vcpu);
+
+/* The count of vmm_debug_stop_at is reached. */
+void vmm_debug_counted(struct vmm_vcpu *vcpu);
 
 /* compat has done an instruction itself: that was a step. */
 void vmm_debug_completed(struct vmm_vcpu *vcpu);

@@ -190,6 +190,8 @@ enum verdict { REENTER, LEAVE };
 static void record(struct vmm_vcpu *vcpu, const vmm_exit_record *entry)
 {
     vcpu->last[vcpu->recorded++ & (VMM_LAST_EXITS - 1)] = *entry;
+    if (unlikely(vcpu->recorded == vcpu->debug.stop_at))
+        vmm_debug_counted(vcpu);
 }
 
 static void stop_here(struct vmm_vcpu *vcpu, int reason, uint64_t code)
@@ -455,6 +457,11 @@ uint32_t vmm_vcpu_last_exits(vmm_vcpu *vcpu, vmm_exit_record *records, uint32_t 
     for (uint64_t i = 0; i < n; i++)
         records[i] = vcpu->last[(end - n + i) & (VMM_LAST_EXITS - 1)];
     return (uint32_t)n;
+}
+
+uint64_t vmm_vcpu_recorded(vmm_vcpu *vcpu)
+{
+    return vcpu->recorded;
 }
 
 uint64_t vmm_vcpu_exit_count(vmm_vcpu *vcpu, uint32_t reason)

@@ -441,6 +441,9 @@ typedef struct vmm_exit_record {
 /* Copies the newest exits, oldest first; answers how many. For a vCPU that is not running (else approximate). */
 uint32_t vmm_vcpu_last_exits(vmm_vcpu *vcpu, vmm_exit_record *records, uint32_t max);
 
+/* How many exits there were for vmm_vcpu_last_exits ever. Those that are recorded are the guest's own deeds. */
+uint64_t vmm_vcpu_recorded(vmm_vcpu *vcpu);
+
 /* Exits so far by KVM's exit reason; reasons above 63 are counted at 63. */
 uint64_t vmm_vcpu_exit_count(vmm_vcpu *vcpu, uint32_t reason);
 

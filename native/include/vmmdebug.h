@@ -44,6 +44,7 @@ enum vmm_debug_kind {
     VMM_DEBUG_WRITE = 3,
     VMM_DEBUG_ACCESS = 4, /* read or written */
     VMM_DEBUG_STEP = 5,   /* an event only: one instruction was executed */
+    VMM_DEBUG_COUNT = 6,  /* an event only: vmm_debug_stop_at's count was reached */
 };
 
 /*
@@ -65,6 +66,19 @@ int vmm_debug_set_point(vmm_vm *vm, uint32_t slot, int kind, uint64_t linear, ui
  * -ENOTSUP: it stands at CPL 3, which WATCH_BY_STEP says cannot be stepped.
  */
 int vmm_debug_step(vmm_vcpu *vcpu, int on);
+
+/*
+ * Follow a vCPU to its end: step it, without events, and keep its registers before each instruction; the next
+ * VMM_DEBUG_STEP comes after `steps` of them. Interrupts do not wait, and what they or exceptions enter is not stepped,
+ * but goes on to its return. Taking an event of this vCPU, or 0, ends it. -ENOTSUP as vmm_debug_step.
+ */
+int vmm_debug_follow(vmm_vcpu *vcpu, uint64_t steps);
+
+/* What vmm_debug_follow saw last: the registers the latest instruction began with; steps made. -ENOENT: nothing yet. */
+int vmm_debug_followed(vmm_vcpu *vcpu, vmm_regs *regs, vmm_sregs *sregs, uint64_t *steps);
+
+/* An event once this vCPU has recorded `count` exits in its life (vmm_vcpu_recorded); once, and 0: none. */
+int vmm_debug_stop_at(vmm_vcpu *vcpu, uint64_t count);
 
 /* A held vCPU stays where it is when the machine goes on. */
 int vmm_debug_hold(vmm_vcpu *vcpu, int on);

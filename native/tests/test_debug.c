@@ -64,10 +64,27 @@ static void a_step_at_cpl_3_is_refused_where_it_would_not_stop(vmm_vm *vm)
     sregs.cs.dpl = sregs.ss.dpl = 3;
     CHECK(vmm_vcpu_set_sregs(vcpu, &sregs) == 0);
     CHECK(vmm_debug_step(vcpu, 1) == -ENOTSUP);
+    CHECK(vmm_debug_follow(vcpu, 1) == -ENOTSUP && vmm_debug_follow(vcpu, 0) == 0);
     CHECK(vmm_debug_open(vm, 0) == 0);
     CHECK(vmm_debug_step(vcpu, 1) == 0);
     CHECK(vmm_debug_step(vcpu, 0) == 0);
     CHECK(vmm_vcpu_set_sregs(vcpu, &before) == 0);
+}
+
+static void a_followed_vcpu_is_known_from_where_it_stands_until_that_ends(vmm_vm *vm)
+{
+    vmm_regs regs, now;
+    vmm_sregs sregs;
+    uint64_t steps = 7;
+    vmm_vcpu *vcpu = vm->vcpus[0];
+    CHECK(vmm_vcpu_get_regs(vcpu, &now) == 0);
+    CHECK(vmm_debug_followed(vcpu, &regs, &sregs, &steps) == -ENOENT);
+    CHECK(vmm_debug_follow(vcpu, 5) == 0);
+    CHECK(vmm_debug_followed(vcpu, &regs, &sregs, &steps) == 0);
+    CHECK(steps == 0 && regs.rip == now.rip && !memcmp(&regs, &now, sizeof(regs)));
+    CHECK(vmm_debug_follow(vcpu, 0) == 0);
+    CHECK(vmm_debug_followed(vcpu, &regs, &sregs, &steps) == -ENOENT);
+    CHECK(vmm_debug_stop_at(vcpu, 1) == 0 && vmm_vcpu_recorded(vcpu) == 0);
 }
 
 static void no_event_is_taken_where_there_is_none(vmm_vm *vm)
@@ -101,6 +118,7 @@ int main(void)
     a_thousand_breakpoints_come_and_go(vm, ram);
     what_cannot_be_is_refused(vm);
     a_step_at_cpl_3_is_refused_where_it_would_not_stop(vm);
+    a_followed_vcpu_is_known_from_where_it_stands_until_that_ends(vm);
     no_event_is_taken_where_there_is_none(vm);
     vmm_vm_destroy(vm);
     compat_keeps_two_registers();

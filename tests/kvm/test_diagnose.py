@@ -214,6 +214,7 @@ SCREENS = re.findall(
 
 def _shape(screen: str) -> str:
     """A screen without what another compiler or another run would have otherwise."""
+    screen = screen.replace("registers are of a replay that died the same way", "")  # where the host resets them
     screen = re.sub(r"0x[0-9a-f]+", "0x", screen)
     screen = re.sub(r"\.c:\d+", ".c", screen)
     screen = re.sub(r"\d+ of \d+|\d+ samples|\b[\d.e-]+ s\b", "", screen)

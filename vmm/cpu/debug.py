@@ -10,10 +10,11 @@ import contextlib
 import os
 import select
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm._ffi import check, ffi, lib
 from vmm.cpu.paging import PageFault
+from vmm.cpu.vcpu import named, operand_bits
 from vmm.errors import ConfigError, HostError, LinearMemoryError, StateError
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from vmm.memory import GuestMemory
 
 # enum vmm_debug_kind
-_SOFTWARE, _EXECUTE, _WRITE, _ACCESS, _STEP = 1, 2, 3, 4, 5
-KINDS = {_SOFTWARE: "breakpoint", _EXECUTE: "hardware", _WRITE: "write", _ACCESS: "access", _STEP: "step"}
+_SOFTWARE, _EXECUTE, _WRITE, _ACCESS, _STEP, _COUNT = 1, 2, 3, 4, 5, 6
+KINDS = {
+    _SOFTWARE: "breakpoint", _EXECUTE: "hardware", _WRITE: "write", _ACCESS: "access", _STEP: "step", _COUNT: "count",
+}  # fmt: skip
 _NATIVE = {name: number for number, name in KINDS.items()}
 _WATCH_BY_STEP = 1
 
@@ -62,9 +65,18 @@ class Point:
         return f"<Point {self.kind} at {self.address:#x}>"
 
 
+class Followed(NamedTuple):
+    """Where a vCPU was before the latest instruction it began: ``registers`` as ``Vcpu.registers()`` has them, operand
+    size ``bits``, and the ``steps`` made before it."""
+
+    registers: dict[str, int]
+    bits: int
+    steps: int
+
+
 class Stop:
-    """Why the machine stands: which ``vcpu``, what ``kind`` of point (or "step"), its linear ``address`` (of a step:
-    the next instruction's), and the ``points`` that are set there."""
+    """Why the machine stands: which ``vcpu``, what ``kind`` of point (or "step", "count"), its linear ``address`` (of
+    a step: the next instruction's), and the ``points`` that are set there."""
 
     __slots__ = ("address", "kind", "points", "vcpu")
 
@@ -281,10 +293,45 @@ class Debugger:
     def _one_step(self, vcpu: Vcpu, timeout: float | None) -> Stop | None:
         with self._lifted(vcpu.linear_rip()):
             self._roles([vcpu], [other for other in self.vcpus if other is not vcpu])
-            self._resume()
-            select.select([self._event_fd, self._stop_fd], [], [], timeout)
-            self._pause()
-            return self._take()
+            return self._until_stop(timeout)
+
+    # ---- running it from here, with no other thread asked ----
+
+    def run(self, timeout: float, *, vcpu: Vcpu | None = None, exits: int = 0) -> Stop | None:
+        """Let the paused machine run to its next stop, and return that; ``None``: it ended, or ``timeout`` seconds
+        passed. It is paused again then.
+
+        With ``vcpu`` and ``exits`` it also stops (kind "count") when that vCPU has recorded so many exits in its life.
+        """
+        with self._turn:
+            for each in self.vcpus:
+                check(lib.vmm_debug_follow(each.native, 0))
+                check(lib.vmm_debug_stop_at(each.native, exits if each is vcpu else 0))
+            self._before.clear()
+            self._roles()
+            return self._until_stop(timeout)
+
+    def follow(self, vcpu: Vcpu, steps: int, timeout: float) -> Followed:
+        """Step one vCPU of the paused machine ``steps`` times while the others run, for ``timeout`` seconds at most, or
+        to its end. Interrupts and exceptions do not wait; what they enter is not stepped. The machine is paused again
+        then.
+
+        Raises :class:`~vmm.errors.HostError` where the host cannot.
+        """
+        with self._turn:
+            self._before.clear()
+            self._roles()
+            check(lib.vmm_debug_follow(vcpu.native, steps))
+            self._until_stop(timeout)
+            regs, sregs, made = ffi.new("vmm_regs *"), ffi.new("vmm_sregs *"), ffi.new("uint64_t *")
+            check(lib.vmm_debug_followed(vcpu.native, regs, sregs, made))
+            return Followed(named(regs, sregs), operand_bits(sregs), int(made[0]))
+
+    def _until_stop(self, timeout: float | None) -> Stop | None:
+        self._resume()
+        select.select([self._event_fd, self._stop_fd], [], [], timeout)
+        self._pause()
+        return self._take()
 
     # ---- stops ----
 
@@ -321,7 +368,7 @@ class Debugger:
         if not found:
             return None
         vcpu, kind = self.vcpus[event.vcpu], KINDS[event.kind]
-        address = vcpu.linear_rip() if kind == "step" else int(event.address)
+        address = vcpu.linear_rip() if kind in ("step", "count") else int(event.address)
         stop = Stop(vcpu, kind, address, [point for point in self.points if point.kind == kind])
         if kind == "breakpoint":
             found = vcpu.memory.walk(address)

@@ -101,6 +101,23 @@ def operand_bits(sregs: Any) -> int:
     return 32 if sregs.cs.db else 16
 
 
+def was_reset(regs: Any, sregs: Any) -> bool:
+    """Whether a vCPU is in its state after INIT (SDM vol. 3, table 9-1).
+
+    kvm-amd puts it there when the processor reports a shutdown, since the VMCB is undefined then (AMD APM vol. 2,
+    15.14.3), before user space sees KVM_EXIT_SHUTDOWN. KVM_CAP_X86_TRIPLE_FAULT_EVENT is no remedy: it shows and keeps
+    a triple fault that KVM itself has made and not yet delivered (of RSM, or of a nested guest), not the processor's.
+    """
+    return bool(
+        regs.rip == 0xFFF0
+        and regs.rflags == 2
+        and sregs.cs.selector == 0xF000
+        and sregs.cs.base == 0xFFFF0000
+        and sregs.idt.base == 0
+        and sregs.idt.limit == 0xFFFF
+    )
+
+
 class Vcpu:
     """A vCPU. Registers may be read and set while the machine is created, paused or stopped, and in hooks by the vCPU
     that is in one.
@@ -113,6 +130,8 @@ class Vcpu:
         self.number = number
         self._ram = ram
         self._cpuid = cpuid
+        self.changes = 0
+        """How often something of it was set from outside: what a second run does not repeat by itself."""
         out = ffi.new("vmm_vcpu **")
         check(lib.vmm_vcpu_create(vm, number, out))
         self._native = out[0]
@@ -163,8 +182,9 @@ class Vcpu:
                 raise ConfigError(f"no such register: {name}")
             if not 0 <= value < 1 << bits:
                 raise ConfigError(f"{name} has {bits} bits, {value:#x} does not fit")
-        if "rip" in values and not self._paging({**self.registers(), **values}).canonical(values["rip"]):
+        if "rip" in values and not self.paging({**self.registers(), **values}).canonical(values["rip"]):
             raise ConfigError(f"rip {values['rip']:#x} is no address in the vCPU's mode: give one that is canonical")
+        self.changes += 1
         general = {k: v for k, v in values.items() if k in GENERAL}
         control = {k: v for k, v in values.items() if k not in GENERAL}
         if control:
@@ -238,6 +258,7 @@ class Vcpu:
         size = lib.vmm_state_size(_STATE_XSAVE)
         if len(area) != size:
             raise ConfigError(f"an XSAVE area has {size} bytes, not {len(area)}")
+        self.changes += 1
         check(lib.vmm_vcpu_set_state(self.native, _STATE_XSAVE, bytes(area), size))
 
     @property
@@ -274,6 +295,7 @@ class Vcpu:
 
     def set_msr(self, index: int, value: int) -> None:
         """Set one model-specific register. Raises :class:`~vmm.errors.HostError` when KVM refuses."""
+        self.changes += 1
         values = ffi.new("uint64_t[]", [value])
         if check(lib.vmm_vcpu_set_msrs(self.native, ffi.new("uint32_t[]", [index]), values, 1)) != 1:
             raise HostError(f"KVM refuses {value:#x} for MSR {index:#x}")
@@ -286,11 +308,9 @@ class Vcpu:
 
     # memory by linear address
 
-    def paging(self) -> Paging:
-        """The paging mode its registers select now."""
-        return self._paging(self.registers())
-
-    def _paging(self, registers: dict[str, int]) -> Paging:
+    def paging(self, registers: dict[str, int] | None = None) -> Paging:
+        """The paging mode its registers select now, or that other ones would."""
+        registers = self.registers() if registers is None else registers
         from vmm.cpu.paging import Paging
 
         cpuid = self._cpuid
@@ -314,6 +334,11 @@ class Vcpu:
         records = ffi.new("vmm_exit_record[64]")
         n = lib.vmm_vcpu_last_exits(self.native, records, 64)
         return lambda: [Exit(records[i]) for i in range(n)]
+
+    @property
+    def recorded(self) -> int:
+        """How many exits :meth:`last_exits` would have listed ever."""
+        return int(lib.vmm_vcpu_recorded(self.native))
 
     def exit_counts(self) -> dict[str, int]:
         """Exits so far by reason."""

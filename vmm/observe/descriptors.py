@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmm.observe.processor import Processor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 VECTORS = {
     0: "#DE", 1: "#DB", 2: "NMI", 3: "#BP", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS", 11: "#NP",
@@ -46,6 +46,11 @@ class Descriptor(NamedTuple):
     def readable(self) -> bool:
         """A data segment, or a code segment that may be read."""
         return self.code_or_data and (not self.code or bool(self.low >> 41 & 1))
+
+    @property
+    def base(self) -> int:
+        """Of a segment."""
+        return self.low >> 16 & 0xFFFFFF | self.low >> 32 & 0xFF000000
 
     @property
     def dpl(self) -> int:
@@ -121,6 +126,26 @@ def delivery(cpu: Processor, vector: int, name: Callable[[int], str]) -> Deliver
         handler = (int.from_bytes(raw[2:], "little") << 4) + int.from_bytes(raw[:2], "little")
         return Delivery("", f"vector {vector} leads to {handler:#x}")
     return _gate(cpu, vector, raw, f"the gate of vector {vector} in {what}", name)
+
+
+def handlers(cpu: Processor) -> Iterator[int]:
+    """Linear addresses that an exception or interrupt may enter: of every gate that is present, and readable."""
+    size = 16 if cpu.long else 8 if cpu.protected else 4
+    table = min(cpu.registers["idt_limit"] + 1, 256 * size)
+    for at in range(0, table - size + 1, size):
+        raw = cpu.read(cpu.registers["idt_base"] + at, size)
+        if raw is None:
+            continue
+        low = int.from_bytes(raw[:8], "little")
+        if not cpu.protected:
+            address = (low >> 16) * 16 + (low & 0xFFFF)
+            if low:  # an entry of zeroes leads into the table itself
+                yield address
+        elif low >> 47 & 1:
+            code = descriptor(cpu, low >> 16 & 0xFFFF)
+            base = 0 if cpu.long or isinstance(code, str) else code.base
+            offset = low & 0xFFFF | low >> 32 & 0xFFFF0000 | int.from_bytes(raw[8:12], "little") << 32
+            yield offset + base & ((1 << 64) - 1 if cpu.long else 0xFFFFFFFF)
 
 
 def _gate(cpu: Processor, vector: int, raw: bytes, what: str, name: Callable[[int], str]) -> Delivery:

@@ -122,9 +122,6 @@ def place(machine: Machine, address: int) -> str:
 
 # ---- a fault ----
 
-# what AMD's SVM leaves after a shutdown: KVM puts the vCPU back to its state after INIT (SDM vol. 3, table 9-1)
-_AFTER_INIT = {"rip": 0xFFF0, "cs": 0xF000, "idt_base": 0, "idt_limit": 0xFFFF}
-
 
 def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     from vmm.observe import faults
@@ -133,14 +130,15 @@ def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
 
     if outcome.reason == "emulation-failure" and outcome.code != KVM_EMULATION:
         return None  # KVM gave up by itself: the instruction at RIP is not to blame
+    if outcome.lost:
+        return say("unknown", outcome.lost)
     r = outcome.registers
-    entered_there = machine.entry is not None and machine.entry.rip == _AFTER_INIT["rip"]
-    if outcome.reason == "triple-fault" and not entered_there and all(r[n] == v for n, v in _AFTER_INIT.items()):
-        return say("unknown", "the host's KVM has reset the vCPU (SVM), so its registers say nothing of the fault")
     vcpu = machine.vcpus[outcome.vcpu or 0]
-    cpu = Processor(r, outcome.bits, vcpu.paging(), machine.memory.read)
+    cpu = Processor(r, outcome.bits, vcpu.paging(r), machine.memory.read)
     names = faults.Names(lambda address: place(machine, address), vcpu.has_msr)
     fault = faults.find(cpu, names)
+    if outcome.replayed and fault is not None and fault.address is not None:
+        r["cr2"] = fault.address  # the replay's registers are those before the fault
     if outcome.reason == "emulation-failure":
         return _not_emulated(machine, outcome, cpu, fault)
     if fault is None:

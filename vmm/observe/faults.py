@@ -39,13 +39,15 @@ _EFER, _EFER_DEFINED = 0xC0000080, 0xFD01
 class Fault(NamedTuple):
     """An exception and its cause (an identifier of ``vmm.observe.diagnose.CAUSES``), said in ``text``.
 
-    ``intended``: the instruction raises it by design, so the fault is with whoever should have taken it.
+    ``intended``: the instruction raises it by design, so the fault is with whoever should have taken it. ``address``:
+    what a page fault loads into CR2.
     """
 
     cause: str
     vector: int
     text: str
     intended: bool = False
+    address: int | None = None
 
 
 class Names(NamedTuple):
@@ -93,7 +95,7 @@ def _fetch_fault(cpu: Processor, at: int, missing: PageFault, names: Names) -> F
     # Zeroes are instructions of two bytes: they lead on to the first page without code.
     before = cpu.read(at - _SLIDE, _SLIDE) if at % PAGE < 2 and missing.kind in ("not-present", "not-ram") else None
     if before is not None and not any(before):
-        return Fault("zeroes", PF, f"it ran through zeroes up to {names.of(at)}: {missing.detail}")
+        return Fault("zeroes", PF, f"it ran through zeroes up to {names.of(at)}: {missing.detail}", address=at)
     if missing.kind == "non-canonical":
         return Fault("non-canonical-jump", GP, f"RIP is {at:#x}, which is {missing.detail}")
     if missing.kind == "not-ram":
@@ -104,7 +106,8 @@ def _fetch_fault(cpu: Processor, at: int, missing: PageFault, names: Names) -> F
 def _page_fault(cpu: Processor, why: PageFault, doing: str) -> Fault:
     if why.kind == "non-canonical":
         return Fault("non-canonical-address", GP, f"{doing} uses {why.linear:#x}, which is {why.detail}")
-    return Fault("reserved-bit" if why.kind == "reserved" else "page-fault", PF, f"{doing}: {why.sentence}")
+    cause = "reserved-bit" if why.kind == "reserved" else "page-fault"
+    return Fault(cause, PF, f"{doing}: {why.sentence}", address=why.linear)
 
 
 # ---- the instruction by itself ----
@@ -269,7 +272,7 @@ def _overflow(cpu: Processor, refused: PageFault, where: str) -> Fault | None:
         return None
     return Fault(
         "stack-overflow", PF, f"{where} stores just below the mapped stack, which begins at {above:#x}: "
-        f"{refused.sentence}"
+        f"{refused.sentence}", address=refused.linear,
     )  # fmt: skip
 
 

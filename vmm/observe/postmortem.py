@@ -51,6 +51,10 @@ def report(machine: Machine, outcome: Outcome) -> str:
     who = "" if outcome.vcpu is None else f" on vCPU {outcome.vcpu}"
     lines = ["", f"pyvmm: {outcome.sentence}{who} (after {outcome.seconds:.3g} s)"]
     lines += _diagnosis(machine.diagnose())
+    if outcome.lost:
+        lines += _wrapped(outcome.lost)
+    elif outcome.replayed:
+        lines.append("  registers are of a replay that died the same way")
     if outcome.reason == "emulation-failure" and outcome.code == KVM_EMULATION:
         lines.append(f"  instruction bytes {outcome.instruction.hex(' ') or '(unknown)'}; suberror {outcome.code}")
     linear = r["rip"] + (r["cs_base"] if outcome.bits == 16 else 0)
@@ -83,9 +87,12 @@ def brief(machine: Machine, outcome: Outcome) -> str:
 
 
 def _diagnosis(found: Diagnosis) -> list[str]:
-    import textwrap
-
     if found.cause == "unknown":
         return []
-    lines = textwrap.wrap(found.sentence, 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-    return [*lines, *(f"  - {line[:116]}" for line in found.evidence)]
+    return [*_wrapped(found.sentence), *(f"  - {line[:116]}" for line in found.evidence)]
+
+
+def _wrapped(sentence: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(sentence, 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)

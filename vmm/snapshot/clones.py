@@ -68,13 +68,15 @@ class Mould:
             config = config.with_(vsock=config.vsock.with_(path=f"{config.vsock.path}.{config.vsock.cid}"))
         return config
 
-    def finish(self, clone: Machine) -> None:
-        """Have a machine that was made with ``origin`` take up the rest; it is closed when it cannot."""
+    def finish(self, clone: Machine, *, renew: bool = True) -> None:
+        """Have a machine that was made with ``origin`` take up the rest; it is closed when it cannot. ``renew``: it is
+        another machine to its guest."""
         try:
             for gpa, data in self._changed:
                 clone.memory.write(gpa, data)
             clone.load_state(self._state)
-            identity.renew(clone)
+            if renew:
+                identity.renew(clone)
         except ValueError as error:
             clone.close()
             raise StateError(f"devices that were added to a machine are not cloned with it ({error})") from None
