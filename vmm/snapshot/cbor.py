@@ -1,7 +1,13 @@
 """Plain values as bytes: CBOR (RFC 8949) in its core deterministic encoding (4.2), and no other.
 
-A value is ``None``, a ``bool``, an ``int`` of any size, ``bytes``, ``str``, or a list or dict of such, with ``int`` and
-``str`` keys. One value has one encoding: what :func:`decode` accepts, :func:`encode` answers again.
+A value is ``None``, a ``bool``, an ``int`` of any size, ``bytes``, ``str``, or a list or dict of such, with ``str`` and
+64-bit ``int`` keys. One value has one encoding: what :func:`decode` accepts, :func:`encode` returns again.
+
+Why not ``cbor2``: a file of 24 MiB, or a frame of a migration, holds 24 million empty lists, which become 1.7 GB. What
+is read is bounded in depth, in the number of its values before any of them is made, and in the length of its texts;
+cbor2 (6.3) has a limit of depth alone. It also takes other encodings than the one (numbers and keys in another form or
+order, bytes behind the value), by which records with different digests are the same. It decodes the state of a machine
+with 8 vCPUs, 5400 values, in 4 ms where this takes 16.
 """
 
 from __future__ import annotations
@@ -10,6 +16,9 @@ from typing import Any
 
 DEPTH_MAX = 64  # lists within lists; a device's state has three or four
 BIGNUM_MAX = 4096  # bytes of an integer
+VALUES_MAX = 1 << 20  # values within each other, keys included; the state of 1000 vCPUs has 600,000
+TEXT_MAX = 1 << 20  # bytes of a text: a character beyond U+FFFF makes four of each in memory
+KEY_END = 1 << 64  # of an integer key: larger ones can be chosen to collide in a dict, by the thousand
 
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _LIST, _MAP, _TAG, _SIMPLE = range(8)
 _SIMPLE_VALUES = {20: False, 21: True, 22: None}
@@ -45,14 +54,16 @@ def _encode(value: Any, out: bytearray, way: tuple[Any, ...]) -> None:
         out += value
     elif kind is str:
         text = value.encode()
+        if len(text) > TEXT_MAX:
+            raise ValueError(f"{_name(way)} is a text of more than {TEXT_MAX} bytes")
         out += _head(_TEXT, len(text)) + text
     elif kind is list:
         out += _head(_LIST, len(value))
         for n, item in enumerate(value):
             _encode(item, out, (*way, n))
     elif kind is dict:
-        if any(type(key) not in (int, str) for key in value):
-            raise ValueError(f"{_name(way)} has a key that is neither int nor str")
+        if not all(map(_is_key, value)):
+            raise ValueError(f"{_name(way)} has a key that is neither str nor an int of 64 bits")
         out += _head(_MAP, len(value))
         for key, name in sorted((encode(name), name) for name in value):
             out += key
@@ -77,10 +88,11 @@ def _name(way: tuple[Any, ...]) -> str:
     return "value" + "".join(f"[{step!r}]" for step in way)
 
 
-def decode(encoded: bytes) -> Any:
-    """The value that ``encoded`` is the encoding of, all of it. Raises ``ValueError`` for any other bytes."""
+def decode(encoded: bytes, values_max: int = VALUES_MAX) -> Any:
+    """The value that ``encoded`` is the encoding of, all of it, with at most ``values_max`` values in it. Raises
+    ``ValueError`` for any other bytes."""
     try:
-        value, end = _decode(encoded, 0, 0)
+        value, end = _decode(encoded, 0, 0, [values_max])
     except IndexError:
         raise ValueError("the bytes end within a value") from None
     if end != len(encoded):
@@ -92,7 +104,8 @@ def decode(encoded: bytes) -> Any:
 # answers it with where the next one does.
 
 
-def _decode(encoded: bytes, at: int, depth: int) -> tuple[Any, int]:
+def _decode(encoded: bytes, at: int, depth: int, left: list[int]) -> tuple[Any, int]:
+    """``left``: how many more values there may be; counted where a list or map begins."""
     if depth > DEPTH_MAX:
         raise ValueError(f"more than {DEPTH_MAX} lists and maps within each other")
     first = encoded[at]
@@ -113,13 +126,17 @@ def _decode(encoded: bytes, at: int, depth: int) -> tuple[Any, int]:
     if argument > len(encoded) - at:
         raise ValueError(f"{argument} bytes or items are said to be at {at}, where there are fewer bytes")
     if major == _LIST:
+        _count(argument, left)
         items = []
         for _ in range(argument):
-            item, at = _decode(encoded, at, depth + 1)
+            item, at = _decode(encoded, at, depth + 1, left)
             items.append(item)
         return items, at
     if major == _MAP:
-        return _map(encoded, at, argument, depth)
+        _count(2 * argument, left)
+        return _map(encoded, at, argument, depth, left)
+    if major == _TEXT and argument > TEXT_MAX:
+        raise ValueError(f"a text at {at} is of {argument} bytes: {TEXT_MAX} are the most")
     part = encoded[at : at + argument]
     return part if major == _BYTES else part.decode(), at + argument  # a UnicodeDecodeError is a ValueError
 
@@ -137,23 +154,33 @@ def _argument(encoded: bytes, at: int, first: int) -> tuple[int, int]:
     return argument, at + size
 
 
-def _map(encoded: bytes, at: int, n: int, depth: int) -> tuple[dict[int | str, Any], int]:
+def _count(values: int, left: list[int]) -> None:
+    left[0] -= values
+    if left[0] < 0:
+        raise ValueError("there are more values than a record may have")
+
+
+def _is_key(key: Any) -> bool:
+    return type(key) is str or (type(key) is int and -KEY_END <= key < KEY_END)
+
+
+def _map(encoded: bytes, at: int, n: int, depth: int, left: list[int]) -> tuple[dict[int | str, Any], int]:
     value: dict[int | str, Any] = {}
     before = b""
     for _ in range(n):
         start = at
-        key, at = _decode(encoded, at, DEPTH_MAX)
-        if type(key) not in (int, str) or encoded[start:at] <= before:
+        key, at = _decode(encoded, at, DEPTH_MAX, left)
+        if not _is_key(key) or encoded[start:at] <= before:
             raise ValueError(f"a key at {start} is no number or text, or not in its place")
         before = encoded[start:at]
-        value[key], at = _decode(encoded, at, depth + 1)
+        value[key], at = _decode(encoded, at, depth + 1, left)
     return value, at
 
 
 def _bignum(encoded: bytes, at: int, tag: int) -> tuple[int, int]:
     if tag not in (_POSITIVE_BIGNUM, _NEGATIVE_BIGNUM) or encoded[at] >> 5 != _BYTES:
         raise ValueError(f"tag {tag} before {at} is no large integer's")
-    digits, end = _decode(encoded, at, DEPTH_MAX)
+    digits, end = _decode(encoded, at, DEPTH_MAX, [0])
     if not 8 < len(digits) <= BIGNUM_MAX:
         raise ValueError(f"a large integer at {at} is of {len(digits)} bytes")
     if digits[0] == 0:

@@ -90,7 +90,9 @@ class LazyMemory:
 
     def prefetch(self, gpas: Sequence[int]) -> None:
         """Fetch these pages in this order while nobody waits for another."""
-        check(lib.vmm_lazy_prefetch(self.native, ffi.new("uint64_t[]", list(gpas)), len(gpas)))
+        from array import array
+
+        check(lib.vmm_lazy_prefetch(self.native, ffi.from_buffer("uint64_t[]", array("Q", gpas)), len(gpas)))
 
     def fetch_rest(self) -> None:
         """And then all others."""

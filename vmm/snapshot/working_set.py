@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vmm.snapshot.reading import Snapshot
 
 NAME = "working-set"
+PAGES_MAX = 1 << 20  # 4 GiB touched before anybody asks for more
 _PAGE_SHIFT = 12
 
 
@@ -24,7 +25,7 @@ def save(snapshot: Snapshot, gpas: Sequence[int]) -> None:
     """
     from array import array
 
-    pages = array("Q", [gpa >> _PAGE_SHIFT for gpa in gpas]).tobytes()
+    pages = array("Q", (gpa >> _PAGE_SHIFT for gpa in gpas[:PAGES_MAX])).tobytes()
     path = snapshot.file_path(NAME)
     new = f"{path}.{os.urandom(6).hex()}"
     try:
@@ -53,7 +54,7 @@ def load(snapshot: Snapshot) -> list[int]:
     path = snapshot.file_path(NAME)
     try:
         with open(snapshot.file_fd(NAME), "rb") as file:
-            found, _ = records.unpack(path, file.read(records.SIZE_MAX))
+            found, _ = records.unpack(path, file.read(8 * PAGES_MAX + 4096))
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -92,12 +93,45 @@ def test_other_encodings_are_refused(encoded: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [1.5, (1,), {b"a": 1}, [bytearray(1)], {"huge": 1 << 40000}, {1.0: 2}],
-    ids=lambda value: type(value).__name__,
+    [1.5, (1,), {b"a": 1}, [bytearray(1)], {"huge": 1 << 40000}, {1.0: 2}, {1 << 64: 0}, "x" * ((1 << 20) + 1)],
+    ids=["float", "tuple", "bytes key", "bytearray", "huge", "float key", "large key", "long text"],
 )
 def test_what_is_not_plain_is_refused(value: Any) -> None:
     with pytest.raises(ValueError):
         cbor.encode(value)
+
+
+@pytest.mark.parametrize(
+    "item", ["80", "a0", "a1f5f6", "40", "60", "00", "c249010000000000000000"], ids=lambda item: f"items {item}"
+)
+def test_a_small_record_does_not_become_a_large_value(item: str) -> None:
+    """A million values are decoded into 100 MB at most; of one more not even the list is made."""
+    n = cbor.VALUES_MAX + 1
+    encoded = b"\x9a" + n.to_bytes(4, "big") + bytes.fromhex(item) * n
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more values than a record may have"):
+        cbor.decode(encoded)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_values_are_counted_wherever_they_are() -> None:
+    nested: Any = {"a": [1, {"b": 2}, []], 5: None}  # 4 in the dict, 3 in the list, 2 in its dict
+    assert cbor.decode(cbor.encode(nested), 9) == nested
+    with pytest.raises(ValueError, match="more values"):
+        cbor.decode(cbor.encode(nested), 8)
+
+
+def test_integer_keys_that_a_dict_would_not_tell_apart_are_refused() -> None:
+    """Python's hash of an integer is its remainder by 2^61 - 1: keys chosen by it take quadratic time."""
+    key = cbor.encode([((1 << 61) - 1) << 64])[1:]
+    with pytest.raises(ValueError, match="no number or text"):
+        cbor.decode(b"\xa1" + key + b"\x00")
+
+
+def test_a_text_is_bounded() -> None:
+    with pytest.raises(ValueError, match="1048576 are the most"):
+        cbor.decode(b"\x7a" + ((1 << 20) + 1).to_bytes(4, "big") + b"x" * ((1 << 20) + 1))
 
 
 def test_the_sentence_says_where_the_odd_value_is() -> None:
