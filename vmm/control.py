@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from vmm import deadline
+from vmm.deadline import Deadline
 from vmm.errors import ConfigError, HostError, StateError, VmmError
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 LINE_MAX = 64 << 10  # bytes of a request: two paths and some numbers
 ANSWER_SECONDS = 2.0  # that an ended machine gives a client to take its answer
+REQUEST_SECONDS = 10.0  # from the first byte of a request to its last, and for a client to take what it is told
+IDLE_SECONDS = 300.0  # without a request, after which a client gives its place to another
 CLIENTS_MAX = 8  # at once; one more is not answered until another goes
 
 # What may be asked: the fields of a request beside "do", with their types; all but those of NEEDED may be left out.
@@ -52,7 +56,8 @@ class Control:
         self._lock = threading.Lock()  # one request at a time, but for status and cancel
         self._busy = 0  # requests that were read and not answered
         self._answered = threading.Condition()
-        self._room = threading.BoundedSemaphore(CLIENTS_MAX)
+        self._room = threading.Semaphore(CLIENTS_MAX)
+        self._closing = False
         self._clients: set[socket.socket] = set()
         self._named = PrivateSocket(path, f"cannot listen on control socket {path}", CLIENTS_MAX)
         self._socket = self._named.socket
@@ -70,15 +75,18 @@ class Control:
             except OSError:
                 return  # closed
             self._room.acquire()
+            if self._closing:
+                client.close()
+                return
             self._clients.add(client)
             threading.Thread(target=self._serve, args=(client,), name="control client", daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            with client, client.makefile("rwb") as lines, contextlib.suppress(OSError):
-                while line := lines.readline(LINE_MAX):
+            with client, contextlib.suppress(OSError):
+                for line in _requests(client):
                     with self._request():
-                        _say(lines, self._answer(line, lambda progress: _mention(client, {"progress": progress})))
+                        _say(client, self._answer(line, lambda progress: _mention(client, {"progress": progress})))
         finally:
             self._clients.discard(client)
             self._room.release()
@@ -171,7 +179,9 @@ class Control:
         if self._socket.fileno() < 0:
             return
         with contextlib.suppress(OSError):
+            self._closing = True
             self._socket.shutdown(socket.SHUT_RDWR)  # ends accept()
+            self._room.release()  # or its wait for a place
         self._thread.join()
         with self._answered:
             self._named.close()
@@ -210,11 +220,31 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
     return name, request
 
 
-def _say(lines: Any, value: dict[str, Any]) -> None:
+def _requests(client: socket.socket) -> Iterator[bytes]:
+    """Lines, each whole within :data:`REQUEST_SECONDS` of its first byte; one that is too long is cut. Raises
+    ``OSError``."""
+    pending = b""
+    while True:
+        until = Deadline(REQUEST_SECONDS if pending else IDLE_SECONDS)
+        while b"\n" not in pending and len(pending) < LINE_MAX:
+            client.settimeout(until.left)
+            part = client.recv(LINE_MAX - len(pending))
+            if not part:
+                if pending:
+                    yield pending
+                return
+            if not pending:
+                until = Deadline(REQUEST_SECONDS)
+            pending += part
+        end = pending.find(b"\n") + 1 or LINE_MAX
+        line, pending = pending[:end], pending[end:]
+        yield line
+
+
+def _say(connection: socket.socket, value: dict[str, Any]) -> None:
     import json
 
-    lines.write(json.dumps(value).encode() + b"\n")
-    lines.flush()
+    deadline.send(connection, json.dumps(value).encode() + b"\n", Deadline(REQUEST_SECONDS))
 
 
 def _mention(client: socket.socket, value: dict[str, Any]) -> None:
@@ -243,8 +273,9 @@ def ask(path: str, request: dict[str, Any], progress: Callable[[dict[str, Any]],
             raise HostError(
                 f"no machine answers at {path} ({error.strerror}): was it started with --control?"
             ) from error
-        with connection.makefile("rwb") as lines:
-            _say(lines, request)
+        _say(connection, request)
+        connection.settimeout(None)
+        with connection.makefile("rb") as lines:
             for line in lines:
                 answer = json.loads(line)
                 if "progress" in answer:

@@ -260,7 +260,7 @@ def test_a_relay_passes_on_all_of_it_both_ways_at_once(certificates: Callable[[s
     come: dict[int, bytes] = {}
     with contextlib.closing(listener), ThreadPoolExecutor(3) as at_once:
         there = at_once.submit(connect, listener.address, certificates("b"))
-        ours, _ = listener.accept(10, native=True)
+        ours, _, _ = listener.accept(10, native=True)
         with ours, there.result() as theirs:
             ours.settimeout(20)
             sending = at_once.submit(ours.sendall, data[0])

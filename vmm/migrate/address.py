@@ -6,6 +6,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm import deadline
+from vmm.deadline import Deadline
 from vmm.errors import ConfigError, MigrationError
 from vmm.private_socket import PrivateSocket
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 PREFACE = b"PYVMM MIGRATION\n"  # in the clear, before TLS: who listens for something else finds it out at once
 CONNECT_SECONDS = 10.0
+GREETING_SECONDS = 10.0  # for all that a stranger says before it is known what for: preface, TLS handshake, HELLO
 
 
 class Tls(NamedTuple):
@@ -130,8 +133,9 @@ class Listener:
             address = address._replace(port=self._socket.getsockname()[1])
         self.address = address
 
-    def accept(self, timeout: float | None, *, native: bool = False) -> tuple[socket.socket, int | None]:
-        """The next connection and the descriptor that came with it, which is the caller's.
+    def accept(self, timeout: float | None, *, native: bool = False) -> tuple[socket.socket, int | None, Deadline]:
+        """The next connection, the descriptor that came with it, which is the caller's, and the deadline by which its
+        greeting is to be over.
 
         ``native``: it is for native code, which knows no TLS; who is no friend closes it later then.
 
@@ -140,18 +144,17 @@ class Listener:
         self._socket.settimeout(timeout)
         connection, _ = self._socket.accept()
         fds: list[int] = []
+        until = Deadline(GREETING_SECONDS)
         try:
-            connection.settimeout(CONNECT_SECONDS)
+            connection.settimeout(until.left)
             if self.address.port < 0:
                 preface, fds, _, _ = socket.recv_fds(connection, len(PREFACE), 1)
             else:
                 _keep(connection)
                 preface = b""
-            while len(preface) < len(PREFACE):
-                part = connection.recv(len(PREFACE) - len(preface))
-                if not part:
-                    break
-                preface += part
+            if preface or self.address.port >= 0:
+                preface += deadline.receive(connection, len(PREFACE) - len(preface), until)
+            connection.settimeout(until.left)
             if preface != PREFACE:
                 raise MigrationError("somebody connected who is not a machine that moves")
             if self._tls and native:
@@ -168,7 +171,7 @@ class Listener:
             if isinstance(error, MigrationError):
                 raise
             raise MigrationError(f"a connection was refused: {error}") from error
-        return connection, fds[0] if fds else None
+        return connection, fds[0] if fds else None, until
 
     def end_relays(self) -> None:
         """Return once the processes behind connections for native code have ended: after these were closed."""

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from vmm.deadline import Deadline
     from vmm.machine import Machine
 
-HELLO_SECONDS = 10.0
 _HELLO = {
     "version": int, "description": dict, "regions": list, "how": str, "token": bytes, "fence": str | None,
     "disks": list,
@@ -124,11 +124,12 @@ def receive(address: str, timeout: float | None = None, **how: Any) -> Machine:
 class Arrival:
     """One machine that comes over one connection; made once it was accepted.
 
-    ``fd`` is the descriptor that came along, and is taken. Raises :class:`~vmm.errors.MigrationError`, and has told
+    ``fd`` is the descriptor that came along, and is taken; ``until``: when it must have greeted.
+    Raises :class:`~vmm.errors.MigrationError`, and has told
     the other side why.
     """
 
-    def __init__(self, receiver: Receiver, connection: Any, fd: int | None) -> None:
+    def __init__(self, receiver: Receiver, connection: Any, fd: int | None, until: Deadline) -> None:
         self._receiver = receiver
         self._patience = receiver._patience
         self._channel = Channel(connection)
@@ -138,7 +139,7 @@ class Arrival:
         self._pages: socket.socket | None = None
         self._images: mirror.Images | None = None
         with self._refusing():
-            self._greet(fd)
+            self._greet(fd, until)
 
     @contextlib.contextmanager
     def _refusing(self) -> Any:
@@ -174,9 +175,9 @@ class Arrival:
 
     # ---- greeting ----
 
-    def _greet(self, fd: int | None) -> None:
+    def _greet(self, fd: int | None, until: Deadline) -> None:
         try:
-            hello = _checked(self._channel.receive(Kind.HELLO, timeout=HELLO_SECONDS).value)
+            hello = _checked(self._channel.receive(Kind.HELLO, within=until).value)
             came, fd = fd, None  # it is the fence's to close, whatever happens
             self._fence = self._join(hello, came)
         finally:

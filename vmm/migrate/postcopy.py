@@ -155,14 +155,14 @@ def await_pages(listener: Listener, token: bytes) -> socket.socket:
 
 def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socket.socket]:
     try:
-        connection, fd = listener.accept(timeout, native=True)
+        connection, fd, until = listener.accept(timeout, native=True)
     except TimeoutError:
         raise LinkLost("the other side did not connect again") from None
     if fd is not None:
         os.close(fd)
     channel = Channel(connection)
     try:
-        hello = channel.receive(Kind.HELLO, timeout=10).value
+        hello = channel.receive(Kind.HELLO, within=until).value
         if not isinstance(hello, dict) or hello.get("token") != token or hello.get("how") not in ("pages", "all"):
             raise MigrationError("somebody else connected")
         if hello["how"] == "pages":

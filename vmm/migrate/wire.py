@@ -12,7 +12,9 @@ import time
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vmm import deadline
 from vmm._ffi import ffi, lib
+from vmm.deadline import Deadline
 from vmm.errors import MigrationError
 from vmm.snapshot import cbor
 
@@ -26,9 +28,13 @@ PAGE = 4096
 _HEADER = struct.Struct("<HHIQII")
 _SUMMED = 16  # bytes of the header under the checksum, which follows them
 
-VALUE_MAX = 64 << 20  # a vCPU's state has 10 KiB, and a region of 1 TiB a bitmap of 32 MiB
+HELLO_MAX = 256 << 10  # a description has 1 KiB and two command lines; whoever sends it may be anybody
+TEXT_MAX = 16 << 10  # a sentence, or the version of the protocol
+STATE_MAX = 64 << 20  # a vCPU's state has 10 KiB, and a region of 1 TiB a bitmap of 32 MiB
+HELLO_VALUES = 1 << 14  # a description has some 600, whatever the number of vCPUs
 DATA_MAX = 256 << 10  # a link of 1 MB/s moves it within the downtime that is asked for
 PATIENCE = 30.0  # seconds in which not one frame comes or goes: the link is lost
+SLOWEST = 1 << 20  # bytes a second that a frame may count on beyond that
 
 
 class Kind(IntEnum):
@@ -61,7 +67,10 @@ _RANGES = {Kind.ZEROS, Kind.DISK_ZEROS}
 _DISKS = {Kind.DISK, Kind.DISK_ZEROS}
 _BARE = {Kind.ROUND, Kind.YOURS, Kind.OVER, Kind.SEEN, Kind.READY, Kind.TAKEN, Kind.ALL}
 _LONGEST = {
-    **dict.fromkeys(_VALUES, VALUE_MAX),
+    **dict.fromkeys(_VALUES, TEXT_MAX),
+    Kind.HELLO: HELLO_MAX,
+    Kind.STATE: STATE_MAX,
+    Kind.EPOCH: STATE_MAX,
     **dict.fromkeys(_DATA, DATA_MAX),
     **dict.fromkeys(_RANGES, 8),
     **dict.fromkeys(_BARE, 0),
@@ -83,15 +92,15 @@ class LinkLost(MigrationError):
 
 
 class Channel:
-    """One connection. Used by one thread for sending and one for receiving at a time.
+    """One connection. Used by one thread at a time, but for :meth:`interrupt`.
 
-    ``sent`` counts bytes. Raises :class:`LinkLost` where the connection ends or :data:`PATIENCE` is over, and
+    ``sent`` counts bytes. A frame that has begun, in or out, has :data:`PATIENCE` and its length at :data:`SLOWEST` to
+    be over. Raises :class:`LinkLost` where the connection ends or a deadline is over, and
     :class:`~vmm.errors.MigrationError` for what the other side must not send.
     """
 
     def __init__(self, connection: socket.socket, *, bandwidth: int | None = None) -> None:
         self._socket = connection
-        connection.settimeout(PATIENCE)
         self._bandwidth = bandwidth
         self._paid = time.monotonic()  # what was sent until now is due at this moment
         self.sent = 0
@@ -103,13 +112,14 @@ class Channel:
         assert len(payload) <= _LONGEST[kind]
         head = struct.pack("<HHIQ", kind, disk, len(payload), address)
         crc = _crc(_crc(0, head), payload)
+        until = _frame_deadline(len(payload))
         try:
             # One packet where it fits one: a header on its own would wait for the acknowledgement of the last.
             if len(payload) <= DATA_MAX:
-                self._socket.sendall(b"".join((head, struct.pack("<II", crc, 0), payload)))
+                deadline.send(self._socket, b"".join((head, struct.pack("<II", crc, 0), payload)), until)
             else:
-                self._socket.sendall(head + struct.pack("<II", crc, 0))
-                self._socket.sendall(payload)
+                deadline.send(self._socket, head + struct.pack("<II", crc, 0), until)
+                deadline.send(self._socket, payload, until)
         except (OSError, ValueError) as error:
             self._raise_reason()
             raise LinkLost(f"the link to the other side is lost ({_why(error)})") from error
@@ -141,25 +151,31 @@ class Channel:
             encoded = cbor.encode(value)
         except ValueError as error:
             raise MigrationError(f"the machine cannot be described: {error}") from None
-        if len(encoded) > VALUE_MAX:
-            raise MigrationError(f"the machine's state is of {len(encoded)} bytes: {VALUE_MAX} are the most")
+        if len(encoded) > _LONGEST[kind]:
+            raise MigrationError(f"a frame {kind.name} would be of {len(encoded)} bytes: {_LONGEST[kind]} are the most")
         self.send(kind, encoded)
 
     # ---- in ----
 
-    def receive(self, *kinds: Kind, timeout: float | None = PATIENCE) -> Frame:
-        """The next frame, which must be of one of ``kinds``. REFUSE and ABORT raise with the reason they give."""
-        head = self._read(_HEADER.size, timeout)
+    def receive(self, *kinds: Kind, timeout: float | None = PATIENCE, within: Deadline | None = None) -> Frame:
+        """The next frame, which must be of one of ``kinds``. REFUSE and ABORT raise with the reason they give.
+
+        It begins within ``timeout`` seconds; or all of it, and whatever else keeps to the same deadline, is there
+        ``within`` that.
+        """
+        first = self._read(1, within or Deadline(timeout))
+        head = first + self._read(_HEADER.size - 1, within or _frame_deadline(_HEADER.size))
         kind, disk, length, address, crc, zeros = _HEADER.unpack(head)
         if kind not in _LONGEST or zeros or (disk and kind not in _DISKS):
             raise MigrationError(f"the other side does not speak this protocol: a frame begins {head[:8].hex()}")
         if length > _LONGEST[kind] or (kind in _RANGES and length != 8):
             raise MigrationError(f"the other side sent a frame {Kind(kind).name} of {length} bytes: it is refused")
-        payload = self._read(length, PATIENCE)
+        payload = self._read(length, within or _frame_deadline(length))
         if _crc(_crc(0, head[:_SUMMED]), payload) != crc:
             raise MigrationError(f"a frame {Kind(kind).name} was damaged on the way: its checksum is wrong")
         try:
-            value = cbor.decode(payload) if kind in _VALUES else None
+            values = HELLO_VALUES if kind == Kind.HELLO else cbor.VALUES_MAX
+            value = cbor.decode(payload, values) if kind in _VALUES else None
         except (ValueError, RecursionError) as error:
             raise MigrationError(
                 f"the other side sent a frame {Kind(kind).name} that holds no value: {error}"
@@ -171,20 +187,14 @@ class Channel:
             raise MigrationError(f"the other side sent {Kind(kind).name} where only {expected} can come: it is refused")
         return Frame(Kind(kind), address, payload, value, disk)
 
-    def _read(self, n: int, timeout: float | None) -> bytes:
-        buffer = bytearray(n)
-        view, got = memoryview(buffer), 0
+    def _read(self, n: int, until: Deadline) -> bytes:
         try:
-            self._socket.settimeout(timeout)
-            while got < n:
-                came = self._socket.recv_into(view[got:])
-                if not came:
-                    raise LinkLost("the other side closed the link")
-                got += came
-                self._socket.settimeout(PATIENCE)
+            came = deadline.receive(self._socket, n, until)
         except (OSError, ValueError) as error:
             raise LinkLost(f"the link to the other side is lost ({_why(error)})") from error
-        return bytes(buffer)
+        if len(came) < n:
+            raise LinkLost("the other side closed the link")
+        return came
 
     def fileno(self) -> int:
         """For select."""
@@ -201,6 +211,11 @@ class Channel:
     def close(self) -> None:
         """End the connection. Twice is fine."""
         self._socket.close()
+
+
+def _frame_deadline(length: int) -> Deadline:
+    """For a frame that has begun."""
+    return Deadline(PATIENCE + length / SLOWEST)
 
 
 def cleared(frame: Frame) -> int:

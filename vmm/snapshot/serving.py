@@ -15,6 +15,8 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
+from vmm import deadline
+from vmm.deadline import Deadline
 from vmm.errors import SnapshotError, VmmError
 from vmm.private_socket import PrivateSocket
 from vmm.snapshot import records
@@ -29,18 +31,28 @@ if TYPE_CHECKING:
 
 _ANSWER = struct.Struct("<QII")  # address, whether a page follows, zeros
 _REQUESTS = 4096  # bytes of requests taken at a time
-_ANSWERS = 10.0  # seconds in which a server sends the records
+_ANSWERS = 10.0  # seconds in which a server begins to send
+_SLOWEST = 1 << 20  # bytes a second, at which it has sent the records
+_READER_SECONDS = 30.0  # in which who asked for pages takes them
 _AGAIN = 0.5  # seconds between two looks for a server that is gone
 
 
 def answer_requests(connection: socket.socket, answer: Callable[[int], bytes]) -> None:
-    """Answer requests for pages until the other side closes. Raises ``OSError``, and what ``answer`` does."""
+    """Answer requests for pages until the other side closes. Raises ``OSError``, and what ``answer`` does.
+
+    A request may come at any time, and is answered at the reader's pace, but not without end.
+    """
     pending = b""
-    while taken := connection.recv(_REQUESTS):
+    while True:
+        connection.settimeout(None)
+        taken = connection.recv(_REQUESTS)
+        if not taken:
+            return
         pending += taken
         whole = len(pending) // 8 * 8
         asked, pending = pending[:whole], pending[whole:]
-        connection.sendall(b"".join(answer(int.from_bytes(asked[at : at + 8], "little")) for at in range(0, whole, 8)))
+        answers = b"".join(answer(int.from_bytes(asked[at : at + 8], "little")) for at in range(0, whole, 8))
+        deadline.send(connection, answers, Deadline(_READER_SECONDS + len(answers) / _SLOWEST))
 
 
 def answer_with(gpa: int, page: bytes | None) -> bytes:
@@ -65,7 +77,8 @@ class PageServer:
 
     def serve(self, connection: socket.socket) -> None:
         """Until the other side closes. Raises ``OSError``; ``ValueError`` when it asks for what is no page."""
-        connection.sendall(len(self._records).to_bytes(8, "little") + self._records)
+        greeting = len(self._records).to_bytes(8, "little") + self._records
+        deadline.send(connection, greeting, Deadline(_READER_SECONDS + len(greeting) / _SLOWEST))
         answer_requests(connection, self.answer)
 
     def answer(self, gpa: int) -> bytes:
@@ -194,23 +207,23 @@ def receive(connection: socket.socket) -> tuple[Any, tuple[Region, ...]]:
 
     Raises :class:`~vmm.errors.SnapshotError` for what is no such thing, or an end before it.
     """
-    size = int.from_bytes(_exactly(connection, 8), "little")
+    timeout = connection.gettimeout()
+    size = int.from_bytes(_exactly(connection, 8, Deadline(_ANSWERS)), "little")
     if size > records.SIZE_MAX:
         raise SnapshotError(f"the server announces records of {size} bytes: it serves no snapshot")
-    found, _ = records.unpack("what the server sends", _exactly(connection, size))
+    content = _exactly(connection, size, Deadline(_ANSWERS + size / _SLOWEST))
+    connection.settimeout(timeout)
+    found, _ = records.unpack("what the server sends", content)
     if found.keys() != {"state", "memory"}:
         raise SnapshotError("what the server sends is no snapshot")
     return found["state"], parse_regions("what the server sends", found["memory"])
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    content = bytearray()
-    while len(content) < size:
-        try:
-            part = connection.recv(min(size - len(content), 1 << 20))
-        except OSError as error:
-            raise SnapshotError(f"the server of the snapshot cannot be read ({error.strerror})") from None
-        if not part:
-            raise SnapshotError("the server of the snapshot closed its socket before it had sent the records")
-        content += part
-    return bytes(content)
+def _exactly(connection: socket.socket, size: int, until: Deadline) -> bytes:
+    try:
+        content = deadline.receive(connection, size, until)
+    except OSError as error:
+        raise SnapshotError(f"the server of the snapshot cannot be read ({error.strerror or error})") from None
+    if len(content) < size:
+        raise SnapshotError("the server of the snapshot closed its socket before it had sent the records")
+    return content

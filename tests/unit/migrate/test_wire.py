@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
 import struct
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.errors import ConfigError, MigrationError
+from vmm.migrate import Receiver, address, wire
 from vmm.migrate import fence as fences
-from vmm.migrate import wire
 from vmm.migrate.address import Address, Listener, connect
 from vmm.migrate.fence import Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
@@ -115,7 +117,9 @@ def test_a_flipped_bit_is_found(flip: int) -> None:
     [
         (struct.pack("<IIQII", 99, 0, 0, 0, 0), "does not speak"),
         (struct.pack("<IIQII", Kind.PAGES, wire.DATA_MAX + 1, 0, 0, 0), "PAGES of 262145 bytes"),
-        (struct.pack("<IIQII", Kind.STATE, wire.VALUE_MAX + 1, 0, 0, 0), "STATE of 67108865 bytes"),
+        (struct.pack("<IIQII", Kind.STATE, wire.STATE_MAX + 1, 0, 0, 0), "STATE of 67108865 bytes"),
+        (struct.pack("<IIQII", Kind.HELLO, wire.HELLO_MAX + 1, 0, 0, 0), "HELLO of 262145 bytes"),
+        (struct.pack("<IIQII", Kind.REFUSE, wire.TEXT_MAX + 1, 0, 0, 0), "REFUSE of 16385 bytes"),
         (struct.pack("<IIQII", Kind.ZEROS, 7, 0, 0, 0), "ZEROS of 7 bytes"),
         (struct.pack("<IIQII", Kind.TAKEN, 1, 0, 0, 0), "TAKEN of 1 bytes"),
         (frame(Kind.STATE, b"\xff"), "holds no value"),
@@ -145,9 +149,108 @@ def test_an_end_and_silence_are_a_lost_link(monkeypatch: pytest.MonkeyPatch) -> 
         into.receive(Kind.READY)
 
 
-def test_bandwidth_is_kept_to() -> None:
-    import time
+class Dripping:
+    """Sends, or takes, a byte every so often, as long as the other side is there."""
 
+    EVERY = 0.02
+
+    def __init__(self, raw: socket.socket, data: bytes = b"") -> None:
+        self._raw = raw
+        self._data = data
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._drip)
+        self._thread.start()
+
+    def _drip(self) -> None:
+        with self._raw, contextlib.suppress(OSError):
+            while self.bytes < (len(self._data) or 1 << 30):
+                if self._data:
+                    self._raw.sendall(self._data[self.bytes : self.bytes + 1])
+                elif not self._raw.recv(1):
+                    return
+                self.bytes += 1
+                if self._over.wait(self.EVERY):
+                    return
+
+    def join(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame and a greeting have 0.3 s; a byte comes every 0.02 s, and all of them would take minutes."""
+    monkeypatch.setattr(wire, "PATIENCE", 0.3)
+    monkeypatch.setattr(wire, "SLOWEST", 1 << 40)
+    monkeypatch.setattr(address, "GREETING_SECONDS", 0.3)
+
+
+def test_a_frame_that_comes_byte_by_byte_has_one_deadline(hurry: None) -> None:
+    _, into, raw, _ = pair()
+    peer = Dripping(raw, frame(Kind.PAGES, bytes(1 << 16)))
+    with pytest.raises(LinkLost):
+        into.receive(Kind.PAGES)
+    into.close()
+    peer.join()
+    assert peer.bytes < 1 << 16
+
+
+def test_a_frame_that_is_taken_byte_by_byte_has_one_deadline(hurry: None) -> None:
+    out, _, raw, taking = pair()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    peer = Dripping(taking)
+    with pytest.raises(LinkLost):
+        out.send(Kind.STATE, bytes(1 << 20))
+    out.close()
+    peer.join()
+    assert peer.bytes < 1 << 20
+
+
+HELLO_HEAD = struct.pack("<HHIQII", Kind.HELLO, 0, wire.HELLO_MAX, 0, 0, 0) + bytes(wire.HELLO_MAX)
+
+
+@pytest.mark.parametrize("place", ["unix", "tcp"])
+@pytest.mark.parametrize(
+    ("at_once", "dripped"),
+    [(b"", address.PREFACE * 1000), (address.PREFACE, HELLO_HEAD), (address.PREFACE + HELLO_HEAD[:30], HELLO_HEAD)],
+    ids=["preface", "header", "payload"],
+)
+def test_a_greeting_that_comes_byte_by_byte_has_one_deadline_and_the_next_is_taken(
+    hurry: None, tmp_path: Path, place: str, at_once: bytes, dripped: bytes
+) -> None:
+    refused: list[str] = []
+    how = {"on_refused": refused.append}
+    with Receiver(f"unix:{tmp_path}/s" if place == "unix" else "tcp:127.0.0.1:0", **how) as receiver:
+        there = receiver.listener.address
+        first = socket.socket(socket.AF_UNIX) if place == "unix" else socket.socket()
+        first.connect(there.host if place == "unix" else (there.host, there.port))
+        first.sendall(at_once)
+        peer = Dripping(first, dripped)
+        second = connect(there, None)
+        channel = Channel(second)
+        channel.send_value(Kind.HELLO, {"version": 0})
+        with pytest.raises(TimeoutError):
+            receiver.receive(2)
+        peer.join()
+        assert peer.bytes < len(dripped)
+        assert len(refused) == 2 and "speaks version 0" in refused[1]
+        with pytest.raises(MigrationError, match="speaks version 0"):
+            channel.receive(Kind.ACCEPT)
+        channel.close()
+
+
+def test_a_greeting_of_many_values_is_refused_before_any_is_made() -> None:
+    _, into, raw, _ = pair()
+    items = wire.HELLO_VALUES
+    payload = b"\x99" + (items + 1).to_bytes(2, "big") + b"\x80" * (items + 1)
+    head = struct.pack("<HHIQ", Kind.HELLO, 0, len(payload), 0)
+    raw.sendall(head + struct.pack("<II", wire._crc(wire._crc(0, head), payload), 0) + payload)
+    with pytest.raises(MigrationError, match="more values than a record may have"):
+        into.receive(Kind.HELLO)
+
+
+def test_bandwidth_is_kept_to() -> None:
     a, b = socket.socketpair()
     channel = Channel(a, bandwidth=1 << 20)
     reader = threading.Thread(target=lambda: [None for _ in iter(lambda: b.recv(1 << 16), b"")])
@@ -179,7 +282,7 @@ def test_a_descriptor_comes_along_and_the_socket_is_the_users_alone(tmp_path: Pa
     assert stat.S_IMODE(os.stat(tmp_path / "s").st_mode) == 0o600
     r, w = os.pipe()
     connection = connect(listener.address, None, given=w)
-    accepted, fd = listener.accept(5)
+    accepted, fd, _ = listener.accept(5)
     assert fd is not None
     os.write(fd, b"x")
     assert os.read(r, 1) == b"x"
