@@ -669,24 +669,28 @@ class Machine:
         """A new machine that goes on from a snapshot: :meth:`start` it.
 
         Its memory is the snapshot's, read when it is looked at, until the guest writes it; the snapshot is not
-        changed, and may be restored again. ``check`` compares every byte with its checksum first. ``fields`` may say
-        anew how the machine is used and where its disks and networks are. ``identity``: ``"new"``, another machine
-        than the one that was saved (``docs/clones.md``), or ``"same"``, that one, of which there is no other then.
+        changed, and may be restored again. ``check`` compares every byte with its checksum first. ``fields`` say anew
+        how the machine is used, and where what the snapshot does not hold is: ``docs/snapshots.md``. ``identity``:
+        ``"new"``, another machine than the one that was saved (``docs/clones.md``), or ``"same"``, that one, of which
+        there is no other then.
 
         ``later``: memory is the machine's own, and pages come by userfaultfd when they are touched, before that those
         of the recorded working set (:attr:`lazy`, :mod:`vmm.snapshot.working_set`). They come over a socket if
         ``source`` is ``"unix:PATH"``, where ``pyvmm serve`` is, which is looked for again when it is lost; or a socket,
         connected to a :class:`vmm.snapshot.serving.PageServer`, which stays the caller's.
 
-        Raises :class:`~vmm.errors.SnapshotError` when it is damaged or of another version,
+        Raises :class:`~vmm.errors.ConfigError` naming the field that is missing,
+        :class:`~vmm.errors.SnapshotError` when it is damaged or of another version,
         :class:`~vmm.errors.HostError` when this host lacks what the guest was told it has, or userfaultfd.
         """
         from vmm.snapshot import identity as identities
         from vmm.snapshot.restoring import prepare
 
         renewed = identities.asked(identity)
+        if fields.get("huge_pages"):
+            raise ConfigError("a restored machine's memory is a snapshot's file: leave out --huge-pages (huge_pages)")
         with prepare(source, check=check, later=later) as prepared:
-            config = prepared.origin.config(**prepared.with_disks(fields))
+            config = prepared.config(fields)
             if renewed:
                 config = identities.another(config, fields)
             machine = cls(config, kvm=kvm, origin=prepared.origin)

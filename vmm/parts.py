@@ -18,7 +18,7 @@ from vmm.errors import ConfigError
 from vmm.fields import Field, parse_size, read_count, read_flag, read_one_of, read_text, split_commas
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 CACHES = ("writeback", "none")
 _FLAGS = {"ro": ("readonly", True), "rw": ("readonly", False), "temporary": ("temporary", True)}
@@ -33,7 +33,7 @@ def _rate(value: Any) -> int:
         size = parse_size(value)
     except ConfigError:
         size = -1
-    if size < 0:
+    if not 0 <= size < 1 << 62:
         raise ConfigError(f"{value!r} is not a rate: write 10M, 512K or a number of bytes a second")
     return size
 
@@ -87,7 +87,10 @@ class Part:
 
     fields: dict[str, Field] = {}
     kind: str = ""
-    __slots__ = ("_values",)
+    __slots__ = ("_values", "said")
+
+    said: frozenset[str]
+    """The fields that were given, whatever their values: the others have their defaults."""
 
     def __init__(self, *positional: Any, **given: Any) -> None:
         names = list(self.fields)
@@ -99,6 +102,7 @@ class Part:
                 raise ConfigError(f"a {self.kind} has no field {name!r}: it has {', '.join(names)}")
         values = {name: field.read(given.get(name, field.default)) for name, field in self.fields.items()}
         object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "said", frozenset(given))
         self.check()
 
     def check(self) -> None:
@@ -114,7 +118,7 @@ class Part:
         raise AttributeError(f"a {self.kind} does not change: make another one")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _make, (type(self), self.as_dict())
+        return _make, (type(self), {name: self._values[name] for name in self.said})
 
     def as_dict(self) -> dict[str, Any]:
         """All fields by name."""
@@ -122,7 +126,11 @@ class Part:
 
     def with_(self, **fields: Any) -> Any:
         """A copy with some fields different."""
-        return type(self)(**{**self.as_dict(), **fields})
+        return self.over({}, **fields)
+
+    def over(self, defaults: Mapping[str, Any], **fields: Any) -> Any:
+        """A copy with ``defaults`` for the fields that were not given, and some fields different."""
+        return type(self)(**{**defaults, **{name: self._values[name] for name in self.said}, **fields})
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.as_dict() == other.as_dict()

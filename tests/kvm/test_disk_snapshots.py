@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import struct
@@ -17,7 +18,9 @@ from vmm import Machine
 from vmm.devices.virtio.blk import Blk
 from vmm.errors import ConfigError, HostError, SnapshotError
 from vmm.parts import Disk
+from vmm.snapshot import disks
 from vmm.snapshot.disks import FrozenDisks, restore_disks, save_disks
+from vmm.snapshot.reading import RECORDS
 from vmm.testing.ring import VirtioDriver
 
 if TYPE_CHECKING:
@@ -94,6 +97,11 @@ def disk_of(kind: str, image: Path) -> Disk:
     return Disk(str(image), serial="root", **fields)
 
 
+def bases(kind: str, image: Path) -> list[str]:
+    """What has to be given with a snapshot of such a disk."""
+    return [] if kind == "raw" else [str(image)]
+
+
 def everything(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -110,7 +118,7 @@ def test_a_restored_disk_is_the_saved_one_and_the_snapshot_stays_as_it_is(
         assert guest.content() != then
     held = everything(tmp_path / "snapshot")
     for round in range(2):  # twice: what the first wrote is not there for the second
-        with Guest(restore_disks(states, str(tmp_path / "snapshot"))) as again:
+        with Guest(restore_disks(states, str(tmp_path / "snapshot"), given=bases(kind, image))) as again:
             assert again.blks[0].info()["queues"] == 1 and again.disks[0].serial == "root"
             assert again.content() == then
             again.write(round, b"restored" + bytes(504))
@@ -148,23 +156,24 @@ def test_generations_of_snapshots_read_as_the_model_does(
     base = folder / "disk.img"
     shutil.copy(image, base)
     model = bytearray(base.read_bytes())
-    disks, kept = [disk_of(kind, base)], []
+    now, kept = [disk_of(kind, base)], []
     for number, writes in enumerate(generations):
         directory = folder / f"snapshot{number}"
-        with Guest(disks) as guest:
+        with Guest(now) as guest:
             assert guest.content() == model
             for sector, sectors, byte in writes:
                 guest.write(sector, bytes([byte]) * sectors * 512)
                 model[sector * 512 : (sector + sectors) * 512] = bytes([byte]) * sectors * 512
             assert guest.content() == model
             states = guest.save(directory)
+            (directory / RECORDS).touch()  # by which it is known as a snapshot's
             guest.write(0, b"lost" + bytes(508))
         kept.append((states, directory, bytes(model)))
-        disks = restore_disks(states, str(directory))
+        now = restore_disks(states, str(directory), given=bases(kind, base))
     if kind == "raw":  # the first snapshot has a copy of its own
         base.unlink()
     for states, directory, then in kept:
-        with Guest(restore_disks(states, str(directory))) as again:
+        with Guest(restore_disks(states, str(directory), given=bases(kind, base))) as again:
             assert again.content() == then
 
 
@@ -195,7 +204,9 @@ def test_a_read_only_disk_is_referred_to(image: Path, tmp_path: Path) -> None:
     with Guest([Disk(str(image), readonly=True)]) as guest:
         states = guest.save(tmp_path / "snapshot")
     assert everything(tmp_path / "snapshot") == {}
-    assert restore_disks(states, str(tmp_path / "snapshot")) == [Disk(str(image), readonly=True)]
+    with pytest.raises(ConfigError, match="not given"):
+        restore_disks(states, str(tmp_path / "snapshot"))
+    assert restore_disks(states, str(tmp_path / "snapshot"), given=[str(image)]) == [Disk(str(image), readonly=True)]
 
 
 @pytest.mark.parametrize("fields", [{"readonly": True}, {"temporary": True}], ids=str)
@@ -205,8 +216,10 @@ def test_a_disk_that_is_referred_to_and_has_changed_is_refused_by_name(
     with Guest([Disk(str(image), **fields)]) as guest:
         states = guest.save(tmp_path / "snapshot")
     os.utime(image, ns=(1, 1))
-    with pytest.raises(SnapshotError, match=f"disk {image} was written since: the snapshot refers to it"):
-        restore_disks(states, str(tmp_path / "snapshot"))
+    with pytest.raises(
+        SnapshotError, match=f"disk {image} was written since: the snapshot's disk 0 needs it as it was"
+    ):
+        restore_disks(states, str(tmp_path / "snapshot"), given=[str(image)])
 
 
 def test_a_machine_goes_on_from_a_snapshot_with_its_disks(image: Path, tmp_path: Path) -> None:
@@ -271,21 +284,95 @@ def test_what_is_no_record_of_a_disk_is_refused(image: Path, tmp_path: Path) -> 
         state = {**good, field: value}
         if missing:
             del state[field]
-        elif (field, value) in (("version", 1), ("readonly", 0)):
+        elif (field, value) in (("version", 2), ("readonly", 0)):
             return
         with pytest.raises((ValueError, SnapshotError)):
-            restore_disks([state], str(tmp_path / "snapshot"))
+            restore_disks([state], str(tmp_path / "snapshot"), given=[str(image)])
 
     damaged()
-    assert restore_disks([good], str(tmp_path / "snapshot"))
+    assert restore_disks([good], str(tmp_path / "snapshot"), given=[str(image)])
 
 
 def test_a_record_does_not_lead_out_of_its_snapshot(image: Path, tmp_path: Path) -> None:
     with Guest([disk_of("raw", image)]) as guest:
         states = guest.save(tmp_path / "snapshot")
-    states[0]["files"][0]["file"] = "../disk.img"
+    for file in ({"held": 1, "file": "../disk.img"}, {"file": "disk0-0.img"}, {"path": str(image)}):
+        with pytest.raises(ValueError, match="other fields"):
+            restore_disks([{**states[0], "files": [file]}], str(tmp_path / "snapshot"))
     with pytest.raises(ValueError, match="outside the snapshot"):
-        restore_disks(states, str(tmp_path / "snapshot"))
+        restore_disks([{**states[0], "version": 1, "files": [{"file": "../disk.img"}]}], str(tmp_path / "snapshot"))
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_a_name_in_a_snapshot_that_leads_elsewhere_is_not_opened(image: Path, tmp_path: Path, kind: str) -> None:
+    with Guest([disk_of("raw", image)]) as guest:
+        guest.machine.snapshot(tmp_path / "snapshot").close()
+    held = tmp_path / "snapshot" / "disk0-0.img"
+    held.unlink()
+    held.symlink_to(image) if kind == "link" else os.mkfifo(held)
+    for check in (True, False):
+        with pytest.raises(
+            SnapshotError, match=r"disk0-0.img of the snapshot is no regular file|disk0-0.img cannot be"
+        ):
+            Machine.restore(tmp_path / "snapshot", check=check)
+
+
+def test_a_file_that_is_exchanged_while_it_is_opened_is_refused(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Guest([disk_of("raw", image)]) as guest:
+        guest.machine.snapshot(tmp_path / "snapshot").close()
+    look = disks._look
+
+    def look_and_exchange(folder: int, directory: str, name: str) -> os.stat_result:
+        found = look(folder, directory, name)
+        os.unlink(os.path.join(directory, name))
+        os.symlink(image, os.path.join(directory, name))
+        return found
+
+    monkeypatch.setattr(disks, "_look", look_and_exchange)
+    with pytest.raises(SnapshotError, match=r"disk0-0.img of the snapshot was replaced"):
+        Machine.restore(tmp_path / "snapshot", check=False)
+
+
+def test_of_several_disks_only_what_the_snapshot_does_not_hold_is_given(image: Path, tmp_path: Path) -> None:
+    shared, base = tmp_path / "shared.img", tmp_path / "base.img"
+    for path in (shared, base):
+        shutil.copy(image, path)
+    made = [Disk(str(image)), Disk(str(shared), readonly=True, serial="cd"), Disk(str(base), temporary=True)]
+    with Guest(made) as guest:
+        guest.write(1, b"first" + bytes(507), 0)
+        guest.write(2, b"third" + bytes(507), 2)
+        then = [guest.content(number) for number in range(3)]
+        guest.machine.snapshot(tmp_path / "snapshot").close()
+    restore = functools.partial(Machine.restore, tmp_path / "snapshot")
+    with pytest.raises(ConfigError, match=r"disk 1 is a file that is only read, of 65536 bytes, .*: give --disk"):
+        restore()
+    with pytest.raises(ConfigError, match=r"--disk is given 1 times, for 3: give one for each, or for 1, 2"):
+        restore(disks=[str(shared)])
+    for said in ([str(shared), str(base)], [f"{tmp_path}/other.img", str(shared), str(base)]):
+        shutil.copy(image, tmp_path / "other.img")
+        machine = restore(disks=said)
+        with Guest(machine.config.disks, machine) as again:
+            assert again.disks[1] == Disk(str(shared), readonly=True, serial="cd")
+            assert [again.content(number) for number in (1, 2)] == then[1:]
+            assert again.content(0) == (then[0] if len(said) == 2 else image.read_bytes())
+    base.write_bytes(bytes(SIZE))
+    with pytest.raises(SnapshotError, match=r"base.img was written since: the snapshot's disk 2"):
+        restore(disks=[str(shared), str(base)])
+    restore(disks=[f"{tmp_path}/other.img", str(shared), f"{base},temporary"]).close()  # another in its place
+
+
+def test_a_snapshot_of_version_1_is_restored_without_its_paths(image: Path, tmp_path: Path) -> None:
+    with Guest([disk_of("temporary", image)]) as guest:
+        guest.write(3, b"before" + bytes(506))
+        then = guest.content()
+        states = guest.save(tmp_path / "snapshot")
+    known = states[0]["files"][0]
+    old = {"path": "/etc/passwd", "inode": 5, "size": known["size"], "mtime_ns": known["mtime_ns"]}
+    states = [{**states[0], "version": 1, "files": [old, {"file": "disk0-1.ovl"}]}]
+    with Guest(restore_disks(states, str(tmp_path / "snapshot"), given=[str(image)])) as again:
+        assert again.content() == then
 
 
 def test_a_full_host_while_saving_leaves_the_machine_as_it_is(
@@ -331,7 +418,10 @@ def test_clones_begin_alike_and_disturb_nobody(image: Path, tmp_path: Path, kind
         then = clones[2].content()
         for clone in clones:
             clone.machine.close()
-    with Guest(restore_disks(states, str(tmp_path / "snapshot"))) as restored:  # what had no name is in the snapshot
+    paths = [*bases(kind, image), str(tmp_path / "shared.img")]
+    with Guest(
+        restore_disks(states, str(tmp_path / "snapshot"), given=paths)
+    ) as restored:  # what had no name is in the snapshot
         assert restored.content() == then and restored.content(1) == image_bytes
 
 

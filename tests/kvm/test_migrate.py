@@ -175,10 +175,11 @@ def test_a_destination_that_cannot_have_it_says_why(running: Callable[..., Machi
 def test_a_disk_is_the_machines_wherever_it_is(running: Callable[..., Machine], tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    machine = running(disks=[f"{disk}"])
-    there = Arriving(f"unix:{tmp_path}/there")
+    machine = running(disks=[f"{disk},serial=mine"])
+    there = Arriving(f"unix:{tmp_path}/there", disks=[f"{disk}"])
     machine.migrate(there.address)
     with there.machine() as moved:
+        assert moved.config.disks[0].serial == "mine"  # what it is comes along; where it is does not
         machine.close()
         with pytest.raises(ConfigError, match="in use"):
             Machine(kernel=machine.config.kernel, disks=[f"{disk}"])
@@ -195,17 +196,36 @@ def test_where_it_is_now_is_announced_to_its_network(flat: Callable[..., Machine
         assert moved.virtio[0].save()["announces"] == 5
 
 
-def test_who_is_not_known_cannot_name_files_here(running: Callable[..., Machine], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["tcp", "unix"])
+def test_a_source_says_of_nothing_where_it_is(running: Callable[..., Machine], tmp_path: Path, place: str) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     machine = running(disks=[f"{disk}"])
     refused: list[str] = []
-    there = Arriving("tcp:127.0.0.1:0", patience=3, on_refused=refused.append)
-    with pytest.raises(MigrationError, match="nobody says where they are"):
+    address = "tcp:127.0.0.1:0" if place == "tcp" else f"unix:{tmp_path}/there"
+    there = Arriving(address, patience=3, on_refused=refused.append)
+    with pytest.raises(MigrationError, match=r"disk 0 does not come along.*: give --disk FILE"):
         machine.migrate(there.address)
     assert isinstance(there.result(), TimeoutError)
     assert len(refused) == 1
     assert has_passed(machine)
+
+
+def test_a_fence_is_named_on_both_sides(running: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = running()
+    refused: list[str] = []
+    there = Arriving("tcp:127.0.0.1:0", patience=3, on_refused=refused.append)
+    with pytest.raises(MigrationError, match="give --fence FILE, the file that both sides see, here too"):
+        machine.migrate(there.address, fence=str(tmp_path / "fence"))
+    assert isinstance(there.result(), TimeoutError)
+    there = Arriving("tcp:127.0.0.1:0", patience=3, on_refused=refused.append, fence=str(tmp_path / "fence"))
+    with pytest.raises(MigrationError, match="only this side has a fence"):
+        machine.migrate(there.address)
+    assert isinstance(there.result(), TimeoutError)
+    there = Arriving("tcp:127.0.0.1:0", fence=str(tmp_path / "fence"))
+    machine.migrate(there.address, fence=str(tmp_path / "fence"))
+    with there.machine() as moved:
+        assert has_passed(moved)
 
 
 def test_a_machine_that_ends_on_its_way_does_not_arrive(running: Callable[..., Machine], tmp_path: Path) -> None:

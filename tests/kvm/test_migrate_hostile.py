@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EXIT = bytes.fromhex("b010e6f4")  # mov al, 16; out 0xf4, al
 TOKEN = bytes(16)
+DISK = {"readonly": False, "serial": "", "cache": "writeback", "sector": 512, "queues": 1, "iops": 0, "bps": 0}
 
 
 class Source:
@@ -68,7 +69,7 @@ class Source:
 @pytest.fixture
 def greeting(flat: Callable[..., Machine]) -> dict[str, Any]:
     machine = flat(EXIT, rng=False)
-    return {**hello(machine, "precopy", TOKEN, None), "state": machine.save()}
+    return {**hello(machine, "precopy", TOKEN, fence=False), "state": machine.save()}
 
 
 def greeted(greeting: dict[str, Any]) -> tuple[Source, Any]:
@@ -95,11 +96,10 @@ def test_what_the_source_would_send_is_accepted(greeting: dict[str, Any]) -> Non
         ({"how": "standby"}, "the other a standby"),
         ({"token": b"short"}, "does not know"),
         ({"regions": [[0, 4096]]}, "lies elsewhere"),
-        ({"description": {}}, "is not described"),
-        ({"description": {"config": {"gdb": "1234"}}}, "is not described"),
-        ({"description": {"config": {"shares": ["/:root"]}}}, "names a directory here"),
-        ({"description": {"config": {"disks": ["/etc/shadow"]}}}, "nobody says where they are"),
-        ({"fence": "/etc/passwd"}, "names a file here"),
+        ({"description": {}}, "describes no machine"),
+        ({"description": {"version": 1, "config": {"gdb": "1234"}}}, "describes no machine"),
+        ({"fence": "/etc/passwd"}, "as it should"),
+        ({"fence": True}, "give --fence FILE"),
         ({"more": 1}, "as it should"),
         ({"disks": [1 << 20]}, "which disks come along"),
         ({"disks": {}}, "as it should"),
@@ -113,6 +113,47 @@ def test_a_greeting_that_cannot_be_is_refused(greeting: dict[str, Any], changed:
     with pytest.raises(MigrationError, match="the other side says"):
         source.channel.receive(Kind.ACCEPT)
     source.refused(why)
+
+
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [
+        ((), {"symbols": "/etc/passwd"}),
+        ((), {"shares": [{"directory": "/", "tag": "root"}]}),
+        (("config",), {"kernel": "/etc/passwd"}),
+        (("config",), {"initrd": ["/etc/passwd"]}),
+        (("config",), {"gdb": "/tmp/gdb"}),
+        (("config",), {"control": "/tmp/control"}),
+        (("config",), {"standby": "tcp:192.0.2.1:1"}),
+        (("config",), {"disks": [{"path": "/etc/passwd"}]}),
+        (("disks", 0), {"path": "/etc/passwd"}),
+        (("disks", 0), {"overlay": "/etc/passwd"}),
+        (("disks", 0), {"layers": ["/etc/passwd"]}),
+        (("nets", 0), {"socket": "/etc/passwd"}),
+        (("nets", 0), {"tap": "tap0"}),
+        (("nets", 0), {"hostfwd": ["tcp::8080-:80"]}),
+        (("vsock",), {"path": "/etc/passwd"}),
+    ],
+    ids=lambda value: "-".join(map(str, value)) or "top",
+)
+def test_whatever_locates_is_refused(
+    greeting: dict[str, Any], tmp_path: Path, where: tuple[Any, ...], more: dict[str, Any]
+) -> None:
+    greeting.pop("state")
+    described = greeting["description"]
+    described["disks"] = [{"size": 512, **DISK}]
+    described["nets"] = [{"forwards": 0, "backend": "user", "mac": None, "mtu": None, "queues": 1, "pps": 0, "bps": 0}]
+    described["vsock"] = {"cid": 3}
+    at = described
+    for step in where:
+        at = at[step]
+    at.update(more)
+    source = Source(disks=["x.img"], nets=["user"], vsock=f"{tmp_path}/v")
+    source.channel.send_value(Kind.HELLO, {**greeting, "disks": [0]})
+    with pytest.raises(MigrationError, match="the other side says"):
+        source.channel.receive(Kind.ACCEPT)
+    source.refused("describes no machine")
+    assert [path.name for path in tmp_path.iterdir()] == ["flat0.bin"]
 
 
 def test_a_processor_that_is_not_here_is_refused_before_memory_is_sent(greeting: dict[str, Any]) -> None:
@@ -151,9 +192,9 @@ def test_a_frame_that_cannot_come_now_is_refused(
 
 @pytest.fixture
 def with_disks(greeting: dict[str, Any]) -> dict[str, Any]:
-    """What says that two disks come along; the first may not be here, the second is where it is."""
+    """What says that two disks come along."""
     greeting.pop("state")
-    greeting["description"]["config"]["disks"] = [{"path": "/etc/shadow"}, {"path": "/etc/passwd", "serial": "b"}]
+    greeting["description"]["disks"] = [{"size": size, **DISK} for size in (1 << 20, 8192)]
     return {**greeting, "disks": [1 << 20, 8192]}
 
 
@@ -165,8 +206,8 @@ def with_disks(greeting: dict[str, Any]) -> dict[str, Any]:
         ([1 << 20, 1 << 63], "which disks come along"),
         ([1 << 20, "8192"], "which disks come along"),
         ([1 << 20, True], "which disks come along"),
-        ([1 << 20, 0], "nobody says where they are"),
-        ([0, 0], "nobody says where they are"),
+        ([1 << 20, 0], "disk 1 does not come along"),
+        ([0, 0], "disk 0 does not come along"),
         ([1 << 20, 8193], "not whole sectors"),
         ([1 << 20, (1 << 63) - 512], "cannot be made as large"),
     ],

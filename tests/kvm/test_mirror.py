@@ -154,7 +154,7 @@ def test_one_disk_goes_along_and_another_is_where_the_destination_says(
         machine.console.expect(rb"round 0\n", 30)
         with pytest.raises(ConfigError, match="has no disk 3 to go along: its 3 are numbered from 0"):
             machine.migrate(f"unix:{tmp_path}/socket", mirror=[3])
-        there = Arriving(f"unix:{tmp_path}/socket", disks_in=into(tmp_path))
+        there = Arriving(f"unix:{tmp_path}/socket", disks_in=into(tmp_path), disks=[str(shared)])
         machine.migrate(there.address, mirror=[2, 0])
         with there.machine() as moved:
             directory = tmp_path / "there0"
@@ -209,12 +209,17 @@ def test_a_place_that_cannot_be_is_refused_and_nothing_is_written_over(
     assert there.is_symlink() and not (tmp_path / "elsewhere.img").exists()
     there.unlink()
     refused(machine, tmp_path, r"cannot be made \(No such file or directory\)", disks_in=tmp_path / "nowhere")
-    refused(machine, tmp_path, "say where to, with --disks-in DIR")
-    refused(machine, tmp_path, "do not come along", mirrored=False, disks_in=directory)
+    refused(machine, tmp_path, "disk 0 needs a file here, and its record says no place: give --disk FILE")
+    refused(machine, tmp_path, "disk 0 does not come along", mirrored=False, disks_in=directory)
     refused(machine, tmp_path, "leave out overlay= and temporary", disks=[f"{there},temporary"])
     assert os.listdir(directory) == []
-    with pytest.raises(ConfigError, match="one place"):
-        migrate.Receiver(f"unix:{tmp_path}/no", disks_in=directory, disks=["x.img"])
+    refused(
+        machine,
+        tmp_path,
+        "--disk is given 2 times, for 1: give one for each, or none",
+        disks_in=directory,
+        disks=["x", "y"],
+    )
     assert is_what_was_written(image, final_round(machine))
 
 

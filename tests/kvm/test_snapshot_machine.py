@@ -119,7 +119,7 @@ def test_only_uses_and_places_are_given_anew(flat: Callable[..., Machine], tmp_p
     flat(EXIT).snapshot(tmp_path / "snap").close()
     with pytest.raises(ConfigError, match="memory is what the machine was made with"):
         Machine.restore(tmp_path / "snap", memory="32M")
-    with pytest.raises(ConfigError, match="the machine has 0 disks"):
+    with pytest.raises(ConfigError, match="the machine has no disk: leave out --disk"):
         Machine.restore(tmp_path / "snap", disks=["x.img"])
     with Machine.restore(tmp_path / "snap", timeout=5, console="none") as again:
         assert again.config.timeout == 5
@@ -134,12 +134,12 @@ def test_features_this_host_lacks_are_named(flat: Callable[..., Machine], tmp_pa
     absent = next(bit for bit in range(32) if not leaf[5] >> bit & 1)
     leaf[5] |= 1 << absent
     with pytest.raises(HostError, match=rf"lacks what the machine has: CPUID.80000001H.0:ECX\[{absent}\]"):
-        Machine(origin=(origin := Origin(described)), config=origin.config())
+        Machine(origin=(origin := Origin(described)), config=origin.config({}))
     described["cpuid"][0][4] ^= 1
     with pytest.raises(HostError, match="vendor"):
-        Machine(origin=(origin := Origin(described)), config=origin.config())
+        Machine(origin=(origin := Origin(described)), config=origin.config({}))
     described["version"] = 99
-    with pytest.raises(SnapshotError, match="version 99: this pyvmm knows 1"):
+    with pytest.raises(SnapshotError, match="version 99: this pyvmm knows 2"):
         Origin(described)
 
 

@@ -172,7 +172,7 @@ def first_with_disks(
     guest: Callable[[str], str], tmp_path: Path, disks: list[str]
 ) -> Iterator[tuple[Following, Any, Any]]:
     (tmp_path / "there").mkdir()
-    following = Following(f"unix:{tmp_path}/socket", disks_in=tmp_path / "there")
+    following = Following(f"unix:{tmp_path}/socket", disks_in=tmp_path / "there", disks=[f"{tmp_path}/2.img"])
     ours, theirs = _SPAWN.Pipe()
     args = (theirs, guest("blk_rw"), following.receiver.address, disks)
     process = _SPAWN.Process(target=run_with_disks, args=args)

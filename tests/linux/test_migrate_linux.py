@@ -54,7 +54,7 @@ def test_a_shell_goes_on_elsewhere(small_kernel: SmallKernel, tmp_path: Path, po
         assert guest.run(_KEEP_BUSY).status == 0
         for n in range(2):
             assert guest.machine is not None
-            there = None
+            there: dict[str, Any] = {"disks": [str(disk)]}
             if mirror:
                 disk = tmp_path / f"images{n}" / "disk0.img"
                 disk.parent.mkdir()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     return parser(
         "receive",
-        "Wait at LISTEN for a machine that pyvmm migrate sends, and go on with it. Over TCP without TLS its disks and "
-        "networks must be named here.",
+        "Wait at LISTEN for a machine that pyvmm migrate sends, and go on with it. Where its disks, networks and "
+        "sockets are is said here; the other side says nothing of that.",
     )
 
 
@@ -29,6 +29,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     for flag, (name, how) in boot.FLAGS.items():
         if name in (*USES, *PLACES) and name != "reboot":
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
+    parser.add_argument("--fence", metavar="FILE", help="the source's fence, a file that both sides see")
     parser.add_argument("--disks-in", metavar="DIR", help="make files here for disks that come along (disk0.img, ...)")
     add_tls(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
@@ -51,7 +52,9 @@ def receive(given: dict[str, Any], *, standby: bool = False) -> int:
     if files and len(files) < 3:
         raise ConfigError("TLS takes --tls-certificate, --tls-key and --tls-authority together")
     tls = Tls(**files) if files else None
-    with Receiver(given["listen"], tls=tls, on_refused=_say, disks_in=given["disks_in"], **fields) as receiver:
+    with Receiver(
+        given["listen"], tls=tls, on_refused=_say, disks_in=given["disks_in"], fence=given["fence"], **fields
+    ) as receiver:
         _say(f"waiting for a machine at {receiver.address}")
         machine = receiver.stand_by() if standby else receiver.receive()
     return boot.go_on(machine, given["verbose"])

@@ -23,7 +23,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Go on from the snapshot in DIR, which is not changed: it can be restored again; or from the one\n"
         "that pyvmm serve has at unix:PATH.\n\n"
         "Memory is read when it is looked at. Disks that the guest can write are the snapshot's copies, with a\n"
-        "temporary overlay that goes with the machine; --disk puts others in their place.",
+        "temporary overlay that goes with the machine. A snapshot says of nothing where it is: --disk names the bases\n"
+        "and disks that it does not hold (or all disks), --net and --vsock what the machine was connected to.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help="as --later, and keep in DIR which pages were touched first, for the next time",
     )
     for flag, (name, how) in boot.FLAGS.items():
-        if name in (*USES, *PLACES) and name != "reboot":
+        if name in (*USES, *PLACES) and name not in ("reboot", "huge_pages"):
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
     return parser

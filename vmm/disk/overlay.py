@@ -133,7 +133,13 @@ class Overlay:
         if not image.size:
             _write(image.fd, _new_layout(below, self._sector), stable=path is not None)
         layout = _read(image, below)
-        _make_whole(image.fd, layout)
+        try:
+            _make_whole(image.fd, layout)
+        except OSError as error:
+            raise ConfigError(
+                f"overlay {path} cannot be made as long as its disk of {layout.size} bytes ({error.strerror}): "
+                "give another path, or remove the file"
+            ) from error
         if direct and path is not None:
             image.close()
             image = Image(path, readonly=False, direct=True, kind="overlay")
@@ -215,6 +221,7 @@ def parse(head: bytes) -> Layout:
         or layout.bitmap_at + layout.bitmap_size > layout.data_at
         or not 0 < layout.size <= layout.size_max
         or layout.size < layout.base_size
+        or _length(layout) >= 1 << 62
     ):
         raise ValueError("has a header that contradicts itself")
     return layout

@@ -12,7 +12,7 @@ from vmm.migrate import mirror, postcopy, standby, wire
 from vmm.migrate.address import Address, Listener, Tls
 from vmm.migrate.fence import TOKEN, Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
-from vmm.snapshot.origin import PLACES, USES, Origin
+from vmm.snapshot.origin import Origin
 
 if TYPE_CHECKING:
     import socket
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
 
 _HELLO = {
-    "version": int, "description": dict, "regions": list, "how": str, "token": bytes, "fence": str | None,
+    "version": int, "description": dict, "regions": list, "how": str, "token": bytes, "fence": bool,
     "disks": list,
 }  # fmt: skip
 
@@ -31,10 +31,10 @@ class Receiver:
     """Listens at ``address`` for one machine. A context manager.
 
     ``fields`` say how the machine is used here and where its disks and networks are, as with
-    :meth:`vmm.Machine.restore`. ``disks_in``: a directory in which files ``disk0.img`` and so on are made for disks
-    that come along with their machine; or ``disks`` name files for them, which must not exist yet. Over TCP without
-    TLS anybody can connect, and cannot name files of this host: the machine's disks, networks, shares and sockets must
-    be given. ``on_refused`` is told why a connection was no use.
+    :meth:`vmm.Machine.restore`: the other side says nothing of that. ``disks_in``: a directory in which files
+    ``disk0.img`` and so on are made for disks that come along with their machine, so that ``disks`` has those that do
+    not; or ``disks`` name files for them too, which must not exist yet. ``fence``: the file that both sides see, where
+    the source has one; on a UNIX socket it is handed over. ``on_refused`` is told why a connection was no use.
     """
 
     def __init__(
@@ -46,18 +46,16 @@ class Receiver:
         patience: float = wire.PATIENCE,
         on_refused: Callable[[str], object] | None = None,
         disks_in: str | os.PathLike[str] | None = None,
+        fence: str | None = None,
         **fields: Any,
     ) -> None:
-        if disks_in is not None and fields.get("disks"):
-            raise ConfigError("disks have one place: give --disks-in, or --disk for each of them")
         self._fields = fields
+        self.fence = fence
         self.disks_in = None if disks_in is None else os.fspath(disks_in)
         self._kvm = kvm
         self._patience = patience
         self._on_refused = on_refused
-        parsed = Address.parse(address)
-        self.trusted = parsed.port < 0 or tls is not None
-        self.listener = Listener(parsed, tls)
+        self.listener = Listener(Address.parse(address), tls)
         self._handed_over = False
         self.follows = False
 
@@ -195,30 +193,27 @@ class Arrival:
     def _join(self, hello: dict[str, Any], fd: int | None) -> Fence | None:
         if fd is not None:
             return Fence.adopt(fd, hello["token"])
-        if hello["fence"] is None:
+        if not hello["fence"]:
+            if self._receiver.fence is not None:
+                raise MigrationError("only this side has a fence: give --fence to the source too")
             return None
-        if not self._receiver.trusted:
-            raise MigrationError("a fence names a file here: that takes TLS or a UNIX socket")
-        return Fence.open(hello["fence"], hello["token"])
+        if self._receiver.fence is None:
+            raise ConfigError("the source has a fence: give --fence FILE, the file that both sides see, here too")
+        return Fence.open(self._receiver.fence, hello["token"])
 
     def _prepare(self, hello: dict[str, Any]) -> Machine:
         """The machine with nothing but memory: whether it can be here is known before much was sent."""
         from vmm.machine import Machine
 
-        receiver, description = self._receiver, hello["description"]
-        config = description.get("config")
-        if not isinstance(config, dict) or config.keys() & set(USES):
-            raise MigrationError("the machine is not described")
-        fields = dict(receiver._fields)
-        sizes = hello["disks"]
-        if not receiver.trusted:
-            _refuse_places(config, {*fields, *(["disks"] if receiver.disks_in is not None and all(sizes) else [])})
-        origin = Origin(description, arriving=True)
-        made = origin.config(**fields)
-        mirror.check_sizes(sizes, len(made.disks))
-        if any(sizes) and receiver.disks_in is None and "disks" not in fields:
-            raise ConfigError("the machine's disks come along: say where to, with --disks-in DIR, or --disk for each")
-        made = made.with_(disks=mirror.placed(made.disks, sizes, receiver.disks_in))
+        receiver, sizes = self._receiver, hello["disks"]
+        origin = Origin(hello["description"], arriving=True)
+        mirror.check_sizes(sizes, len(origin.described.disks))
+        made = origin.config(
+            receiver._fields,
+            ready=mirror.coming(origin.described, sizes, receiver.disks_in),
+            why="does not come along (--mirror)" if receiver.disks_in or not any(sizes) else "needs a file here",
+        )
+        mirror.check_plain(made.disks, sizes)
         machine = Machine(made, kvm=receiver._kvm, origin=origin)
         if hello["regions"] != [list(region) for region in machine.memory.regions]:
             machine.close()
@@ -324,14 +319,3 @@ def _checked(hello: Any) -> dict[str, Any]:
     if hello["how"] not in ("precopy", "postcopy", "standby") or len(hello["token"]) != TOKEN:
         raise MigrationError("the other side wants something that this pyvmm does not know")
     return hello
-
-
-def _refuse_places(config: dict[str, Any], given: set[str]) -> None:
-    if config.get("shares"):
-        raise ConfigError("the machine has a share, which names a directory here: that takes TLS or a UNIX socket")
-    for name in PLACES:
-        if config.get(name) and name not in given:
-            raise ConfigError(
-                f"the machine has {name}, and nobody says where they are on this host: give {name} to who receives it, "
-                "or use TLS or a UNIX socket"
-            )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import struct
 import time
 
@@ -71,6 +72,10 @@ class Fence:
     def adopt(cls, fd: int, token: bytes) -> Fence:
         """The destination's, by the descriptor that came with the connection, which it closes."""
         try:
+            # With this process's rights: only what the other side could write itself, and no device.
+            flags, mode = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd).st_mode
+            if flags & os.O_ACCMODE != os.O_RDWR or flags & os.O_PATH or not stat.S_ISREG(mode):
+                raise MigrationError("the other side's fence is no file that it can write")
             # Opened anew: locks are of an open file, and the one that came is the source's as well.
             return cls(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC), token)._checked()
         except OSError as error:

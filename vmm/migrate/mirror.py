@@ -16,13 +16,14 @@ from vmm.disk.image import Image, open_raw, temporary_file
 from vmm.errors import ConfigError, HostError, MigrationError
 from vmm.migrate import wire
 from vmm.migrate.wire import Kind
+from vmm.parts import Disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from vmm.devices.virtio.blk import Blk
     from vmm.migrate.wire import Channel, Frame
-    from vmm.parts import Disk
+    from vmm.snapshot.description import Described
 
 CLUSTER = 4096  # what is written is known by so many bytes
 SIZE_MAX = (1 << 63) - 1  # of a file
@@ -111,25 +112,23 @@ def check_sizes(sizes: list[Any], n: int) -> None:
         raise MigrationError("the other side does not say which disks come along")
 
 
-def placed(disks: Sequence[Disk], sizes: Sequence[int], directory: str | None) -> list[Disk]:
-    """The machine's disks as they are here: those that come along, with a size, are raw files in ``directory``, or
-    where ``disks`` say. Raises :class:`~vmm.errors.ConfigError`."""
-    if directory is not None and disks and not any(sizes):
-        raise ConfigError("the machine's disks do not come along: move it with --mirror, or give --disk here")
-    return [
-        _plain(number, disk, directory) if size else disk
-        for number, (disk, size) in enumerate(zip(disks, sizes, strict=True))
-    ]
+def coming(described: Described, sizes: Sequence[int], directory: str | None) -> dict[int, Disk]:
+    """The machine's disks that come along, with a size, as raw files in ``directory``, if there is one; by number."""
+    if directory is None:
+        return {}
+    place = os.path.abspath(directory)
+    return {
+        number: described.disk(number, Disk(os.path.join(place, f"disk{number}.img")))
+        for number, size in enumerate(sizes)
+        if size
+    }
 
 
-def _plain(number: int, disk: Disk, directory: str | None) -> Disk:
-    if directory is not None:
-        path = os.path.join(os.path.abspath(directory), f"disk{number}.img")
-        placed: Disk = disk.with_(path=path, overlay=None, layers=(), temporary=False)
-        return placed
-    if disk.overlay or disk.temporary:
-        raise ConfigError(f"disk {disk.path} comes along, into one raw file: leave out overlay= and temporary")
-    return disk
+def check_plain(disks: Sequence[Disk], sizes: Sequence[int]) -> None:
+    """Raise :class:`~vmm.errors.ConfigError` for a disk that comes along into anything but one raw file."""
+    for disk, size in zip(disks, sizes, strict=True):
+        if size and (disk.overlay or disk.temporary):
+            raise ConfigError(f"disk {disk.path} comes along, into one raw file: leave out overlay= and temporary")
 
 
 class Images:

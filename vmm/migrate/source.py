@@ -176,7 +176,7 @@ class Migration:
                 os.close(given)
         self._channel = Channel(connection, bandwidth=self._bandwidth)
         how = "postcopy" if self._postcopy else "precopy"
-        greeting = hello(machine, how, self._token, None if local else self._fence_path)
+        greeting = hello(machine, how, self._token, fence=not local and self._fence is not None)
         self._disks = self._open_disks()
         for mirrored in self._disks:
             greeting["disks"][mirrored.number] = mirrored.size
@@ -337,8 +337,8 @@ class Migration:
         )
 
 
-def hello(machine: Machine, how: str, token: bytes, fence: str | None) -> State:
-    """The first thing the other side is told."""
+def hello(machine: Machine, how: str, token: bytes, *, fence: bool) -> State:
+    """The first thing the other side is told; ``fence``: whether there is one that it has to open by its path there."""
     return {
         "version": wire.VERSION,
         "description": describe(machine),

@@ -97,7 +97,7 @@ class Shadow:
         log: DirtyLog | None = None
         disks: list[MirroredDisk] = []
         try:
-            greeting = hello(self._machine, "standby", self._fence.token, self._fence_path)
+            greeting = hello(self._machine, "standby", self._fence.token, fence=self._address.port >= 0)
             for number, blk in enumerate(self._machine.disks):
                 if not blk.readonly:
                     disks.append(MirroredDisk(number, blk))

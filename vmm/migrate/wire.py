@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Bytes = bytes | bytearray | memoryview
 
-VERSION = 2
+VERSION = 3
 PAGE = 4096
 _HEADER = struct.Struct("<HHIQII")
 _SUMMED = 16  # bytes of the header under the checksum, which follows them

@@ -48,6 +48,7 @@ class Mould:
         try:
             files, self._changed = self._share(machine.memory, n)
             self.origin = Origin(describe(machine), files=files)
+            self.origin.symbols = machine.entry.symbols if machine.entry else None
             if machine.config.disks:
                 from vmm.snapshot.disks import FrozenDisks
 
@@ -59,11 +60,12 @@ class Mould:
     def config(self, given: Mapping[str, Any]) -> MachineConfig:
         """What a clone is, with the fields ``given`` for it. Raises :class:`~vmm.errors.ConfigError`."""
         places: dict[str, Any] = {name: getattr(self._config, name) for name in _USES}
+        places["vsock"] = self._config.vsock
         if self._disks is not None:
             places["disks"] = self._disks.disks
         if "nets" not in given:
             places["nets"] = tuple(_apart(index, net) for index, net in enumerate(self._config.nets))
-        config = identity.another(self.origin.config(**{**places, **given}), given)
+        config = identity.another(self.origin.config({**places, **given}), given)
         if config.vsock is not None and "vsock" not in given:
             config = config.with_(vsock=config.vsock.with_(path=f"{config.vsock.path}.{config.vsock.cid}"))
         return config

@@ -4,41 +4,46 @@ A copy is sparse, and shares its blocks with the original where the host's file 
 afterwards: a machine that is made from it gets an overlay over it, of its own. So restoring costs no copy, and a
 snapshot may be restored any number of times, also at the same time.
 
-What a snapshot refers to (bases of overlays, read-only disks) is known again by size, time of the last write and inode.
-What it holds has its checksum among its records (docs/snapshot-format.md).
+What a snapshot does not hold (bases of overlays, disks that are only read) is given again by the person who restores
+it, and is known again by its size and the time of the last write. What it holds has its checksum among its records, and
+a name that is computed (docs/snapshot-format.md). No record says where a file is.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import stat
+from typing import TYPE_CHECKING, Any
 
 from vmm.disk.image import temporary_file
-from vmm.errors import HostError, SnapshotError
-from vmm.parts import Disk
+from vmm.errors import ConfigError, HostError, SnapshotError
+from vmm.parts import Disk, read_disks
 from vmm.snapshot.reading import RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vmm.devices.device import State
     from vmm.devices.virtio.blk import Blk
     from vmm.disk.image import Image
 
+VERSION = 2
+LAYERS_MAX = 64  # files of a disk: each is read through the one above it
 _PIECE = 1 << 20
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int): linux/fs.h
+_IDENTITY: dict[str, type] = {"size": int, "mtime_ns": int}
 _OPTIONS = ("serial", "cache", "sector", "queues", "iops", "bps")
 
 # ---- files ----
 
 
 def identity(path: str | int) -> State:
-    """By what a file is known again: ``size`` in bytes, ``mtime_ns``, ``inode``. A block device's says little.
-    Raises ``OSError``."""
+    """By what a file is known again: ``size`` in bytes and ``mtime_ns``. A block device's says little. Raises
+    ``OSError``."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if isinstance(path, str) else path
     try:
         found = os.fstat(fd)
-        return {"size": os.lseek(fd, 0, os.SEEK_END), "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
+        return {"size": os.lseek(fd, 0, os.SEEK_END), "mtime_ns": found.st_mtime_ns}
     finally:
         if isinstance(path, str):
             os.close(fd)
@@ -49,9 +54,7 @@ def changed_since(path: str, known: State) -> str:
     try:
         now = identity(path)
     except OSError as error:
-        return f"cannot be opened any more ({error.strerror})"
-    if now["inode"] != known["inode"]:
-        return "is another file now"
+        return f"cannot be opened ({error.strerror})"
     if now["size"] != known["size"]:
         return f"has {now['size']} bytes and not {known['size']} as then"
     return "" if now["mtime_ns"] == known["mtime_ns"] else "was written since"
@@ -149,15 +152,15 @@ def _copy_range(source: int, to: int, at: int, end: int) -> None:
 
 
 def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) -> list[State]:
-    """A record for each of a paused machine's disks: its files, the base first.
+    """A record for each of a paused machine's disks: its files, the base first. No record says where a file is.
 
-    Copied into ``directory``, a new one, is what the guest can write, and what nobody could find again, having no
-    name: ``disk0-0.img`` or, over a base, ``disk0-1.ovl``. A file of another snapshot, on which the machine began, is
-    linked there (or copied): no snapshot needs another's directory. Raises :class:`~vmm.errors.HostError`.
+    Copied into ``directory``, a new one, is all but a base (or a disk) that the guest only reads and that has a name:
+    :func:`held_name` says under which name. A file of another snapshot, on which the machine began, is linked there (or
+    copied): no snapshot needs another's directory. Raises :class:`~vmm.errors.HostError`.
     """
     return [
         {
-            "version": 1,
+            "version": VERSION,
             "readonly": int(disk.readonly),
             "options": {name: getattr(disk, name) for name in _OPTIONS},
             "files": list(_save(index, disk, blk, directory)),
@@ -166,17 +169,9 @@ def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) ->
     ]
 
 
-def restore_disks(states: list[State], directory: str, writable: str | None = None) -> list[Disk]:
-    """The disks of a machine that goes on from what :func:`save_disks` put into ``directory``, which it does not
-    write: what its guest writes goes to overlays ``disk0.ovl`` in the directory ``writable``, or, without one, to files
-    that go with the machine. That the directory's files are what was written has been checked.
-
-    Raises :class:`~vmm.errors.SnapshotError`, naming the disk, when a file that is referred to has changed;
-    ``ValueError`` for what is no record of a disk.
-    """
-    if not isinstance(states, list):
-        raise ValueError("no list of disks' records")
-    return [_restore(index, _parsed(state), directory, writable) for index, state in enumerate(states)]
+def held_name(index: int, level: int) -> str:
+    """The name in its snapshot of a file of the disk ``index``; level 0 is the base."""
+    return f"disk{index}-{level}.{'ovl' if level else 'img'}"
 
 
 def _has_name(image: Image) -> bool:
@@ -189,16 +184,16 @@ def _save(index: int, disk: Disk, blk: Blk, directory: str) -> Iterator[State]:
     if below:
         blk.sync()  # an overlay's bitmap is in memory until then
     for level, image in enumerate([*below, last]):
-        name = f"disk{index}-{level}.{'ovl' if level else 'img'}"
-        to = os.path.join(directory, name)
-        if (image is last and not disk.readonly) or not _has_name(image):
-            copy_disk(image.fd, to)
+        to = os.path.join(directory, held_name(index, level))
+        if level or not _has_name(image) or (image is last and not disk.readonly):
+            if image is last or not _is_snapshots(image) or not _link(image, to):
+                copy_disk(image.fd, to)
         elif not _is_snapshots(image):
-            yield {"path": os.path.abspath(image.path), **identity(image.fd)}
+            yield {"held": 0, **identity(image.fd)}
             continue
         elif not _link(image, to):
             copy_disk(image.fd, to)
-        yield {"file": name}
+        yield {"held": 1}
 
 
 def _is_snapshots(image: Image) -> bool:
@@ -209,55 +204,149 @@ def _is_snapshots(image: Image) -> bool:
 def _link(image: Image, to: str) -> bool:
     """Give a file that nobody writes another name. False: another file system, or another file has its name now."""
     try:
-        os.link(image.path, to)
+        os.link(image.path, to, follow_symlinks=False)
     except OSError:
         return False
-    if os.path.samestat(os.stat(to), os.fstat(image.fd)):
+    if os.path.samestat(os.lstat(to), os.fstat(image.fd)):
         return True
     os.unlink(to)
     return False
 
 
-def _restore(index: int, state: State, directory: str, writable: str | None) -> Disk:
-    base, *layers = [_found(file, os.path.abspath(directory)) for file in state["files"]]
-    if state["readonly"]:
-        return Disk(base, readonly=True, **state["options"])
-    if writable is None:
-        place = {"temporary": True, "cache": "writeback"}
-    else:
-        place = {"overlay": os.path.join(os.path.abspath(writable), f"disk{index}.ovl")}
-    return Disk(base, layers=layers, **{**state["options"], **place})
+class SavedDisks:
+    """The disks of a machine that goes on from what :func:`save_disks` put into ``directory``, which it does not write.
+
+    What its guest writes goes to overlays ``disk0.ovl`` in the directory ``writable``, or, without one, to files that
+    go with the machine. ``ready``: those that are all in the directory. ``based``: those whose base is not, with the
+    reason, and what makes the disk of the base that somebody gives. Only regular files in the directory are taken, by
+    names that are computed here. That they are what was written has been checked.
+
+    Raises :class:`~vmm.errors.SnapshotError` naming what is missing; ``ValueError`` for what is no record of a disk.
+    """
+
+    def __init__(self, states: Any, directory: str, writable: str | None = None) -> None:
+        if not isinstance(states, list):
+            raise ValueError("no list of disks' records")
+        self._directory = os.path.abspath(directory)
+        self._writable = writable
+        self._held: dict[int, list[os.stat_result | None]] = {}
+        self.ready: dict[int, Disk] = {}
+        self.based: dict[int, tuple[str, Callable[[Disk], Disk]]] = {}
+        folder = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for index, state in enumerate(states):
+                self._read(index, _parsed(index, state), folder)
+        finally:
+            os.close(folder)
+
+    def _read(self, index: int, state: State, folder: int) -> None:
+        files = state["files"]
+        self._held[index] = [
+            _look(folder, self._directory, held_name(index, level)) if file["held"] else None
+            for level, file in enumerate(files)
+        ]
+        if files[0]["held"]:
+            self.ready[index] = self._disk(index, state, os.path.join(self._directory, held_name(index, 0)))
+            return
+        known = files[0]
+        what = "lies over a file" if len(files) > 1 or not state["readonly"] else "is a file that is only read,"
+        why = f"{what} of {known['size']} bytes, which the snapshot does not hold"
+        self.based[index] = why, lambda given: self._based(index, state, given)
+
+    def _based(self, index: int, state: State, given: Disk) -> Disk:
+        if changed := changed_since(given.path, state["files"][0]):
+            raise SnapshotError(
+                f"disk {given.path} {changed}: the snapshot's disk {index} needs it as it was; "
+                "to put another disk in its place, give it with overlay= or temporary"
+            )
+        return self._disk(index, state, given.path)
+
+    def _disk(self, index: int, state: State, base: str) -> Disk:
+        options = state["options"]
+        if state["readonly"]:
+            return Disk(base, readonly=True, **options)
+        layers = [os.path.join(self._directory, held_name(index, n)) for n in range(1, len(state["files"]))]
+        place: dict[str, Any] = (
+            {"temporary": True, "cache": "writeback"}
+            if self._writable is None
+            else {"overlay": os.path.join(os.path.abspath(self._writable), f"disk{index}.ovl")}
+        )
+        return Disk(base, layers=layers, **{**options, **place})
+
+    def verify(self, disks: Sequence[Disk], devices: Sequence[Blk]) -> None:
+        """The files that a machine with these disks has opened are those that were looked at.
+
+        Raises :class:`~vmm.errors.SnapshotError`: a name in the directory leads elsewhere since.
+        """
+        for index, (disk, blk) in enumerate(zip(disks, devices, strict=True)):
+            held = self._held.get(index, [])
+            for level, (known, image) in enumerate(zip(held, blk.files(), strict=False)):
+                path = os.path.join(self._directory, held_name(index, level))
+                opened = disk.path if not level else (*disk.layers, "")[level - 1]
+                if known is not None and opened == path and not os.path.samestat(known, os.fstat(image.fd)):
+                    raise SnapshotError(f"disk {path} of the snapshot was replaced while it was opened")
 
 
-def _found(file: State, directory: str) -> str:
-    """The path of a record's file, which is what it was."""
-    if "path" in file:
-        changed = changed_since(file["path"], file)
-        if changed:
-            raise SnapshotError(f"disk {file['path']} {changed}: the snapshot refers to it, give it back as it was")
-        return str(file["path"])
-    path = os.path.join(directory, file["file"])
-    if not os.path.exists(path):
-        raise SnapshotError(f"disk {path} of the snapshot is missing: take the snapshot from another copy")
-    return path
+def restore_disks(
+    states: Any, directory: str, writable: str | None = None, given: Sequence[Disk | str] = ()
+) -> list[Disk]:
+    """All disks of :class:`SavedDisks`, ``given`` the bases that are not in the directory, in their order."""
+    saved = SavedDisks(states, directory, writable)
+    bases = iter(read_disks(list(given)))
+    try:
+        return [
+            saved.ready[index] if index in saved.ready else saved.based[index][1](next(bases))
+            for index in range(len(states))
+        ]
+    except StopIteration:
+        raise ConfigError("a base that the snapshot does not hold is not given") from None
 
 
-def _parsed(state: State) -> State:
+def _look(folder: int, directory: str, name: str) -> os.stat_result:
+    """What a file of the snapshot is. Raises :class:`~vmm.errors.SnapshotError` where it is no regular file."""
+    path = os.path.join(directory, name)
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        raise SnapshotError(f"disk {path} of the snapshot is missing: take the snapshot from another copy") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise SnapshotError(f"disk {path} of the snapshot is no regular file: it is not opened")
+    return found
+
+
+def _parsed(index: int, found: Any) -> State:
     """A record that can be one. Raises ``ValueError``."""
-    if not isinstance(state, dict) or state.get("version") != 1:
-        raise ValueError("no record of a disk of version 1")
+    if not isinstance(found, dict) or found.get("version") not in (1, VERSION):
+        raise ValueError(f"no record of a disk of version 1 or {VERSION}")
+    state: State = _without_places(index, found) if found["version"] == 1 else found
     _require(state, version=int, readonly=int, options=dict, files=list)
     _require(state["options"], serial=str, cache=str, sector=int, queues=int, iops=int, bps=int)
-    for file in state["files"]:
+    for level, file in enumerate(state["files"]):
+        _require(file, **{"held": int, **({} if isinstance(file, dict) and file.get("held") else _IDENTITY)})
+        if level and not file["held"]:
+            raise ValueError("a disk's record in which a layer is not in the snapshot")
+    if not 0 < len(state["files"]) <= LAYERS_MAX or (state["readonly"] and len(state["files"]) > 1):
+        raise ValueError("a disk's record without a base, or with layers that nobody writes over")
+    if not state["readonly"] and len(state["files"]) == 1 and not state["files"][0]["held"]:
+        raise ValueError("a disk's record in which what was written is not in the snapshot")
+    return state
+
+
+def _without_places(index: int, state: State) -> State:
+    """A record of version 2 for one of version 1, in which a file that is not held had a path: that is left out."""
+    files: list[State] = []
+    if not isinstance(state.get("files"), list):
+        raise ValueError("a disk's record without a list of its files")
+    for level, file in enumerate(state["files"]):
         if isinstance(file, dict) and "path" in file:
             _require(file, path=str, size=int, mtime_ns=int, inode=int)
+            files.append({"held": 0, "size": file["size"], "mtime_ns": file["mtime_ns"]})
         else:
             _require(file, file=str)
-            if file["file"] != os.path.basename(file["file"]):
+            if file["file"] != held_name(index, level):
                 raise ValueError("a disk's record names a copy outside the snapshot")
-    if not state["files"] or (state["readonly"] and len(state["files"]) > 1):
-        raise ValueError("a disk's record without a base, or with layers that nobody writes over")
-    return state
+            files.append({"held": 1})
+    return {**state, "version": VERSION, "files": files}
 
 
 def _require(value: object, **kinds: type) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmm.errors import ConfigError
+from vmm.parts import read_nets, read_vsock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,9 +32,10 @@ def asked(kind: str) -> bool:
 
 def another(config: MachineConfig, given: Mapping[str, Any]) -> MachineConfig:
     """``config`` with random hardware addresses and context id, but for those in ``given``, the fields said anew."""
-    nets = tuple(net if net.mac and "nets" in given else net.with_(mac=random_mac()) for net in config.nets)
-    vsock = config.vsock
-    if vsock is not None and "vsock" not in given:
+    said = {net.mac for net in read_nets(given.get("nets")) if net.mac}
+    nets = tuple(net if net.mac in said else net.with_(mac=random_mac()) for net in config.nets)
+    vsock, said_vsock = config.vsock, read_vsock(given.get("vsock"))
+    if vsock is not None and (said_vsock is None or "cid" not in said_vsock.said):
         vsock = vsock.with_(cid=random_cid())
     return config.with_(nets=nets, vsock=vsock)
 

@@ -6,21 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.config import FIELDS, MachineConfig
 from vmm.errors import ConfigError, SnapshotError
+from vmm.snapshot import description as descriptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vmm.devices.device import State
     from vmm.machine import Machine
+    from vmm.parts import Disk
 
-VERSION = 1
+VERSION = 2
 
 # How a person uses a machine, not what the guest sees of it: whoever takes it up says so anew.
 USES = (
-    "timeout", "stall", "console", "gdb", "symbols", "control",
+    "timeout", "stall", "console", "gdb", "symbols", "control", "huge_pages",
     "checkpoint_dir", "checkpoint_every", "retain", "standby", "reboot",
 )  # fmt: skip
-# Where a part of it is on the host; the number and kind of parts stay.
+# Where a part of it is on the host, which no record says; the number and kind of parts stay.
 PLACES = ("disks", "nets", "vsock")
 
 
@@ -45,80 +47,77 @@ class Origin:
         self.state = state
         self.files = files
         self.arriving = arriving
+        self.symbols: str | None = None
+        """Where the image's own symbols are; of a clone, whose original knows."""
         try:
             self._read(description)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise SnapshotError(f"that describes no machine ({error!r})") from None
+        except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
+            if isinstance(error, SnapshotError):
+                raise
+            raise SnapshotError(f"that describes no machine ({error or repr(error)})") from None
 
     def _read(self, description: State) -> None:
         from vmm.cpu.cpuid import rows
 
-        if description["version"] != VERSION:
-            raise SnapshotError(
-                f"the machine is described in version {description['version']}: this pyvmm knows {VERSION}"
-            )
-        self._fields: dict[str, Any] = dict(description["config"])
+        version = description["version"]
+        keys = {"version", "kind", "merge_ticks", "command_line", "mode", "cpuid"}
+        if version == 1:  # had the places of everything in it, which are not looked at
+            keys |= {"config", "symbols"}
+            described = descriptions.without_places(description["config"])
+        elif version == VERSION:
+            keys |= {"config", "disks", "nets", "vsock"}
+            described = description
+        else:
+            raise SnapshotError(f"the machine is described in version {version}: this pyvmm knows {VERSION}")
+        if description.keys() != keys:
+            raise ValueError(f"there are other fields than {', '.join(sorted(keys))}")
+        self.described = descriptions.Described(described)
+        self._was = MachineConfig(**self.described.fields)
         self.kind = _text(description["kind"])
         self.merge_ticks = bool(description["merge_ticks"])
         self.command_line = _text(description["command_line"])
         self.mode = _text(description["mode"])
-        self.symbols = description["symbols"] and _text(description["symbols"])
         self.cpuid: object = rows(description["cpuid"])
 
-    def config(self, **fields: Any) -> MachineConfig:
-        """The configuration with the fields of :data:`USES` and :data:`PLACES` given anew.
+    def config(
+        self,
+        given: Mapping[str, Any],
+        *,
+        ready: Mapping[int, Disk] | None = None,
+        based: Mapping[int, tuple[str, Callable[[Disk], Disk]]] | None = None,
+        why: str = "is not in the record",
+    ) -> MachineConfig:
+        """The configuration here: what the record describes, with the fields of :data:`USES` and :data:`PLACES` that
+        are ``given``. For the others see :meth:`vmm.snapshot.description.Described.place`.
 
-        Raises :class:`~vmm.errors.ConfigError` for any other.
+        Raises :class:`~vmm.errors.ConfigError` for any other field, and for a place that nobody gives.
         """
-        for name in fields:
+        for name in given:
             if name not in FIELDS:
                 raise ConfigError(f"a machine has no field {name!r}: it has {', '.join(FIELDS)}")
             if name not in USES and name not in PLACES:
                 raise ConfigError(
                     f"{name} is what the machine was made with: only {', '.join((*USES, *PLACES))} can be given anew"
                 )
-        try:
-            was = MachineConfig(**self._fields)
-        except (ConfigError, TypeError) as error:  # a key of a part that is no name
-            raise SnapshotError(f"that describes no machine: {error}") from None
-        config = was.with_(**fields)
-        for name in PLACES:
-            before, after = getattr(was, name), getattr(config, name)
-            if (len(before) != len(after)) if isinstance(before, tuple) else ((before is None) != (after is None)):
-                raise ConfigError(f"the machine has {_count(before)} {name}: give as many, or none to keep them")
-        return config
+        return self._was.with_(**{**given, **self.described.place(given, ready or {}, based or {}, why)})
 
 
 def describe(machine: Machine) -> State:
     """What must be the same for the guest wherever the machine goes on, as a plain value."""
     machine.load()
     assert machine.entry is not None
-    config = {name: _plain(value) for name, value in machine.config.as_dict().items() if name not in USES}
     return {
         "version": VERSION,
-        "config": config,
+        **descriptions.describe(machine.config, [disk.size for disk in machine.disks]),
         "kind": machine.kind,
         "merge_ticks": machine.merge_ticks,
         "command_line": machine.command_line,
         "mode": machine.entry.mode,
-        "symbols": machine.config.symbols or machine.entry.symbols,
         "cpuid": machine.cpuid.value(),
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "as_dict"):
-        return {name: _plain(item) for name, item in value.as_dict().items()}
-    return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value
-
-
-def _count(parts: Any) -> str:
-    return str(len(parts)) if isinstance(parts, tuple) else "a" if parts is not None else "no"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm._ffi import check, ffi, lib
@@ -78,7 +80,7 @@ class Snapshot:
             self.state: Any = found["state"]
             self.regions = _regions(found["memory"])
             self.files = _files(found["files"])
-            self._parent_id, self._parent_path = _parent(found["parent"])
+            self._parent_id = _parent(found["parent"])
         except ValueError as error:
             raise SnapshotError(f"{self.path} has records that contradict themselves ({error})") from None
         self.memory_fd = self.file_fd(MEMORY)
@@ -87,9 +89,15 @@ class Snapshot:
             raise SnapshotError(f"{self.path} is damaged: its memory has {size} bytes, not {wanted}")
 
     def _open_parent(self, chain: int) -> Snapshot:
-        path = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(self.path)), self._parent_path))
         if chain >= CHAIN_MAX:
             raise SnapshotError(f"{self.path} has {CHAIN_MAX} snapshots under it: merge them")
+        assert self._parent_id is not None
+        path = _beside(self.path, self._parent_id)
+        if path is None:
+            raise SnapshotError(
+                f"{self.path} is a differential snapshot without its parent, {self._parent_id.hex()[:16]}, which was "
+                "replaced or lies in another directory: put the two side by side"
+            )
         try:
             parent = Snapshot(path, chain)
         except SnapshotError as error:
@@ -100,8 +108,12 @@ class Snapshot:
         return parent
 
     def file_fd(self, name: str) -> int:
-        """A descriptor of the file ``name``, to read; the caller's. Raises ``OSError``."""
-        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._directory)
+        """A descriptor of the regular file ``name``, to read; the caller's. Raises ``OSError``."""
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._directory)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file", name)
 
     def file_path(self, name: str) -> str:
         """Where the file ``name`` is, as long as nothing replaces this snapshot."""
@@ -171,7 +183,11 @@ class Snapshot:
             except OSError:
                 from shutil import copyfile
 
-                copyfile(f"/proc/self/fd/{self._directory}/{name}", to)
+                fd = self.file_fd(name)
+                try:
+                    copyfile(f"/proc/self/fd/{fd}", to)
+                finally:
+                    os.close(fd)
 
     def close(self) -> None:
         """Close the files of all layers. What was mapped stays mapped."""
@@ -206,8 +222,6 @@ def file_sum(fd: int) -> File:
 
 
 def _whole(path: str, name: str, rc: int) -> None:
-    import errno
-
     if rc == -errno.EBADMSG:
         text = ffi.string(lib.vmm_error_text()).decode(errors="replace")
         raise SnapshotError(f"{path} is damaged: in its {name}, {text}")
@@ -233,13 +247,41 @@ def _files(value: dict[Any, Any]) -> dict[str, File]:
     return {name: File(**_exactly(file, size=int, crc32c=int)) for name, file in value.items()}
 
 
-def _parent(value: Any) -> tuple[bytes | None, str]:
+def _parent(value: Any) -> bytes | None:
+    """A parent's id. Where it is the records do not say: :func:`_beside`."""
     if value is None:
-        return None, ""
-    parent = _exactly(value, id=bytes, path=str)
-    if "\0" in parent["path"]:
-        raise ValueError("the parent's path is none")
-    return parent["id"], parent["path"]
+        return None
+    parent = _exactly(value, **{"id": bytes, **({"path": str} if isinstance(value, dict) and "path" in value else {})})
+    identity: bytes = parent["id"]
+    return identity
+
+
+def _beside(path: str, identity: bytes) -> str | None:
+    """The snapshot with this id among those in the directory that ``path`` lies in; ``None``: there is none.
+
+    An id is the end of a record file: nothing else of the others is read.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return None
+    for name in names:
+        try:
+            fd = os.open(
+                os.path.join(folder, name, RECORDS), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            )
+        except OSError:
+            continue
+        try:
+            end = os.lseek(fd, 0, os.SEEK_END) - len(identity)
+            if end > 0 and os.pread(fd, len(identity), end) == identity:
+                return os.path.join(folder, name)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+    return None
 
 
 def parse_regions(path: str, value: Any) -> tuple[Region, ...]:

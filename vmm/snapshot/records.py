@@ -8,7 +8,8 @@ from vmm.errors import SnapshotError
 from vmm.snapshot import cbor
 
 MAGIC = b"PYVMMSNP"
-VERSION = 1
+VERSION = 2
+VERSIONS = (1, VERSION)  # in 1 a differential's parent had a path, which is not looked at
 SIZE_MAX = 1 << 30  # bytes: a TiB of memory has 96 MiB of bitmap and checksums
 _HEADER = 8 + 4 + 8
 _DIGEST = 32
@@ -33,9 +34,9 @@ def unpack(path: str, content: bytes) -> tuple[dict[str, Any], bytes]:
     if content[: len(MAGIC)] != MAGIC:
         raise SnapshotError(f"{path} is not a record file of a snapshot: give the directory pyvmm wrote")
     version = int.from_bytes(content[8:12], "little")
-    if version != VERSION:
+    if version not in VERSIONS:
         raise SnapshotError(
-            f"{path} is of format version {version}, and this pyvmm reads {VERSION}: take one that does"
+            f"{path} is of format version {version}, and this pyvmm reads 1 and {VERSION}: take one that does"
         )
     size = int.from_bytes(content[12:_HEADER], "little")
     if len(content) != _HEADER + size + _DIGEST or digest(content[:-_DIGEST]) != content[-_DIGEST:]:

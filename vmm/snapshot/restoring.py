@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from vmm.config import MachineConfig
     from vmm.machine import Attendant, Machine
+    from vmm.snapshot.disks import SavedDisks
     from vmm.snapshot.lazy import LazyMemory
 
 SERVED = "unix:"  # begins the name of a socket in place of a directory
@@ -31,19 +33,17 @@ class Prepared:
         if state["version"] != VERSION:
             raise SnapshotError(f"{name} is of version {state['version']}: this pyvmm reads {VERSION}")
         self._disks, self._machine_state = state["disks"], state["machine"]
+        self._saved: SavedDisks | None = None
         self.origin = Origin(state["description"], files=files)
+        if not isinstance(self._disks, list) or len(self._disks) != len(self.origin.described.disks):
+            raise SnapshotError(f"{name} does not have a record for each of its machine's disks")
 
-    def with_disks(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields, with the snapshot's disks where none are given."""
-        if "disks" in fields or not self._disks:
-            return fields
-        from vmm.snapshot.disks import restore_disks
+    def config(self, given: dict[str, Any]) -> MachineConfig:
+        """The machine's configuration here: ``given``, with the snapshot's disks where none need be said.
 
-        try:
-            disks = restore_disks(self._disks, os.path.abspath(self._name))
-        except ValueError as error:
-            raise SnapshotError(f"{self._name}: {error}") from None
-        return {**fields, "disks": disks}
+        Raises :class:`~vmm.errors.ConfigError` naming what must be said.
+        """
+        return self.origin.config(given)
 
     def finish(self, machine: Machine) -> LazyMemory | None:
         """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot, or must not.
@@ -51,6 +51,8 @@ class Prepared:
         Answers its memory, where that is still to come.
         """
         try:
+            if self._saved is not None:
+                self._saved.verify(machine.config.disks, machine.disks)
             later = self.fill(machine)
             machine.load_state(self._machine_state)
         except ValueError as error:
@@ -113,6 +115,17 @@ class _Local(Prepared):
         self._checking = None
         super().__init__(snapshot.path, snapshot.state, files)
         self._checking = _Checking(snapshot) if check else None
+
+    def config(self, given: dict[str, Any]) -> MachineConfig:
+        if not self._disks:
+            return self.origin.config(given)
+        from vmm.snapshot.disks import SavedDisks
+
+        try:
+            saved = self._saved = SavedDisks(self._disks, os.path.abspath(self._name))
+        except ValueError as error:
+            raise SnapshotError(f"{self._name}: {error}") from None
+        return self.origin.config(given, ready=saved.ready, based=saved.based)
 
     def finish(self, machine: Machine) -> LazyMemory | None:
         try:
@@ -191,12 +204,8 @@ class _Remote(Prepared):
         state, self._regions = self._what
         super().__init__("what the server sends", state, None)
 
-    def with_disks(self, fields: dict[str, Any]) -> dict[str, Any]:
-        if self._disks and "disks" not in fields:
-            raise ConfigError(
-                "the snapshot has disks, and only its memory is served: give each of them (disks, --disk)"
-            )
-        return fields
+    def config(self, given: dict[str, Any]) -> MachineConfig:
+        return self.origin.config(given, why="is not served, as only memory is,")
 
     def fill(self, machine: Machine) -> LazyMemory:
         from vmm.snapshot.lazy import LazyMemory

@@ -10,7 +10,7 @@ from vmm.errors import SnapshotError
 from vmm.snapshot.origin import describe
 from vmm.snapshot.reading import Snapshot, read
 from vmm.snapshot.regions import Ram
-from vmm.snapshot.writing import write
+from vmm.snapshot.writing import beside, write
 
 if TYPE_CHECKING:
     from vmm.devices.device import State
@@ -29,11 +29,11 @@ class Series:
         self._last: tuple[str, bytes] | None = None  # path and id
 
     def write(self, path: str | os.PathLike[str], differential: bool) -> Snapshot:
-        """Write one; the machine is held. The first that is to be differential is full."""
+        """Write one; the machine is held. Of those to be differential the first in a directory is full."""
         state = state_of(self._machine)  # before memory: devices let go of what they have in flight
         if not differential:
             return self._write(path, state)
-        parent = self._parent()
+        parent = self._parent(path)
         if self._log is None:
             self._log = self._machine.memory.dirty_log()
         self._log.collect()
@@ -65,9 +65,9 @@ class Series:
         memory = [Ram(*region) for region in machine.memory.backing()]
         return write(path, state, memory, parent=parent, dirty=dirty, extra_files=add_disks if machine.disks else None)
 
-    def _parent(self) -> Snapshot | None:
-        """The last of the series, if it is still what it was."""
-        if self._last is None:
+    def _parent(self, path: str | os.PathLike[str]) -> Snapshot | None:
+        """The last of the series, if it is still what it was, and lies where one at ``path`` looks for it."""
+        if self._last is None or not beside(self._last[0], path):
             return None
         try:
             parent = read(self._last[0])

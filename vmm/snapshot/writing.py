@@ -57,7 +57,7 @@ def write(
                 "state": state,
                 "memory": regions,
                 "files": _sums(new.directory),
-                "parent": parent and {"id": parent.id, "path": _relative(parent.path, path)},
+                "parent": parent and {"id": parent.id},
                 "nonce": os.urandom(16),
             }
             _write_records(os.path.join(new.directory, RECORDS), content)
@@ -94,6 +94,8 @@ def _composed(snapshot: Snapshot) -> list[Ram]:
 def _refuse_parent(path: str, memory: Sequence[Ram], parent: Snapshot) -> None:
     if [(ram.gpa, ram.size) for ram in memory] != [(region.gpa, region.size) for region in parent.regions]:
         raise SnapshotError(f"the machine has other memory than the snapshot {parent.path}: write a full one")
+    if not beside(parent.path, path):
+        raise SnapshotError(f"{path} is built on {parent.path}: a differential snapshot lies beside its parent")
     if any(os.path.realpath(layer.path) == os.path.realpath(path) for layer in parent.layers):
         raise SnapshotError(f"{path} would replace a snapshot that it is built on: give another name, or merge")
     if len(parent.layers) >= CHAIN_MAX:
@@ -148,9 +150,9 @@ def _sums(directory: str) -> dict[str, dict[str, int]]:
     return sums
 
 
-def _relative(parent: str, path: str) -> str:
-    """From the directory a snapshot lies in to its parent: a chain that is moved as a whole stays one."""
-    return os.path.relpath(os.path.realpath(parent), os.path.dirname(os.path.realpath(path)))
+def beside(one: Path, other: Path) -> bool:
+    """Whether two snapshots lie in one directory, where a differential looks for its parent."""
+    return os.path.dirname(os.path.realpath(one)) == os.path.dirname(os.path.realpath(other))
 
 
 def _refusal(path: str, why: str | None) -> str:

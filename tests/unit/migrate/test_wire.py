@@ -359,3 +359,14 @@ def test_a_fence_of_another_migration_is_refused(tmp_path: Path) -> None:
     source.close()
     again: Any = Fence.make(str(tmp_path / "fence"))
     again.close()
+
+
+def test_a_descriptor_that_is_no_fence_is_refused(tmp_path: Path) -> None:
+    """It would be opened anew, with the rights of this process."""
+    (tmp_path / "mine").write_bytes(bytes(24))
+    for path, flags in (("mine", os.O_RDONLY), ("mine", os.O_WRONLY), ("mine", os.O_PATH), (".", os.O_RDONLY)):
+        with pytest.raises(MigrationError, match="no file that it can write"):
+            Fence.adopt(os.open(tmp_path / path, flags), bytes(16))
+    with pytest.raises(MigrationError, match="no file that it can write"):
+        Fence.adopt(os.open("/dev/null", os.O_RDWR), bytes(16))
+    assert (tmp_path / "mine").read_bytes() == bytes(24)

@@ -261,11 +261,11 @@ def test_holes_that_were_filled_with_zeros_by_a_copy_are_no_damage(small: Path) 
 
 def test_another_format_version_is_refused_with_both_numbers(small: Path) -> None:
     def newer(content: bytearray) -> None:
-        content[8] = 2
+        content[8] = 3
         content[-32:] = records.digest(bytes(content[:-32]))
 
     damaged(small, newer, "snapshot.pyvmm")
-    with pytest.raises(SnapshotError, match="format version 2, and this pyvmm reads 1"):
+    with pytest.raises(SnapshotError, match="format version 3, and this pyvmm reads 1 and 2"):
         snapshot.read(small)
 
 
@@ -306,7 +306,7 @@ def test_a_parent_that_was_replaced_is_refused(memory: Memory, tmp_path: Path) -
     with write(tmp_path / "base", memory) as base:
         write(tmp_path / "diff", memory, parent=base, dirty=[(0, PAGE)]).close()
     write(tmp_path / "base", memory).close()
-    with pytest.raises(SnapshotError, match=r"another snapshot than .*diff was made on"):
+    with pytest.raises(SnapshotError, match=r"diff is a differential .* [0-9a-f]{16}, which was replaced"):
         snapshot.read(tmp_path / "diff")
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(SnapshotError, match="differential snapshot without its parent"):
@@ -418,3 +418,17 @@ def test_a_file_that_may_not_grow_leaves_what_was(memory: Memory, tmp_path: Path
     with snapshot.read(tmp_path / "name") as found:
         found.check()
         assert found.state == 1
+
+
+def test_a_parent_is_found_by_its_id_alone(memory: Memory, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with write(tmp_path / "here" / "base", memory) as base:
+        write(tmp_path / "here" / "diff", memory, parent=base, dirty=[]).close()
+        with pytest.raises(SnapshotError, match="lies beside its parent"):
+            write(tmp_path / "diff", memory, parent=base, dirty=[])
+    (tmp_path / "here" / "base").rename(tmp_path / "here" / "renamed")
+    assert not refused(tmp_path / "here" / "diff")
+    (tmp_path / "here" / "renamed").rename(tmp_path / "away")
+    assert refused(tmp_path / "here" / "diff")
+    (tmp_path / "here" / "base").symlink_to(tmp_path / "away")  # the person's, who may put it where they like
+    assert not refused(tmp_path / "here" / "diff")
