@@ -16,7 +16,7 @@ from vmm.errors import HostError
 if TYPE_CHECKING:
     from vmm.config import MachineConfig
 
-COMPLETE, SYSCALL, SHADOW = 1, 2, 4  # enum vmm_compat_flags
+COMPLETE, SYSCALL, SHADOW, HYPERCALL = 1, 2, 4, 8  # enum vmm_compat_flags
 
 _BACKENDS = {"kvm_intel": "VMX", "kvm_amd": "SVM", "kvm_pvm": "PVM"}  # the module that offers /dev/kvm
 
@@ -61,6 +61,8 @@ class Remedies:
             self.remedies |= COMPLETE
         if forced or found.syscall_broken:
             self.remedies |= SYSCALL
+        if self.vmcall_loops:
+            self.remedies |= HYPERCALL
         if forced or found.shadowed:
             self.remedies |= SHADOW
 

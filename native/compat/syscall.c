@@ -7,6 +7,7 @@
  *                    so its fetch ends in the guest's #PF handler.
  *   SYSCALL, 32-bit: CPL is right, but RIP is CSTAR cut to 32 bits. Again a #PF, taken on the user's stack.
  *   INT n:           #UD.
+ *   hypercalls:      #UD, once KVM is kept from executing them for ever.
  *
  * Hardware breakpoints on the first instructions of the guest's #PF and #UD handlers show us each such
  * exception before the guest sees it. One that should not have been is undone; any other is let go by
@@ -17,6 +18,7 @@
 #include "vcpu.h"
 
 #include <errno.h>
+#include <linux/kvm_para.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -147,6 +149,40 @@ static bool repair_syscall(struct compat_vcpu *compat, struct completion *c)
     return true;
 }
 
+static bool fetch_linear(struct completion *c, uint64_t linear, unsigned access, uint8_t *bytes, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        uint64_t gpa;
+        if (linear_translate(c, linear + i, access, &gpa) != COMPLETE_DONE)
+            return false;
+        const uint8_t *at = c->source->memory(c->source->opaque, gpa, 1);
+        if (!at)
+            return false;
+        bytes[i] = *at;
+    }
+    return true;
+}
+
+/*
+ * A #UD that is the kernel's hypercall (compat.c): undone, with what KVM returns for a call that it does not know. It
+ * offers none on such a host.
+ */
+static bool repair_hypercall(struct completion *c)
+{
+    enum { LENGTH = 3, VMCALL = 0xc1, VMMCALL = 0xd9 };
+    struct exception_frame frame;
+    uint8_t bytes[LENGTH];
+    if (!read_linear(c, c->regs.rsp, &frame, sizeof frame) || frame.cs != c->sregs.cs.selector ||
+        !fetch_linear(c, frame.rip, ACCESS_FETCH, bytes, LENGTH) || bytes[0] != 0x0f || bytes[1] != 0x01 ||
+        (bytes[2] != VMCALL && bytes[2] != VMMCALL))
+        return false;
+    c->regs.rip = frame.rip + LENGTH;
+    c->regs.rsp = frame.rsp;
+    c->regs.rflags = frame.rflags & ~(uint64_t)FLAG_RF;
+    c->regs.rax = (uint64_t)-KVM_ENOSYS;
+    return true;
+}
+
 /*
  * A #UD that is CPL 3's INT n: its frame lies where INT n's would and differs in RIP and RF, so it is put
  * right in place and the other gate's handler entered. A gate that CPL 3 may not use stays a #UD.
@@ -159,15 +195,8 @@ static bool repair_int(struct completion *c)
     if (!read_linear(c, c->regs.rsp, &frame, sizeof frame) || (frame.cs & 3) != 3)
         return false;
     uint8_t bytes[LENGTH];
-    for (unsigned i = 0; i < LENGTH; i++) {
-        uint64_t gpa;
-        if (linear_translate(c, frame.rip + i, ACCESS_FETCH | ACCESS_USER, &gpa) != COMPLETE_DONE)
-            return false;
-        const uint8_t *at = c->source->memory(c->source->opaque, gpa, 1);
-        if (!at)
-            return false;
-        bytes[i] = *at;
-    }
+    if (!fetch_linear(c, frame.rip, ACCESS_FETCH | ACCESS_USER, bytes, LENGTH))
+        return false;
     if (bytes[0] != INT_N || !read_gate(c, V_UD, &undefined) || !read_gate(c, bytes[1], &gate) ||
         gate.dpl != 3 || gate.ist || undefined.ist || gate.selector != undefined.selector)
         return false;
@@ -209,7 +238,7 @@ int compat_debug(struct vmm_vcpu *vcpu)
     struct completion c;
     if (!completion_load(compat, &c) || c.regs.rip != at || completion_cpl(&c) != 0)
         return 0;
-    if (page_fault ? repair_syscall(compat, &c) : repair_int(&c)) {
+    if (page_fault ? repair_syscall(compat, &c) : repair_int(&c) || repair_hypercall(&c)) {
         atomic_fetch_add_explicit(&machine->syscalls, 1, memory_order_relaxed);
         return completion_store(compat, &c, COMPLETE_JUMPED);
     }

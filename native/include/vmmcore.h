@@ -457,9 +457,10 @@ uint32_t vmm_vcpu_internal_error(vmm_vcpu *vcpu, uint64_t data[16]);
 /* ---- host compatibility (native/compat; see docs/architecture.md) ------------------------------------------- */
 
 enum vmm_compat_flags {
-    VMM_COMPAT_COMPLETE = 1, /* complete instructions KVM's emulator lacks */
-    VMM_COMPAT_SYSCALL = 2,  /* repair SYSCALL that stays at CPL 3 */
-    VMM_COMPAT_SHADOW = 4,   /* KVM shadows page tables: have it forget them when memory was put back */
+    VMM_COMPAT_COMPLETE = 1,  /* complete instructions KVM's emulator lacks */
+    VMM_COMPAT_SYSCALL = 2,   /* repair SYSCALL that stays at CPL 3 */
+    VMM_COMPAT_HYPERCALL = 8, /* KVM's emulator executes a hypercall for ever: have it raise #UD */
+    VMM_COMPAT_SHADOW = 4,    /* KVM shadows page tables: have it forget them when memory was put back */
 };
 
 /* Switch remedies on, before the first run. -ENOTSUP names the capability this needs. */
