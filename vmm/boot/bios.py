@@ -1,7 +1,8 @@
 """What a BIOS leaves in low memory, for guests that read it; and a way to say that there is no BIOS behind it.
 
-Every real-mode interrupt vector leads to a stub of its own (:data:`STUBS`, :data:`STUB_SIZE` bytes each), which writes
-to a port and so ends the run: that the guest called the BIOS, with what, can then be said (:mod:`vmm.observe.bios`).
+For an image that starts in real mode every interrupt vector leads to a stub of its own (:data:`STUBS`,
+:data:`STUB_SIZE` bytes each), which writes to a port and so ends the run: that the guest called the BIOS, with what,
+can then be said (:mod:`vmm.observe.bios`).
 
 The BIOS data area (IBM PS/2 and PC BIOS Interface Technical Reference, "Data Areas"), as far as this machine has it:
 

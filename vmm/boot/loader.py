@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from vmm.boot import elf
 from vmm.boot.image import Image
-from vmm.config import LINUX_KINDS
 from vmm.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -112,8 +111,8 @@ def load(
     files = [item if isinstance(item, Image) else Image.of(item[1], item[0]) for item in initrds]
     request = Request(memory, source, cmdline, files, acpi_rsdp, e820, fresh)
     entry = _load_kind(request, kind, load_address, flat_mode, unpack)
-    # Linux asks for nothing but the data area, and each page that is touched takes time.
-    bios.leave(request.claims, vectors=entry.kind not in LINUX_KINDS)
+    # What a boot loader has started does without: Xen makes a call whose result it does not need, and goes on.
+    bios.leave(request.claims, vectors=entry.mode == "real")
     entry.notes = request.notes
     return entry
 
