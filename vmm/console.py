@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vmm._ffi import check, ffi, lib
+from vmm._ffi import check, ffi, lib, wait
 from vmm.errors import ConfigError, ConsoleTimeout, StateError
 
 if TYPE_CHECKING:
@@ -133,12 +133,20 @@ class Console:
         search = _Search(pattern, self)
         while not (match := search.look()):
             left = deadline - time.monotonic()
-            if left > 0 and lib.vmm_console_wait(self.native, search.at, search.patience(left)):
+            if left > 0 and self._wait(search.at, search.patience(left)):
                 continue
             if match := search.conclude(left, timeout):
                 break
         self.position = search.start + match.end()
         return match
+
+    def _wait(self, position: int, timeout: float) -> bool:
+        """Wait ``timeout`` seconds for output past ``position``: whether there is. None comes of a closed console."""
+
+        def turn(milliseconds: int) -> int:
+            return int(lib.vmm_console_wait(self.native, position, milliseconds)) or -int(self.closed)
+
+        return wait(turn, timeout) > 0
 
     async def expect_async(self, pattern: bytes | str, timeout: float = 10.0) -> re.Match[bytes]:
         """:meth:`expect` for asyncio: the event loop goes on meanwhile. One task at a time."""
@@ -151,7 +159,7 @@ class Console:
         while not (match := search.look()):
             left = deadline - time.monotonic()
             fd = lib.vmm_console_await(self.native, search.at)
-            if left > 0 and await aio.readable(fd, search.patience(left) / 1000) and self.end > search.at:
+            if left > 0 and await aio.readable(fd, search.patience(left)) and self.end > search.at:
                 continue
             if match := search.conclude(left, timeout):
                 break
@@ -252,10 +260,9 @@ class _Search:
         self.searched = len(self.seen)
         return self.compiled.search(bytes(self.seen))
 
-    def patience(self, left: float) -> int:
-        """Milliseconds to wait for output when ``left`` seconds are left."""
-        whole = max(1, int(left * 1000))
-        return whole if self.searched == len(self.seen) else min(whole, SILENCE_MS)
+    def patience(self, left: float) -> float:
+        """Seconds to wait for output when ``left`` seconds are left."""
+        return left if self.searched == len(self.seen) else min(left, SILENCE_MS / 1000)
 
     def failure(self, timeout: float) -> ConsoleTimeout:
         """The pattern did not come."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmm import layout
-from vmm._ffi import PYTHON_SAY, check, ffi, lib
+from vmm._ffi import PYTHON_SAY, check, ffi, lib, pause
 from vmm.bus import MMIO, PIO, Bus
 from vmm.config import LINUX_KINDS, MachineConfig
 from vmm.console import Console
@@ -561,7 +561,7 @@ class Machine:
 
     def pause(self) -> None:
         """Hold every vCPU between two instructions; registers and memory are then consistent. Nests."""
-        check(lib.vmm_vm_pause(self._open_vm()))
+        pause(self._open_vm())
         with self._lock:
             self._pauses += 1
 

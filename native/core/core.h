@@ -132,6 +132,7 @@ struct vmm_vm {
     struct vmm_halt *halt;     /* NULL until it is watched; written once, under lock */
     bool looking;              /* vCPUs park for halt.c */
     _Atomic bool odd_messages; /* some message was programmed to be no ordinary interrupt */
+    bool loop_held;            /* the I/O thread was asked to park, too; under lock */
     int stop_reason, stop_fd;
     uint64_t stop_code;
     uint32_t stop_vcpu;

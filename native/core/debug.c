@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The one owner of KVM_SET_GUEST_DEBUG: what each vCPU's debug registers hold, what it stops for, and the events. */
 #include "core/core.h"
+#include "core/thread.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -94,6 +95,8 @@ static int apply_to_all(struct vmm_vm *vm)
 
 /* ---- while nobody runs ---- */
 
+#define PARK_MS 10000 /* a vCPU that was started while paused parks before it enters the guest or a device */
+
 static bool any_running(const struct vmm_vm *vm)
 {
     for (uint32_t i = 0; i < vm->n_vcpus; i++)
@@ -104,9 +107,12 @@ static bool any_running(const struct vmm_vm *vm)
 
 static int refuse_running(struct vmm_vm *vm)
 {
+    const struct timespec until = vmm_deadline(PARK_MS);
+    int late = 0;
     pthread_mutex_lock(&vm->lock);
-    while (vm->pauses && any_running(vm)) /* one that was started while paused is on its way to park */
-        pthread_cond_wait(&vm->changed, &vm->lock);
+    while (vm->pauses && any_running(vm) &&
+           !late) /* one that was started while paused is on its way to park */
+        late = vmm_cond_wait_until(&vm->changed, &vm->lock, &until);
     bool running = any_running(vm);
     pthread_mutex_unlock(&vm->lock);
     return running ? vmm_error_set(-EBUSY, "a debugger's request while vCPUs run: pause the machine first")

@@ -588,11 +588,7 @@ int vmm_lazy_create(vmm_vm *vm, vmm_lazy **out)
     l->vm = vm;
     l->uffd = l->wake_fd = l->event_fd = l->stream = l->stream_next = -1;
     pthread_mutex_init(&l->lock, NULL);
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&l->changed, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    vmm_cond_init(&l->changed);
     const int rc = prepare(l);
     if (rc < 0) {
         vmm_lazy_destroy(l);
@@ -790,14 +786,11 @@ int vmm_lazy_state(vmm_lazy *l)
 
 int vmm_lazy_wait(vmm_lazy *l, int timeout_ms)
 {
-    const uint64_t until = now_ns() + (uint64_t)(timeout_ms < 0 ? 0 : timeout_ms) * 1000000ull;
-    const struct timespec at = {.tv_sec = (time_t)(until / 1000000000ull),
-                                .tv_nsec = (long)(until % 1000000000ull)};
+    const struct timespec deadline = vmm_deadline(timeout_ms), *until = timeout_ms < 0 ? NULL : &deadline;
     int rc = 0;
     pthread_mutex_lock(&l->lock);
     while (l->state < VMM_LAZY_DONE && rc == 0)
-        rc = timeout_ms < 0 ? pthread_cond_wait(&l->changed, &l->lock)
-                            : pthread_cond_timedwait(&l->changed, &l->lock, &at);
+        rc = vmm_cond_wait_until(&l->changed, &l->lock, until);
     const int state = l->state;
     pthread_mutex_unlock(&l->lock);
     if (state == VMM_LAZY_ABANDONED)

@@ -97,7 +97,7 @@ static struct vmm_loop *loop_create(struct vmm_vm *vm)
         return NULL;
     loop->vm = vm;
     pthread_mutex_init(&loop->lock, NULL);
-    pthread_cond_init(&loop->changed, NULL);
+    vmm_cond_init(&loop->changed);
     loop->epoll = epoll_create1(EPOLL_CLOEXEC);
     loop->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
@@ -191,18 +191,34 @@ void vmm_loop_sync(vmm_loop *loop)
     pthread_mutex_unlock(&loop->lock);
 }
 
-void vmm_loop_pause(vmm_loop *loop)
+void vmm_loop_request_pause(vmm_loop *loop)
 {
     if (vmm_loop_current(loop))
         return;
     pthread_mutex_lock(&loop->lock);
     loop->pauses++;
-    if (loop->started) {
+    if (loop->started)
         wake(loop);
-        while (!loop->parked && !loop->ending)
-            pthread_cond_wait(&loop->changed, &loop->lock);
-    }
     pthread_mutex_unlock(&loop->lock);
+}
+
+bool vmm_loop_await_pause(vmm_loop *loop, const struct timespec *until)
+{
+    if (vmm_loop_current(loop))
+        return true;
+    int late = 0;
+    pthread_mutex_lock(&loop->lock);
+    while (loop->started && !loop->parked && !loop->ending && !late)
+        late = vmm_cond_wait_until(&loop->changed, &loop->lock, until);
+    const bool parked = !loop->started || loop->parked || loop->ending;
+    pthread_mutex_unlock(&loop->lock);
+    return parked;
+}
+
+void vmm_loop_pause(vmm_loop *loop)
+{
+    vmm_loop_request_pause(loop);
+    (void)vmm_loop_await_pause(loop, NULL);
 }
 
 void vmm_loop_resume(vmm_loop *loop)

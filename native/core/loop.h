@@ -29,8 +29,12 @@ void vmm_loop_remove(vmm_loop *loop, struct vmm_source *source);
 /* Wait until no call that began before is in progress. Not from the I/O thread, not with a lock a handler takes. */
 void vmm_loop_sync(vmm_loop *loop);
 
-/* Park the I/O thread between two calls, and let it go on; nests. From the I/O thread: nothing. */
+/* Park the I/O thread between two calls, and let it go on; nests. From the I/O thread: nothing. vmm_loop_pause asks,
+ * and waits as long as it takes; vmm_loop_await_pause waits `until` then (vmm_deadline; NULL: no end) and returns
+ * whether the thread is parked. */
 void vmm_loop_pause(vmm_loop *loop);
+void vmm_loop_request_pause(vmm_loop *loop);
+bool vmm_loop_await_pause(vmm_loop *loop, const struct timespec *until);
 void vmm_loop_resume(vmm_loop *loop);
 
 /* Is this the I/O thread? */

@@ -7,6 +7,7 @@
  * read or turns the next KVM_RUN into an immediate EINTR.
  */
 #include "core/halt.h"
+#include "core/thread.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -148,7 +149,7 @@ static struct vmm_loop *vm_loop_if_any(struct vmm_vm *vm)
     return loop;
 }
 
-int vmm_vm_pause(vmm_vm *vm)
+int vmm_vm_request_pause(vmm_vm *vm)
 {
     if (vmm_current_vcpu && vmm_current_vcpu->vm == vm)
         return vmm_error_set(-EDEADLK, "pause from a device's own vCPU thread");
@@ -159,23 +160,52 @@ int vmm_vm_pause(vmm_vm *vm)
     vm->pauses++;
     atomic_fetch_or(&vm->requests, VMM_REQUEST_PAUSE);
     vmm_vm_kick_locked(vm);
-    while (any_in_state(vm, VMM_VCPU_RUNNING))
-        pthread_cond_wait(&vm->changed, &vm->lock);
-    loop = vm->loop; /* a vCPU may have made it meanwhile */
     pthread_mutex_unlock(&vm->lock);
-    /* After the vCPUs: what they asked of devices until now may be answered, nothing later. */
-    if (loop)
-        vmm_loop_pause(loop);
     return 0;
+}
+
+/* After the vCPUs: what they asked of devices until now may be answered, nothing later. A vCPU may have made the loop
+ * meanwhile. */
+static struct vmm_loop *hold_loop_locked(struct vmm_vm *vm)
+{
+    if (vm->loop && !vm->loop_held)
+        vmm_loop_request_pause(vm->loop);
+    vm->loop_held = vm->loop;
+    return vm->loop;
+}
+
+int vmm_vm_await_pause(vmm_vm *vm, int timeout_ms)
+{
+    const struct timespec deadline = vmm_deadline(timeout_ms), *until = timeout_ms < 0 ? NULL : &deadline;
+    struct vmm_loop *loop = NULL;
+    int late = 0;
+    pthread_mutex_lock(&vm->lock);
+    const bool asked = vm->pauses;
+    while (asked && any_in_state(vm, VMM_VCPU_RUNNING) && !late)
+        late = vmm_cond_wait_until(&vm->changed, &vm->lock, until);
+    const bool stand = !any_in_state(vm, VMM_VCPU_RUNNING);
+    if (asked && stand)
+        loop = hold_loop_locked(vm);
+    pthread_mutex_unlock(&vm->lock);
+    if (!asked)
+        return vmm_error_set(-EBUSY, "waiting for a pause that was not requested");
+    return stand && (!loop || vmm_loop_await_pause(loop, until));
+}
+
+int vmm_vm_pause(vmm_vm *vm)
+{
+    const int rc = vmm_vm_request_pause(vm), all = rc < 0 ? rc : vmm_vm_await_pause(vm, -1);
+    return all < 0 ? all : 0;
 }
 
 int vmm_vm_resume(vmm_vm *vm)
 {
     pthread_mutex_lock(&vm->lock);
     int rc = vm->pauses ? 0 : vmm_error_set(-EBUSY, "resume without a pause: the machine is not paused");
-    if (rc == 0 && vm->loop)
-        vmm_loop_resume(vm->loop);
     if (rc == 0 && --vm->pauses == 0) {
+        if (vm->loop_held)
+            vmm_loop_resume(vm->loop);
+        vm->loop_held = false;
         atomic_fetch_and(&vm->requests, ~(uint32_t)VMM_REQUEST_PAUSE);
         pthread_cond_broadcast(&vm->changed);
     }

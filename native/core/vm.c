@@ -99,7 +99,7 @@ int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
     vm->flags = flags;
     vm->stop_vcpu = UINT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
-    pthread_cond_init(&vm->changed, NULL);
+    vmm_cond_init(&vm->changed);
     pthread_mutex_init(&vm->io_trace_lock, NULL);
     pthread_mutex_init(&vm->dirty_lock, NULL);
     vmm_bus_init(&vm->bus);

@@ -7,6 +7,7 @@
  * moment room opens until a send falls short again, more_fd from when awaited output came until it is awaited again. A byte put behind others costs no system call.
  */
 #include "console.h"
+#include "core/thread.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -78,13 +79,9 @@ int vmm_console_create(size_t input_limit, size_t log_limit, size_t high_water, 
     if (!console)
         return -ENOMEM;
 
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&console->lock, NULL);
-    pthread_cond_init(&console->more, &monotonic);
-    pthread_cond_init(&console->quiet, NULL);
-    pthread_condattr_destroy(&monotonic);
+    vmm_cond_init(&console->more);
+    vmm_cond_init(&console->quiet);
 
     console->capacity = log_limit + VMM_CONSOLE_SLACK;
     console->high_water = high_water;
@@ -265,24 +262,12 @@ uint64_t vmm_console_end(vmm_console *console)
 
 int vmm_console_wait(vmm_console *console, uint64_t position, int timeout_ms)
 {
-    struct timespec deadline;
-    clock_gettime(CLOCK_MONOTONIC, &deadline);
-    if (timeout_ms > 0) {
-        deadline.tv_sec += timeout_ms / 1000;
-        deadline.tv_nsec += timeout_ms % 1000 * 1000000L;
-        if (deadline.tv_nsec >= 1000000000L) {
-            deadline.tv_sec++;
-            deadline.tv_nsec -= 1000000000L;
-        }
-    }
+    const struct timespec deadline = vmm_deadline(timeout_ms), *until = timeout_ms < 0 ? NULL : &deadline;
     pthread_mutex_lock(&console->lock);
     int error = 0;
     while (console->end <= position && !console->closed && error == 0 && timeout_ms != 0) {
         console->awaited = true;
-        if (timeout_ms < 0)
-            error = pthread_cond_wait(&console->more, &console->lock);
-        else
-            error = pthread_cond_timedwait(&console->more, &console->lock, &deadline);
+        error = vmm_cond_wait_until(&console->more, &console->lock, until);
     }
     const bool more = console->end > position;
     pthread_mutex_unlock(&console->lock);

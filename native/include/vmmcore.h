@@ -405,8 +405,14 @@ int vmm_vm_stop_fd(vmm_vm *vm);
 /*
  * Pause: returns when no vCPU is inside KVM_RUN or a device op, with every exit's result written back, so that
  * registers and memory are consistent. Nests: resume as often. -EDEADLK: called from a device op on a vCPU thread.
+ *
+ * A device op may take as long as it likes. For callers that have to look up meanwhile (signals) vmm_vm_request_pause
+ * asks only, and vmm_vm_await_pause waits at most `timeout_ms` (less than 0: as long as it takes): 1 once all stand, 0
+ * not yet. A request that is given up is undone by vmm_vm_resume. -EBUSY: nothing was requested.
  */
 int vmm_vm_pause(vmm_vm *vm);
+int vmm_vm_request_pause(vmm_vm *vm);
+int vmm_vm_await_pause(vmm_vm *vm, int timeout_ms);
 int vmm_vm_resume(vmm_vm *vm);
 
 /* Make the machine runnable again after every vmm_vcpu_run returned: forgets the stop reason. */

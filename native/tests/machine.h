@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "core/core.h"
+#include "core/thread.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -37,7 +38,7 @@ static inline vmm_vm *machine_create(void)
     vm->kvm_fd = vm->fd = vm->stop_fd = -1;
     vm->stop_vcpu = UINT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
-    pthread_cond_init(&vm->changed, NULL);
+    vmm_cond_init(&vm->changed);
     pthread_mutex_init(&vm->dirty_lock, NULL);
     vmm_bus_init(&vm->bus);
     machine_add(vm, 0, MACHINE_RAM, 0);

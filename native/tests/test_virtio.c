@@ -7,8 +7,11 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <semaphore.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <unistd.h>
 
 enum { /* 4.2.2 */
        MAGIC = 0x00,
@@ -429,6 +432,54 @@ static void test_pause_holds_the_io_thread(void)
     teardown(&b);
 }
 
+struct held_source {
+    struct vmm_source source;
+    sem_t entered, leave;
+};
+
+static void stay_in_it(struct vmm_source *source, uint32_t events)
+{
+    struct held_source *held = source->opaque;
+    uint64_t count;
+    (void)events;
+    CHECK_EQUAL(read(source->fd, &count, sizeof(count)), sizeof(count));
+    sem_post(&held->entered);
+    while (sem_wait(&held->leave) != 0)
+        ;
+}
+
+static void test_a_pause_that_a_handler_holds_up_is_waited_for_in_turns(void)
+{
+    struct bench b;
+    setup(&b);
+    vmm_loop *loop = vmm_vm_loop(b.vm);
+    struct held_source held = {
+        .source = {.fd = eventfd(0, EFD_NONBLOCK), .ready = stay_in_it, .opaque = &held}};
+    CHECK(sem_init(&held.entered, 0, 0) == 0 && sem_init(&held.leave, 0, 0) == 0);
+    CHECK_EQUAL(vmm_loop_add(loop, &held.source, EPOLLIN), 0);
+    CHECK_EQUAL(vmm_vm_await_pause(b.vm, 0), -EBUSY);
+    CHECK_EQUAL(write(held.source.fd, &(uint64_t){1}, sizeof(uint64_t)), sizeof(uint64_t));
+    while (sem_wait(&held.entered) != 0)
+        ;
+    CHECK_EQUAL(vmm_vm_request_pause(b.vm), 0);
+    CHECK_EQUAL(vmm_vm_await_pause(b.vm, 0), 0);
+    CHECK_EQUAL(vmm_vm_await_pause(b.vm, 10), 0);
+    CHECK_EQUAL(vmm_vm_resume(b.vm), 0); /* given up */
+    CHECK_EQUAL(vmm_vm_request_pause(b.vm), 0);
+    CHECK_EQUAL(vmm_vm_await_pause(b.vm, 1), 0);
+    sem_post(&held.leave);
+    CHECK_EQUAL(vmm_vm_await_pause(b.vm, -1), 1);
+    CHECK_EQUAL(vmm_vm_pause(b.vm), 0); /* nests */
+    CHECK_EQUAL(vmm_vm_resume(b.vm), 0);
+    CHECK_EQUAL(vmm_vm_await_pause(b.vm, 0), 1);
+    CHECK_EQUAL(vmm_vm_resume(b.vm), 0);
+    CHECK_EQUAL(vmm_vm_resume(b.vm), -EBUSY);
+    vmm_loop_remove(loop, &held.source);
+    vmm_loop_sync(loop);
+    close(held.source.fd);
+    teardown(&b);
+}
+
 /* Beside the bench's own device, whose place the driver's functions give up to it. */
 struct rng_bench {
     struct bench b;
@@ -517,6 +568,7 @@ int main(void)
     test_two_causes_of_one_line();
     test_odd_accesses_do_nothing();
     test_pause_holds_the_io_thread();
+    test_a_pause_that_a_handler_holds_up_is_waited_for_in_turns();
     test_rng_fills_every_piece();
     test_rng_asked_for_much_leaves_others_their_turn();
     return 0;

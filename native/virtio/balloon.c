@@ -7,10 +7,12 @@
  */
 #include "vmmballoon.h"
 
+#include "core/thread.h"
 #include "virtio/virtio.h"
 
 #include <endian.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -304,11 +306,7 @@ int vmm_balloon_create(vmm_vm *vm, const char *name, uint32_t flags, vmm_balloon
     }
     balloon->virtio.writable_at = offsetof(struct config, actual);
     balloon->virtio.writable_size = sizeof(uint32_t);
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&balloon->answered, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    vmm_cond_init(&balloon->answered);
     *out = balloon;
     return 0;
 }
@@ -356,15 +354,7 @@ int vmm_balloon_ask(vmm_balloon *balloon, uint32_t timeout_ms, vmm_balloon_memor
 {
     struct vmm_virtio *dev = &balloon->virtio;
     const unsigned queue = 2;
-    struct timespec deadline;
-    clock_gettime(CLOCK_MONOTONIC, &deadline);
-    deadline.tv_sec += timeout_ms / 1000;
-    deadline.tv_nsec += timeout_ms % 1000 * 1000000l;
-    if (deadline.tv_nsec >= 1000000000l) {
-        deadline.tv_sec++;
-        deadline.tv_nsec -= 1000000000l;
-    }
-
+    const struct timespec deadline = vmm_deadline(timeout_ms > INT_MAX ? INT_MAX : (int)timeout_ms);
     VMM_VIRTIO_LOCKED(dev);
     const uint64_t before = balloon->memory.updates;
     struct vmm_chain chain;

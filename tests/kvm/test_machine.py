@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -116,6 +118,44 @@ def test_pauses_nest(flat: Any) -> None:
     assert counted(machine) == held
     machine.resume()
     wait_for_count(machine, held)
+
+
+class Holding(Device):
+    """Keeps the vCPU that reads it until it is told to let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def read(self, offset: int, size: int) -> int:
+        self.entered.set()
+        self.let_go.wait()
+        return 1
+
+
+def test_a_signal_ends_a_pause_that_a_device_holds_up(flat: Any) -> None:
+    class Told(Exception):
+        pass
+
+    def told(number: int, frame: Any) -> None:
+        raise Told
+
+    machine, device = flat(POINT_AT_DEVICE + bytes.fromhex("8b07") + EXIT_WITH_5), Holding()  # mov eax, [rdi]
+    machine.attach(device, address=DEVICE, size=4)
+    machine.start()
+    assert device.entered.wait(60)
+    before = signal.signal(signal.SIGUSR1, told)
+    soon = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        with pytest.raises(Told):
+            soon.start()
+            machine.pause()
+        assert not machine.paused
+    finally:
+        soon.join()
+        signal.signal(signal.SIGUSR1, before)
+        device.let_go.set()
+    assert machine.wait(timeout=60).code == 5  # nothing of the pause is left
 
 
 def test_registers_set_while_paused_are_what_the_guest_goes_on_with(flat: Any) -> None:

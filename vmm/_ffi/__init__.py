@@ -6,6 +6,8 @@ taken again only when a device written in Python is accessed: :class:`Upcall` is
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from vmm._native import ffi, lib
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "HookUpcall", "Upcall", "VirtioUpcall", "check", "ffi", "lib",
+    "pause", "wait",
 ]  # fmt: skip
 
 _MASK = (1 << 64) - 1
+_SLICE_MS = 100  # of a native wait: how late a signal's handler may run on a thread that waits
 
 
 def check(code: int) -> int:
@@ -26,6 +30,35 @@ def check(code: int) -> int:
     if code < 0:
         raise from_native(code, ffi.string(lib.vmm_error_text()).decode(errors="replace"))
     return code
+
+
+def wait(native: Callable[[int], int], timeout: float | None) -> int:
+    """Wait ``timeout`` seconds (``None``: as long as it takes) in ``native(milliseconds)``, which returns 0 only
+    when its time is up: return its last result.
+
+    Python runs a signal's handler only between two calls, so a wait is made of short ones. What the handler raises
+    (``KeyboardInterrupt``, a test's time limit) comes out of here.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = _SLICE_MS if end is None else max(0, math.ceil((end - time.monotonic()) * 1000))
+        result = native(min(left, _SLICE_MS))
+        if result or (end is not None and left <= _SLICE_MS):
+            return result
+
+
+def pause(vm: Any) -> None:
+    """Pause a native machine and wait until all of it stands; ``vmm_vm_resume`` undoes it.
+
+    A device's own code may keep a vCPU for as long as it likes: what a signal's handler raises meanwhile comes out of
+    here, and the machine is not paused then.
+    """
+    check(lib.vmm_vm_request_pause(vm))
+    try:
+        check(wait(lambda milliseconds: int(lib.vmm_vm_await_pause(vm, milliseconds)), None))
+    except BaseException:
+        lib.vmm_vm_resume(vm)
+        raise
 
 
 class Upcall:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from vmm._ffi import PYTHON_OPS, Upcall, check, ffi, lib
+from vmm._ffi import PYTHON_OPS, Upcall, check, ffi, lib, pause
 from vmm.cpu.statistics import Statistics
 from vmm.cpu.vcpu import GENERAL
 from vmm.cpu.verdicts import Look, due, stuck
@@ -154,7 +154,7 @@ class TinyGuest:
 
     def _look(self, cpu_ns: int) -> Look:
         regs = ffi.new("vmm_regs *")
-        check(lib.vmm_vm_pause(self.vm))
+        pause(self.vm)
         try:
             check(lib.vmm_vcpu_get_regs(self.vcpu, regs))
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vmm._ffi import check, ffi, lib
+from vmm._ffi import check, ffi, lib, wait
 from vmm.errors import SnapshotError, StateError
 from vmm.snapshot.regions import words
 
@@ -103,8 +103,7 @@ class LazyMemory:
 
         Raises :class:`~vmm.errors.StateError` when pages are missing for good.
         """
-        milliseconds = -1 if timeout is None else int(timeout * 1000)
-        found = lib.vmm_lazy_wait(self.native, milliseconds)
+        found = wait(lambda milliseconds: int(lib.vmm_lazy_wait(self.native, milliseconds)), timeout)
         if found < 0:
             raise StateError("guest memory that was still to come will not")
         return bool(found)
