@@ -24,6 +24,7 @@
 
 #define RFLAGS_FIXED (1 << 1)
 #define RFLAGS_TF (1 << 8)
+#define DR6_BS (1 << 14)
 #define RFLAGS_IOPL3 (3 << 12)
 #define RFLAGS_AC (1 << 18)
 
@@ -121,6 +122,7 @@ void *physical_window(uint64_t gpa);
 
 READ_WRITE_REGISTER(cr0)
 READ_WRITE_REGISTER(cr2)
+READ_WRITE_REGISTER(dr6)
 READ_WRITE_REGISTER(cr3)
 READ_WRITE_REGISTER(cr4)
 

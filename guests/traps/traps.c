@@ -183,7 +183,9 @@ static void at_cpl3(void)
     CHECK_EQ(user_trap(user_divide, 0, 0), DE);
     CHECK_EQ(user_trap(user_privileged, 0, 0), GP);
     CHECK_EQ(caught.error, 0);
+    write_dr6(0);
     CHECK_EQ(user_trap(user_add, 0, RFLAGS_TF), DB);
+    CHECK_EQ(read_dr6() & DR6_BS, DR6_BS);
 
     CHECK_EQ(user_trap(user_port, PORT_POST, 0), GP);
     user_ports(true);

@@ -10,7 +10,14 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-enum { INT3 = 0xcc, VECTOR_BP = 3, DR6_BS = 1 << 14, DR7_EXACT = 0x700, MAX_PLANTED = 4096 };
+enum {
+    INT3 = 0xcc,
+    VECTOR_BP = 3,
+    DR6_BS = 1 << 14,
+    DR6_WHY = 7 << 13 /* BD, BS, BT */,
+    DR7_EXACT = 0x700,
+    MAX_PLANTED = 4096
+};
 
 /* ---- what KVM is asked for ---- */
 
@@ -555,6 +562,19 @@ void vmm_debug_completed(struct vmm_vcpu *vcpu)
         (void)report_step(vcpu);
 }
 
+/* The guest's own #DB. KVM delivers it, but leaves DR6 as it was: the reason is for us to write there (SDM volume 3,
+ * 17.2.3). */
+static int give_back_db(struct vmm_vcpu *vcpu, uint64_t dr6)
+{
+    struct kvm_debugregs registers;
+    if (ioctl(vcpu->fd, KVM_GET_DEBUGREGS, &registers) < 0)
+        return vmm_error_errno("KVM_GET_DEBUGREGS");
+    registers.dr6 |= dr6 & DR6_WHY;
+    if (ioctl(vcpu->fd, KVM_SET_DEBUGREGS, &registers) < 0)
+        return vmm_error_errno("KVM_SET_DEBUGREGS");
+    return set_guest_debug(vcpu, KVM_GUESTDBG_INJECT_DB);
+}
+
 int vmm_debug_exit(struct vmm_vcpu *vcpu)
 {
     const struct vmm_debug *debug = &vcpu->vm->debug;
@@ -570,5 +590,5 @@ int vmm_debug_exit(struct vmm_vcpu *vcpu)
         }
     if (arch->dr6 & DR6_BS && report_step(vcpu))
         return 1;
-    return set_guest_debug(vcpu, KVM_GUESTDBG_INJECT_DB) == 0;
+    return give_back_db(vcpu, arch->dr6) == 0;
 }
