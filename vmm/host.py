@@ -46,12 +46,13 @@ USED = {
 class Remedies:
     """What one machine does about its host: native flags, and whether guest kernel code is ``emulated``."""
 
-    __slots__ = ("emulated", "remedies", "tsc_fixed", "vmcall_loops")
+    __slots__ = ("emulated", "remedies", "tsc_fixed", "unstopped", "vmcall_loops")
 
     def __init__(self, found: Findings | None, mode: str) -> None:
         forced = mode == "on"
         self.remedies = 0
         self.vmcall_loops = self.emulated = self.tsc_fixed = False
+        self.unstopped: list[str] = found.unstopped if found else []
         if mode == "off" or found is None:
             return
         self.emulated = not found.native
@@ -94,7 +95,7 @@ def _cache_file(kvm: str) -> str:
         tag = f"{device.st_rdev:x}-{int(device.st_ctime)}"
     except OSError:
         tag = "none"
-    return os.path.join(cache_folder(), f"host-3-{boot}-{tag}")
+    return os.path.join(cache_folder(), f"host-4-{boot}-{tag}")
 
 
 _MODULES = ("kvm", *_BACKENDS)

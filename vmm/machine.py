@@ -889,6 +889,7 @@ class Machine:
                 failed=self._callback_failed,
                 stop_fd=self.stop_fd,
                 emulated=self.host.emulated,
+                unstopped=self.host.unstopped,
             )
         return self._debugger
 

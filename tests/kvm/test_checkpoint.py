@@ -223,6 +223,7 @@ def test_a_closed_checkpoint_or_anothers_is_refused(flat: Callable[..., Machine]
     assert kept.closed
 
 
+@pytest.mark.stops("breakpoint")
 def test_a_debuggers_breakpoint_outlives_a_rollback_and_is_not_in_it(flat: Callable[..., Machine]) -> None:
     machine = flat(store(HEAP, 7) + b"\x90" + EXIT)
     machine.load()

@@ -40,7 +40,7 @@ def test_the_report_says_what_the_probes_find(report: dict[str, Any]) -> None:
     assert report["guest_kernel_code"] == ("native" if found.native else "emulated")
     assert report["missing_instructions"] == found.missing
     assert report["cpuid_forced"] == found.cpuid_forced
-    for name in ("syscall_broken", "vmcall_loops", "tsc_fixed", "shadowed"):
+    for name in ("syscall_broken", "vmcall_loops", "tsc_fixed", "shadowed", "unstopped"):
         assert report[name] == getattr(found, name)
 
 
@@ -142,9 +142,10 @@ def test_each_departure_has_a_consequence() -> None:
     found.missing = ["popcnt", "xsave"]
     found.syscall_broken = found.vmcall_loops = found.tsc_fixed = found.shadowed = True
     found.cpuid_forced = ["avx2"]
+    found.unstopped = ["breakpoint", "write"]
     said = consequences(found)
-    assert len(said) == 7
-    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC", "page tables"):
+    assert len(said) == 8
+    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC", "page tables", "breakpoint, write"):
         assert sum(words in text for text in said) == 1, words
 
 

@@ -48,6 +48,7 @@ def debugged(image: str, **fields: object) -> Iterator[tuple[Machine, GdbServer]
         yield machine, server
 
 
+@pytest.mark.stops("breakpoint")
 def test_break_backtrace_step_and_on_to_the_end(guest: GuestPath) -> None:
     with debugged(guest("hello")) as (machine, server):
         said = gdb(server, guest("hello"), "break guest_main", "continue", "backtrace", "info registers rip", "stepi",
@@ -59,7 +60,13 @@ def test_break_backtrace_step_and_on_to_the_end(guest: GuestPath) -> None:
     assert "=> 0x" in said
 
 
-@pytest.mark.parametrize("command", ["break", "hbreak"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param("break", marks=pytest.mark.stops("breakpoint")),
+        pytest.param("hbreak", marks=pytest.mark.stops("hardware")),
+    ],
+)
 def test_a_breakpoint_is_hit_each_time(guest: GuestPath, command: str) -> None:
     with debugged(guest("hello")) as (machine, server):
         said = gdb(server, guest("hello"), f"{command} guest_main", "continue",
@@ -68,6 +75,7 @@ def test_a_breakpoint_is_hit_each_time(guest: GuestPath, command: str) -> None:
     assert said.count("Breakpoint 1, guest_main ()") == 3
 
 
+@pytest.mark.stops("breakpoint")
 def test_gdb_sees_registers_and_memory_and_changes_them(guest: GuestPath) -> None:
     with debugged(guest("hello")) as (machine, server):
         said = gdb(
@@ -87,6 +95,7 @@ def test_gdb_sees_registers_and_memory_and_changes_them(guest: GuestPath) -> Non
     assert "0xcc" not in said  # its own breakpoint is not shown
 
 
+@pytest.mark.stops("breakpoint", "write")
 def test_a_watchpoint_stops_where_the_variable_is_written(guest: GuestPath) -> None:
     with debugged(guest("irq")) as (machine, server):
         said = gdb(server, guest("irq"), "break guest_main", "continue", "watch trap_handlers[0x20]", "continue",
@@ -97,6 +106,19 @@ def test_a_watchpoint_stops_where_the_variable_is_written(guest: GuestPath) -> N
     assert "breakpoint already hit 1 time" in said
 
 
+@pytest.mark.stops("hardware")
+def test_gdb_uses_every_debug_register(guest: GuestPath) -> None:
+    with debugged(guest("hello")) as (machine, server):
+        slots = machine.debug.slots
+        nowhere = [f"hbreak *{0x200000 + offset:#x}" for offset in range(slots - 1)]
+        breaks = ["hbreak guest_main", *nowhere]
+        said = gdb(server, guest("hello"), *breaks, "continue", "hbreak guest_exit", "continue", "kill")
+        assert machine.wait(timeout=20).reason == "stopped"
+    assert "Breakpoint 1, guest_main ()" in said
+    assert f"Cannot insert hardware breakpoint {slots + 1}" in said
+
+
+@pytest.mark.stops("breakpoint")
 def test_all_vcpus_are_threads(guest: GuestPath) -> None:
     with debugged(guest("smp"), cpus=3, append="cpus=3") as (machine, server):
         said = gdb(server, guest("smp"), "info threads", "break guest_main", "continue", "thread apply all p $rip",
@@ -107,6 +129,7 @@ def test_all_vcpus_are_threads(guest: GuestPath) -> None:
     assert "Switching to thread 3" in said
 
 
+@pytest.mark.stops("breakpoint")
 def test_a_breakpoint_on_another_vcpu_is_reported_for_it(guest: GuestPath) -> None:
     with debugged(guest("smp"), cpus=2, append="cpus=2") as (machine, server):
         said = gdb(server, guest("smp"), "break idt_load", "continue", "info threads",
@@ -170,6 +193,7 @@ def answer(client: socket.socket) -> bytes:
     return data[1 : data.index(b"#")]
 
 
+@pytest.mark.stops("breakpoint")
 def test_a_client_that_vanishes_leaves_a_machine_that_another_finds_standing(guest: GuestPath) -> None:
     with debugged(guest("spin")) as (machine, server):
         for _ in range(3):

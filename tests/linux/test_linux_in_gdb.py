@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(400)  # 20 s alone where kernel code is emulated
 
 
+@pytest.mark.stops("breakpoint", "hardware")
 def test_break_backtrace_and_on_to_power_off(small_kernel: SmallKernel) -> None:
     program = shutil.which("gdb")
     if program is None:

@@ -34,7 +34,7 @@ def _program(page: Path) -> str:
     [
         ("write-a-device", {"Multiplier", "device", "machine", "outcome", "product"}),
         ("write-a-virtio-device", {"Entropy", "Scratchpad", "answer"}),
-        ("debug-with-gdb", {"passes", "outcome", "lost"}),
+        pytest.param("debug-with-gdb", {"passes", "outcome", "lost"}, marks=pytest.mark.stops("breakpoint")),
         ("trace-exits", {"trace", "slowest", "again", "profile"}),
         ("snapshots", {"fresh", "tuesday", "again"}),
         ("clones", {"clones", "grandchild", "numbered"}),

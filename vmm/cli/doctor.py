@@ -59,6 +59,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     report["cpuid_forced"] = found.cpuid_forced
     report["tsc_fixed"] = found.tsc_fixed
     report["shadowed"] = found.shadowed
+    report["unstopped"] = found.unstopped
     report["basis"] = {_KEYS.get(name, name): found.basis[name] for name in VERDICTS if name in found.basis}
     report["consequences"] = consequences(found)
     return report
@@ -98,6 +99,10 @@ def consequences(found: Findings) -> list[str]:
         )
     if found.shadowed:
         said.append("KVM does not see the host write page tables: pyvmm has it forget them at every roll-back")
+    if found.unstopped:
+        said.append(
+            f"a guest runs past a debugger's {', '.join(found.unstopped)} points: pyvmm and its gdb stub refuse them"
+        )
     return said
 
 

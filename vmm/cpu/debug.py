@@ -28,8 +28,8 @@ _SOFTWARE, _EXECUTE, _WRITE, _ACCESS, _STEP, _COUNT = 1, 2, 3, 4, 5, 6
 KINDS = {
     _SOFTWARE: "breakpoint", _EXECUTE: "hardware", _WRITE: "write", _ACCESS: "access", _STEP: "step", _COUNT: "count",
 }  # fmt: skip
-_NATIVE = {name: number for number, name in KINDS.items()}
-_WATCH_BY_STEP = 1
+NATIVE_KINDS = {name: number for number, name in KINDS.items()}
+WATCH_BY_STEP = 1  # enum vmm_debug_flags
 
 
 class Point:
@@ -96,6 +96,7 @@ class Debugger:
     ``pause`` and ``resume`` are the machine's (they nest); ``stop_fd`` is readable once it has ended; ``failed`` takes
     an exception out of a callable and stops the machine; ``emulated`` says that the host's KVM emulates CPL 0 code
     (``host.Findings``). There, watchpoints see writes only and step every instruction, and CPL 3 code is not stopped.
+    ``unstopped`` are the kinds of points that it does not stop at: they are refused.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Debugger:
         failed: Callable[[BaseException], None],
         stop_fd: int,
         emulated: bool,
+        unstopped: Sequence[str] = (),
     ) -> None:
         from queue import SimpleQueue
 
@@ -121,12 +123,13 @@ class Debugger:
         self._resume = resume
         self._failed = failed
         self._stop_fd = stop_fd
+        self._unstopped = unstopped
         self._stops: SimpleQueue[Stop | None] = SimpleQueue()
         self._before: dict[Vcpu, int] = {}  # who was told to stand before a breakpoint, and where
         self._turn = threading.RLock()  # whoever takes events or lets vCPUs go
         self._setting = threading.RLock()  # of points: not _turn, which is held while a vCPU makes a step
         with self._standing():
-            check(lib.vmm_debug_open(vm, _WATCH_BY_STEP if emulated else 0))
+            check(lib.vmm_debug_open(vm, WATCH_BY_STEP if emulated else 0))
         self.slots = int(lib.vmm_debug_slots(vm))
         self._event_fd = int(lib.vmm_debug_fd(vm))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -161,7 +164,7 @@ class Debugger:
         there are :attr:`slots`.
 
         Raises :class:`~vmm.errors.LinearMemoryError` where nothing is mapped, :class:`~vmm.errors.ConfigError` when
-        no debug register is left.
+        no debug register is left, :class:`~vmm.errors.HostError` where this host's KVM does not stop at such a point.
         """
         point = Point("hardware" if hardware else "breakpoint", address, 1, callback, self.remove)
         return self._set(point, vcpu or self.vcpus[0])
@@ -180,6 +183,7 @@ class Debugger:
     def _set(self, point: Point, vcpu: Vcpu) -> Point:
         if not 0 <= point.address < 1 << 64:
             raise ConfigError(f"{point.address:#x} is not a 64-bit address")
+        self._refuse_unstopped("write" if point.kind == "access" else point.kind)
         with self._standing():
             if point.kind == "breakpoint":
                 found = vcpu.memory.walk(point.address)
@@ -191,6 +195,17 @@ class Debugger:
             self._install(point)
             self.points.append(point)
         return point
+
+    def _refuse_unstopped(self, kind: str) -> None:
+        """No point is set that a guest would run past, and perhaps into its own death: an INT3 is an instruction."""
+        if kind not in self._unstopped:
+            return
+        what = {"breakpoint": "software breakpoints", "hardware": "hardware breakpoints", "write": "watchpoints"}
+        others = [name for name in what if name not in self._unstopped]
+        instead = f"set {' or '.join(what[name] for name in others)} instead" if others else "single steps work"
+        raise HostError(
+            f"this host's KVM does not stop a guest at {what[kind]} (pyvmm doctor says what was seen): {instead}"
+        )
 
     def _slot_for(self, point: Point) -> int:
         for other in self.points:
@@ -206,7 +221,7 @@ class Debugger:
     def _install(self, point: Point) -> None:
         """Its place is set natively, unless it is for another point."""
         if point.slot >= 0:
-            check(lib.vmm_debug_set_point(self._vm, point.slot, _NATIVE[point.kind], point.address, point.size))
+            check(lib.vmm_debug_set_point(self._vm, point.slot, NATIVE_KINDS[point.kind], point.address, point.size))
         elif point.gpa not in self._ram.planted:
             original = ffi.new("uint8_t *")
             check(lib.vmm_debug_plant(self._vm, point.gpa, original))

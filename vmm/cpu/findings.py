@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # What has a basis, in the order in which a report has it
-VERDICTS = ("native", "missing", "syscall_broken", "vmcall_loops", "cpuid_forced", "tsc_fixed", "shadowed")
+VERDICTS = ("native", "missing", "syscall_broken", "vmcall_loops", "cpuid_forced", "tsc_fixed", "shadowed", "unstopped")
 
 
 class Findings:
@@ -13,7 +13,8 @@ class Findings:
     ``missing``: instructions KVM cannot execute at CPL 0. ``syscall_broken``: SYSCALL from CPL 3 stays at CPL 3.
     ``vmcall_loops``: a hypercall never returns. ``cpuid_forced``: feature names the guest sees although hidden.
     ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it. ``shadowed``: KVM goes on with page tables
-    as they were before the host wrote them.
+    as they were before the host wrote them. ``unstopped``: kinds of a debugger's points
+    (``vmm.cpu.debug.KINDS``) at which KVM does not stop a guest.
 
     ``basis`` has, for the name of each verdict, the measurement it rests on. ``instruction_ns`` and ``pio_us`` are
     figures for a person: no verdict rests on them.
@@ -29,6 +30,7 @@ class Findings:
         "shadowed",
         "syscall_broken",
         "tsc_fixed",
+        "unstopped",
         "vmcall_loops",
     )
 
@@ -42,6 +44,7 @@ class Findings:
         self.tsc_fixed = False
         self.shadowed = False
         self.cpuid_forced: list[str] = []
+        self.unstopped: list[str] = []
         self.basis: dict[str, str] = {}
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmm._ffi import check, ffi, lib
 from vmm.cpu.findings import Findings
-from vmm.cpu.tiny_guest import DATA, OUT_DONE, UPPER, UPPER_CODE, Starved, TinyGuest
+from vmm.cpu.tiny_guest import CODE, DATA, OUT_DONE, UPPER, UPPER_CODE, Starved, TinyGuest
 from vmm.cpu.verdicts import Verdict, emulation_counted, emulation_timed
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def probe(kvm: str = "/dev/kvm", *, statistics: bool = True) -> Findings:
             one(guest, found)
         finally:
             guest.close()
+    _stops(fresh, found)
     return found
 
 
@@ -219,6 +220,23 @@ def _shadows(guest: TinyGuest, found: Findings) -> None:
     found.shadowed = guest.memory.read(DATA, 4) == pages[0].to_bytes(4, "little")
     which = "old" if found.shadowed else "new"
     found.basis["shadowed"] = f"a guest read the {which} page after its page table was written from outside"
+
+
+def _stops(fresh: Callable[[], TinyGuest], found: Findings) -> None:
+    # A debugger's point of each kind where the second instruction is, or what it writes: nop; mov [rsi], eax
+    store = CODE + 1
+    points = (("breakpoint", store, 1), ("hardware", store, 1), ("write", DATA, 4))
+    for kind, address, size in points:
+        guest = fresh()
+        try:
+            guest.enter(b"\x90\x89\x06" + OUT_DONE, rax=1)
+            if not guest.stops_at(kind, address, size, emulated=not found.native):
+                found.unstopped.append(kind)
+        finally:
+            guest.close()
+    passed = f"; it ran past: {', '.join(found.unstopped)}" if found.unstopped else ""
+    stopped = len(points) - len(found.unstopped)
+    found.basis["unstopped"] = f"a guest stopped at {stopped} of {len(points)} kinds of a debugger's points{passed}"
 
 
 def _syscall(guest: TinyGuest, found: Findings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 
@@ -127,6 +128,33 @@ class TinyGuest:
                 "end what keeps this host busy, and start again"
             )
         return {_POWEROFF: "done", _EMULATION: "failed", _TRIPLE_FAULT: "fault", _HOST: "stuck"}.get(reason, "other")
+
+    def stops_at(self, kind: str, address: int, size: int, *, emulated: bool) -> bool:
+        """Run until a debugger's point of this ``kind`` (:data:`vmm.cpu.debug.KINDS`) stops it, or to its end: whether
+        it was the point. Nothing can be run here after that. False too where KVM has no debugging.
+
+        Raises :class:`Starved`.
+        """
+        from vmm.cpu.debug import NATIVE_KINDS, WATCH_BY_STEP
+
+        if lib.vmm_debug_open(self.vm, WATCH_BY_STEP if emulated else 0) < 0:
+            return False
+        if kind == "breakpoint":
+            check(lib.vmm_debug_plant(self.vm, address, ffi.new("uint8_t *")))
+        else:
+            check(lib.vmm_debug_set_point(self.vm, 0, NATIVE_KINDS[kind], address, size))
+        thread = threading.Thread(target=lib.vmm_vcpu_run, args=(self.vcpu,), daemon=True)
+        thread.start()
+        event = lib.vmm_debug_fd(self.vm)
+        ready = select.select([event, lib.vmm_vm_stop_fd(self.vm)], [], [], _STARVED)[0]
+        lib.vmm_vm_stop(self.vm, _HOST, 0)
+        thread.join()
+        if not ready:
+            raise Starved(
+                f"a guest of a few instructions did not end in {_STARVED:.0f} s: "
+                "end what keeps this host busy, and start again"
+            )
+        return event in ready
 
     def _watch(self, ended: threading.Event, clock: list[int]) -> bool:
         """Stop a guest that will not end. Answers whether nothing is known of it since it was starved."""
