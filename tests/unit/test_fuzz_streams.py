@@ -163,7 +163,7 @@ def test_any_header_of_an_overlay_is_read_or_refused() -> None:
 
     corpus = [
         header(1 << 20, 4096, 4096, 1 << 20, 1 << 20, 7),
-        header(1 << 40, 4096, 1 << 22, 1 << 30, 1 << 20, 7),
+        header(1 << 40, 4096, 1 << 26, 1 << 30, 1 << 20, 7),
         header(1 << 60, 4096, 1 << 46, 1 << 47, 512, 0),
     ]
     for good in corpus:
