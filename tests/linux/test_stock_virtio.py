@@ -8,19 +8,21 @@ from __future__ import annotations
 import hashlib
 import http.server
 import shutil
+import socket
 import subprocess
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from vmm import Machine
 from vmm.config import MachineConfig
+from vmm.console import Console
+from vmm.devices.virtio.balloon import Balloon
+from vmm.devices.virtio.console import VirtioConsole
+from vmm.devices.virtio.fs import find_server
 from vmm.errors import HostError
 from vmm.linux import debian, initramfs, modules
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,3 +110,82 @@ def test_root_on_a_disk_and_a_file_through_the_network(
     pci = ("PCI: Fatal", "not using MMCONFIG") if transport == "pci" else ()
     for complaint in ("ACPI Error", "ACPI BIOS", "Call Trace", *pci):
         assert complaint not in printed
+
+
+MIB = 1 << 20
+STREAM = bytes(range(256)) * 1024
+
+# One line for each device that works; the balloon is looked at from outside.
+EVERY_DEVICE = """
+for device in /sys/bus/virtio/drivers/*/virtio*; do echo "bound: $device"; done
+echo disk: $(dd if=/dev/vda bs=512 count=1 2>/dev/null | sha256sum)
+dd if=/dev/vda of=/dev/vda bs=512 count=1 seek=2 conv=fsync 2>/dev/null
+ip link set eth0 up; cat /sys/class/net/eth0/carrier
+head -c 8 /dev/hwrng | wc -c
+mkdir /share; mount -t virtiofs host /share && cat /share/hello && echo from the guest >/share/written
+umount /share
+read -r line </dev/hvc0; echo "console: $line"; echo "heard $line" >/dev/hvc0
+vsock-echo connect 77
+read -r line </dev/hvc0
+"""
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_every_device_is_bound_and_works(kernel: debian.StockKernel, transport: str, tmp_path: Path) -> None:
+    try:
+        find_server()
+    except HostError as error:
+        pytest.skip(str(error))
+    program = tmp_path / "vsock-echo"
+    source = Path(__file__).with_name("vsock-echo.c")
+    subprocess.run(["gcc", "-static", "-Os", "-Wall", "-o", program, source], check=True, timeout=120)
+    image, shared = tmp_path / "disk.img", tmp_path / "shared"
+    image.write_bytes(bytes(range(256)) * 2 + bytes(MIB - 512))
+    shared.mkdir()
+    (shared / "hello").write_text("from the host\n")
+    config = MachineConfig(
+        kernel=kernel.vmlinuz, memory="512M", virtio=transport, disks=str(image), nets="user", balloon=True,
+        shares=f"{shared}:host", vsock=f"{tmp_path}/v,cid=5", append="loglevel=6",
+    )  # fmt: skip
+    drivers = modules.entries(kernel.modules, [*modules.of_machine(config), "virtio_console"])
+    entries = [*drivers, initramfs.file("bin/vsock-echo", program)]
+    console = Console()
+    try:
+        initrd = str(initramfs.command(["sh", "-c", EVERY_DEVICE], entries=entries))
+        with Machine(config, initrd=[initrd]) as machine, socket.socket(socket.AF_UNIX) as listener:
+            listener.settimeout(3000)
+            listener.bind(f"{tmp_path}/v_77")
+            listener.listen()
+            machine.add(VirtioConsole(machine.native, 0, console))
+            (balloon,) = (device for device in machine.virtio if isinstance(device, Balloon))
+            balloon.target = 64 * MIB
+            machine.start()
+            console.send("typed\n")
+            console.expect(rb"heard typed\r?\n", 3000)
+            end = listener.accept()[0]
+            end.settimeout(300)
+            with end:
+                writer = threading.Thread(target=lambda: (end.sendall(STREAM), end.shutdown(socket.SHUT_WR)))
+                writer.start()
+                got = bytearray()
+                while part := end.recv(1 << 16):
+                    got += part
+                writer.join()
+            assert bytes(got) == STREAM
+            machine.console.expect(f"echoed {len(STREAM)}", 300)
+            while balloon.actual < 64 * MIB:  # pages are given as the driver finds them
+                assert machine.outcome is None
+            console.send("over\n")
+            outcome = machine.wait(timeout=600)
+            printed = machine.console.transcript.decode(errors="replace").replace("\r", "")
+            assert machine.messages == []
+    finally:
+        console.destroy()
+    assert (outcome.reason, outcome.status) == ("power-off", 0), printed[-4000:]
+    for driver in ("virtio_blk", "virtio_net", "virtio_rng", "virtiofs", "virtio_balloon", "virtio_console",
+                   "vmw_vsock_virtio_transport"):  # fmt: skip
+        assert f"bound: /sys/bus/virtio/drivers/{driver}/virtio" in printed, printed[-4000:]
+    first = hashlib.sha256(image.read_bytes()[:512]).hexdigest()
+    assert f"disk: {first} -\n1\n8\nfrom the host\nconsole: typed\n" in printed, printed[-4000:]
+    assert image.read_bytes()[1024:1536] == bytes(range(256)) * 2
+    assert (shared / "written").read_text() == "from the guest\n"

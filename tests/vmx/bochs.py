@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -93,7 +95,7 @@ def run(root: Root, project: Path, results: emulator.Results, *, silence: float)
         root=link, project=project, results=results.disk, cd=_make_cd(root, folder), serial=serial, log=log
     )
     (folder / "bochsrc").write_text(text)
-    # Its display is a terminal, and the Debian package starts in its debugger: "c" goes on.
+    # The Debian package starts in its debugger, on the terminal it was given: "c" goes on.
     control, terminal = pty.openpty()
     process = emulator.start(
         [PROGRAM, "-q", "-f", str(folder / "bochsrc")], stdin=terminal, stdout=terminal, stderr=terminal,
@@ -102,25 +104,57 @@ def run(root: Root, project: Path, results: emulator.Results, *, silence: float)
     os.close(terminal)
     try:
         os.write(control, b"c\n")
-        _stream(process, control, serial, silence)
+        with _Screens(control) as screens:
+            _stream(process, screens, serial, silence)
     finally:
         emulator.end(process)
-        os.close(control)
     if not _powered_off(log):
         raise HostError(f"Bochs ended before its guest did: {_last_panic(log)}")
 
 
-def _stream(process: subprocess.Popen[bytes], control: int, serial: Path, silence: float) -> None:
+class _Screens:
+    """Bochs's terminal, and the second one that it makes for the guest's screen: both are read, lest it waits."""
+
+    _MADE = re.compile(rb"/dev/pts/\d+")
+    _SAID = 4096  # bytes in which the second one's name is looked for
+
+    def __init__(self, control: int) -> None:
+        self._open = [control]
+        self._said = b""
+
+    def __enter__(self) -> _Screens:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open:
+            os.close(fd)
+
+    def drain(self, seconds: float) -> None:
+        """Read what comes within that time, and drop it."""
+        ready, _, _ = select.select(self._open, [], [], seconds)
+        for fd in ready:
+            with contextlib.suppress(OSError):  # EIO: Bochs has ended
+                data = os.read(fd, 1 << 16)
+                if len(self._open) == 1 and len(self._said) < self._SAID:
+                    self._said += data
+                    self._join()
+                continue
+            self._open.remove(fd)
+            os.close(fd)
+
+    def _join(self) -> None:
+        # Both ends of a terminal are one's own to open: it is this user's Bochs.
+        if made := self._MADE.search(self._said):
+            with contextlib.suppress(OSError):
+                self._open.append(os.open(made[0], os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+
+
+def _stream(process: subprocess.Popen[bytes], screens: _Screens, serial: Path, silence: float) -> None:
     last = time.monotonic()
     with open(serial, "rb") as file:
         while True:
             ended = process.poll() is not None
-            ready, _, _ = select.select([control], [], [], 0.5)
-            if ready:
-                try:
-                    os.read(control, 1 << 16)  # the screen, which nobody looks at
-                except OSError:  # EIO: the last process on the terminal has ended
-                    process.wait()
+            screens.drain(0.5)
             if data := file.read():
                 last = time.monotonic()
                 emulator.show(data)
