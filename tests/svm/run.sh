@@ -22,4 +22,6 @@ fi
 sync
 # The results are a tar archive on a disk of their own.
 tar -c -C /results . | dd of="${disks}c" bs=64k conv=fsync 2>/dev/null
+# Setting the line's modes waits until all that was printed has left it.
+stty -F /dev/console sane
 busybox poweroff -f
