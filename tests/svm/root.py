@@ -36,8 +36,8 @@ ALONE = ("qemu-system-common",)
 
 # What the disks and the root file system need, and /dev/kvm with its companions, by the module behind the latter.
 _MODULES = {
-    "kvm_amd": ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "fuse"),
-    "kvm_intel": ("ata_piix", "sd_mod", "crc32c_generic", "ext4", "kvm_intel", "tun", "fuse"),
+    "kvm_amd": ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "kvm_amd", "tun", "dummy", "fuse"),
+    "kvm_intel": ("ata_piix", "sd_mod", "crc32c_generic", "ext4", "kvm_intel", "tun", "dummy", "fuse"),
 }
 
 # What pyvmm depends on, and what its tests do.

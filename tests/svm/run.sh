@@ -6,6 +6,9 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
+# passt takes its addresses from the interface with the default route (RFC 5737: these lead nowhere).
+ip link add uplink type dummy && ip address add 192.0.2.2/24 dev uplink && ip link set uplink up
+ip route add default via 192.0.2.1
 hostname host
 echo 1 > /proc/sys/vm/overcommit_memory
 export HOME=/root LANG=C.UTF-8 PATH=/project/bin:/usr/sbin:/usr/bin TMPDIR=/var/tmp TERM="${TERM:-linux}"
