@@ -51,8 +51,8 @@ static void hold_vectors(const uint8_t *in, uint8_t *out, long times)
                      "vzeroupper"
                      : [times] "+r"(times)
                      : [in] "r"(in), [out] "r"(out)
-                     : "rax", "rcx", "r11", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-                       "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+                     : "rax", "rcx", "r11", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
+                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
 }
 
 static int64_t clock_ns(clockid_t id)
