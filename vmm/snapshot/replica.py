@@ -19,7 +19,7 @@ _CHECKPOINT = "take a checkpoint shortly before, from which it can be repeated"
 # How a machine is used; nothing of it is the guest's.
 _QUIET = {
     "timeout": None, "stall": None, "console": "none", "gdb": "", "control": None, "checkpoint_dir": None,
-    "standby": "", "reboot": False,
+    "standby": "", "reboot": False, "symbols": None,
 }  # fmt: skip
 
 
