@@ -13,7 +13,9 @@ class VmmError(Exception):
 
 
 class ConfigError(VmmError):
-    """The request itself is wrong: a size, a count, a flag, a machine file."""
+    """The request itself is wrong: a size, a count, a flag, a machine file. ``errno``: native code's, or 0."""
+
+    errno = 0
 
 
 class ImageError(ConfigError):
@@ -67,7 +69,9 @@ class BusError(ConfigError):
 
 
 class StateError(VmmError):
-    """The machine is not in a state that allows this call (running, stopped, closed)."""
+    """The machine is not in a state that allows this call (running, stopped, closed). ``errno``: as above."""
+
+    errno = 0
 
 
 class ConsoleTimeout(VmmError, TimeoutError):
@@ -78,21 +82,43 @@ class ConsoleTimeout(VmmError, TimeoutError):
         self.transcript = transcript
 
 
-def from_native(code: int, text: str) -> VmmError:
-    """The exception for a native ``-errno`` and the text that came with it (``vmm_error_text``).
+UNTOLD, REFUSED, HOST = 0, 1, 2  # enum vmm_error_source
 
-    The one table of native codes: what pyvmm itself refuses is named here, the rest is the host's.
+
+def from_native(code: int, text: str, source: int) -> VmmError:
+    """The exception for a native ``-errno``, the text that came with it (``vmm_error_text``), and where it comes from
+    (``vmm_error_source``): the one table of native codes.
+
+    A number means one thing as the host's answer to a system call and another as native code's own refusal: only the
+    latter is named here. A device range that is taken is :class:`BusError`, which :mod:`vmm.bus` and
+    :mod:`vmm.hooks` raise, as they know that they asked for one.
     """
     import errno
     import os
 
-    if code == -errno.EEXIST or code == -errno.ENOSPC:
-        return BusError(text)
-    if code == -errno.EDEADLK:
-        return StateError(f"{text}: call it from another thread")
-    if code == -errno.EBUSY:
-        return StateError(text)
-    return HostError(f"{text}: {os.strerror(-code)}", errno=-code)
+    if source == REFUSED and -code in (errno.EBUSY, errno.EALREADY, errno.EEXIST, errno.EDEADLK):
+        error: StateError | ConfigError | HostError = StateError(
+            f"{text}: call it from another thread" if code == -errno.EDEADLK else text
+        )
+    elif source == REFUSED and code == -errno.ENOSPC:
+        error = ConfigError(f"{text}: that is as many as there can be")
+    elif source == UNTOLD:
+        error = HostError(f"a request to native code failed: {os.strerror(-code)}")
+    else:
+        error = HostError(f"{text}: {os.strerror(-code)}{_FIXES.get(-code, '') if source == HOST else ''}")
+    error.errno = -code
+    return error
+
+
+# what to do about errors of system calls that people can do something about
+_FIXES = {
+    11: ": too many processes or threads; raise the limit (ulimit -u)",  # EAGAIN
+    12: ": give the host more memory, or the guest less",  # ENOMEM
+    24: ": too many open files; raise the limit (ulimit -n)",  # EMFILE
+    27: ": raise the limit (ulimit -f)",  # EFBIG
+    28: ": make room on the host's disk",  # ENOSPC
+    122: ": the quota is used up; make room",  # EDQUOT
+}
 
 
 def kvm_refused(path: str, code: int, text: str) -> VmmError:

@@ -169,7 +169,9 @@ extern _Thread_local struct vmm_vcpu *vmm_current_vcpu;
 
 /* Remember what failed, for vmm_error_text; answers rc. */
 int vmm_error_set(int rc, const char *format, ...) __attribute__((format(printf, 2, 3)));
-int vmm_error_errno(const char *what); /* -errno, remembered */
+int vmm_error_host(int rc, const char *format, ...)
+    __attribute__((format(printf, 2, 3))); /* a system call's rc */
+int vmm_error_errno(const char *what);     /* -errno, remembered */
 
 /* Tell whoever listens (vmm_vm_on_message) something a person should know. From any thread. */
 void vmm_vm_say(struct vmm_vm *vm, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -235,7 +235,7 @@ static int install_locked(struct vmm_lazy *l, uint64_t page, const void *bytes, 
     }
     const int rc = copy_locked(l, page, bytes);
     if (rc < 0)
-        return vmm_error_set(rc, "userfaultfd would not install a page: %s", strerror(-rc));
+        return vmm_error_host(rc, "userfaultfd would not install a page: %s", strerror(-rc));
     l->stats.unasked += unasked && !test(l->asked, page);
     mark_here_locked(l, page);
     finish_locked(l);
@@ -406,7 +406,7 @@ static void serve_fault(struct vmm_lazy *l, uint64_t page)
     }
     pthread_mutex_unlock(&l->lock);
     if (rc < 0) {
-        survived(l, vmm_error_set(rc, "userfaultfd would not install a page: %s", strerror(-rc)));
+        survived(l, vmm_error_host(rc, "userfaultfd would not install a page: %s", strerror(-rc)));
         return;
     }
     if (!wanted)

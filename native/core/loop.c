@@ -93,8 +93,10 @@ static void wake(struct vmm_loop *loop)
 static struct vmm_loop *loop_create(struct vmm_vm *vm)
 {
     struct vmm_loop *loop = calloc(1, sizeof(*loop));
-    if (!loop)
+    if (!loop) {
+        vmm_error_set(-ENOMEM, "the I/O thread");
         return NULL;
+    }
     loop->vm = vm;
     pthread_mutex_init(&loop->lock, NULL);
     vmm_cond_init(&loop->changed);

@@ -65,7 +65,7 @@ static int write_all(int fd, const void *bytes, size_t n, uint64_t at)
             continue;
         if (put <= 0)
             return put < 0 ? vmm_error_errno("writing memory to a file")
-                           : vmm_error_set(-EIO, "writing memory");
+                           : vmm_error_host(-EIO, "writing memory");
         p += put, at += (uint64_t)put, n -= (size_t)put;
     }
     return 0;
@@ -270,6 +270,7 @@ struct helper {
     struct checking *checking;
     pthread_t thread;
     int rc;
+    bool host;     /* it was the host's answer */
     char why[160]; /* what went wrong is remembered for each thread */
 };
 
@@ -279,6 +280,7 @@ static void *help(void *opaque)
     h->rc = check_pieces(h->checking);
     if (h->rc < 0)
         snprintf(h->why, sizeof(h->why), "%s", vmm_error_text());
+    h->host = vmm_error_source(h->rc) == VMM_ERROR_HOST;
     return NULL;
 }
 
@@ -316,7 +318,7 @@ int vmm_pages_check(int fd, uint64_t offset, uint64_t size, const uint64_t *bitm
     for (unsigned i = 0; i < n; i++) {
         pthread_join(helpers[i].thread, NULL);
         if (rc == 0 && helpers[i].rc < 0)
-            rc = vmm_error_set(helpers[i].rc, "%s", helpers[i].why);
+            rc = (helpers[i].host ? vmm_error_host : vmm_error_set)(helpers[i].rc, "%s", helpers[i].why);
     }
     return rc;
 }

@@ -12,7 +12,7 @@ int vmm_thread_start(pthread_t *thread, const char *name, void *(*run)(void *opa
     const int rc = pthread_create(thread, NULL, run, opaque);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc)
-        return vmm_error_set(-rc, "starting the thread %s", name);
+        return vmm_error_host(-rc, "starting the thread %s", name);
     pthread_setname_np(*thread, name);
     return 0;
 }

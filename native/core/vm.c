@@ -33,7 +33,8 @@ static int open_kvm(struct vmm_vm *vm, const char *path)
         return vmm_error_errno(path);
     int version = ioctl(vm->kvm_fd, KVM_GET_API_VERSION, 0);
     if (version != KVM_API_VERSION)
-        return vmm_error_set(version < 0 ? -errno : -EPROTO, "KVM_GET_API_VERSION answered %d", version);
+        return version < 0 ? vmm_error_errno("KVM_GET_API_VERSION")
+                           : vmm_error_set(-EPROTO, "KVM_GET_API_VERSION answered %d", version);
     int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
     if (run_size < (int)sizeof(struct kvm_run))
         return vmm_error_errno("KVM_GET_VCPU_MMAP_SIZE");

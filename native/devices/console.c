@@ -7,6 +7,7 @@
  * moment room opens until a send falls short again, more_fd from when awaited output came until it is awaited again. A byte put behind others costs no system call.
  */
 #include "console.h"
+#include "core/core.h"
 #include "core/thread.h"
 
 #include <errno.h>
@@ -74,10 +75,11 @@ int vmm_console_create(size_t input_limit, size_t log_limit, size_t high_water, 
     const size_t most = SIZE_MAX / 2; /* the sums below cannot wrap */
     if (input_limit == 0 || log_limit == 0 || high_water == 0 || high_water > log_limit ||
         input_limit > most || log_limit > most)
-        return -EINVAL;
+        return vmm_error_set(-EINVAL, "a console of %zu, %zu and %zu bytes", input_limit, log_limit,
+                             high_water);
     vmm_console *console = calloc(1, sizeof *console);
     if (!console)
-        return -ENOMEM;
+        return vmm_error_set(-ENOMEM, "a console");
 
     pthread_mutex_init(&console->lock, NULL);
     vmm_cond_init(&console->more);

@@ -9,6 +9,7 @@
  * clears FIFOs.
  */
 #include "console.h"
+#include "core/core.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -436,7 +437,7 @@ int vmm_uart_create(const vmm_line *line, vmm_console *console, vmm_uart **out)
 {
     vmm_uart *uart = calloc(1, sizeof *uart);
     if (!uart)
-        return -ENOMEM;
+        return vmm_error_set(-ENOMEM, "a UART");
     pthread_mutex_init(&uart->lock, NULL);
     uart->line = line;
     uart->console = console;
@@ -497,7 +498,7 @@ int vmm_uart_load(vmm_uart *uart, const vmm_uart_state *state)
         s.lsr & ~(LSR_READY | LSR_OVERRUN | LSR_EMPTY) || (empty && empty != LSR_EMPTY) ||
         (s.msr & ~MSR_DELTAS) != modem_inputs(s.mcr) || s.thr_empty_pending > 1 ||
         (s.thr_empty_pending && !empty))
-        return -EINVAL;
+        return vmm_error_set(-EINVAL, "not the state of a UART");
     registers r = {
         .ier = s.ier,
         .fcr = s.fcr,
@@ -515,7 +516,7 @@ int vmm_uart_load(vmm_uart *uart, const vmm_uart_state *state)
     /* What is left of the state follows from the registers, so it must agree with them. */
     if (s.rx_count > depth(&r) || s.rx_trigger != trigger(&r) || s.lsr != lsr_value(&r) ||
         s.timeout_pending != timeout_pending(&r) || s.iir != iir_value(&r))
-        return -EINVAL;
+        return vmm_error_set(-EINVAL, "not the state of a UART");
     memcpy(r.rx, s.rx, s.rx_count);
 
     pthread_mutex_lock(&uart->lock);

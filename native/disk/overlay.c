@@ -187,7 +187,7 @@ static int overlay_begin_flush(struct vmm_disk *disk)
     if (!o->notes || posix_memalign((void **)&o->noted, BLOCK, o->n_dirty * BLOCK)) {
         free(o->notes);
         o->notes = NULL;
-        return -ENOMEM;
+        return vmm_error_set(-ENOMEM, "the bitmap of an overlay");
     }
     for (uint64_t block = 0; o->n_dirty; block++) {
         if (!o->dirty[block])
@@ -293,7 +293,7 @@ static int load_bits(int fd, uint64_t bitmap_at, uint64_t size, uint64_t **out)
             return 0;
         const int64_t got = vmm_disk_read_whole(fd, (uint8_t *)bits + (at - bitmap_at), BLOCK, at);
         if (got != (int64_t)BLOCK)
-            return vmm_error_set(got < 0 ? (int)got : -EIO, "reading an overlay's bitmap");
+            return vmm_error_host(got < 0 ? (int)got : -EIO, "reading an overlay's bitmap");
         at += BLOCK;
     }
     return 0;

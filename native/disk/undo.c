@@ -139,8 +139,8 @@ int64_t vmm_disk_undo_back(struct vmm_undo *undo)
             if (!rc)
                 rc = write_now(disk, part.first * CLUSTER, size, undo->buffer);
             if (rc)
-                return vmm_error_set(rc, "writing back what the disk held at byte %llu",
-                                     (unsigned long long)(part.first * CLUSTER));
+                return vmm_error_host(rc, "writing back what the disk held at byte %llu",
+                                      (unsigned long long)(part.first * CLUSTER));
             slot += part.n;
             left = (struct run){left.first + part.n, left.n - part.n};
         }

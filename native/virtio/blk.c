@@ -751,8 +751,8 @@ int vmm_blk_sync(vmm_blk *blk)
     struct vmm_disk_io io = {.op = VMM_DISK_FLUSH, .done = synced};
     if (!vmm_disk_start(blk->disk, &io))
         vmm_disk_drain(blk->disk, false);
-    return io.error ? vmm_error_set(io.error, "%s: flushing %s: %s", blk->virtio.name, blk->label,
-                                    strerror(-io.error))
+    return io.error ? vmm_error_host(io.error, "%s: flushing %s: %s", blk->virtio.name, blk->label,
+                                     strerror(-io.error))
                     : 0;
 }
 

@@ -130,7 +130,7 @@ static int create(struct vmm_fs *fs, vmm_vm *vm, const char *name, const char *t
         const char *why = abandon(fs);
         char text[160]; /* a copy: what vmm_error_set writes to is what vmm_error_text answers */
         snprintf(text, sizeof(text), "%s", vmm_error_text());
-        return *why ? vmm_error_set(rc, "%s (%s)", text, why) : rc;
+        return *why ? vmm_error_host(rc, "%s (%s)", text, why) : rc;
     }
     rc = vmm_virtio_init(&fs->virtio, vm, &ops, fs, DEVICE_ID, name, 0, QUEUES, sizes, sizeof(config));
     if (rc < 0)

@@ -388,7 +388,7 @@ int vmm_vhost_user_open(struct vmm_vhost_user *b, int socket, const char *name, 
     b->reply_ms = reply_ms;
     snprintf(b->name, sizeof(b->name), "%s", name);
     int rc = negotiate(b);
-    return rc < 0 ? vmm_error_set(rc, "%s %s", b->name, what_happened(rc)) : 0;
+    return rc < 0 ? vmm_error_host(rc, "%s %s", b->name, what_happened(rc)) : 0;
 }
 
 int vmm_vhost_user_attach(struct vmm_vhost_user *b, struct vmm_virtio *dev)

@@ -128,8 +128,13 @@ int vmm_virtio_init(struct vmm_virtio *dev, vmm_vm *vm, const struct vmm_virtio_
     dev->offered = features | COMMON_FEATURES;
     dev->config_size = config_size;
     dev->queues = calloc(n_queues ? n_queues : 1, sizeof(*dev->queues));
-    if (!dev->loop)
-        return -ENOMEM;
+    if (!dev->loop) {
+        char why[96]; /* a copy: what vmm_error_host writes to is what vmm_error_text returns */
+        snprintf(why, sizeof(why), "%s", vmm_error_text());
+        free(dev->queues);
+        dev->queues = NULL;
+        return vmm_error_host(-ENOMEM, "%s: %s", name, why);
+    }
     if (!dev->queues)
         return vmm_error_set(-ENOMEM, "%s: queues", name);
     lock_init(&dev->lock);

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vmm import layout
+from vmm._ffi import check, ffi, lib
 from vmm.errors import ConfigError, HostError, LinearMemoryError, StateError
 from vmm.machine import Machine
 
@@ -257,6 +258,21 @@ def test_more_points_than_there_are_debug_registers_are_refused(flat: Any) -> No
 def test_impossible_points_are_refused_with_a_reason(flat: Any, call: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         call(flat(COUNT))
+
+
+def test_a_breakpoint_that_cannot_be_planted_says_why_and_not_that_devices_overlap(flat: Any) -> None:
+    machine = flat(COUNT)
+    machine.debug.breakpoint(0x100000)
+    original = ffi.new("uint8_t *")
+    with pytest.raises(StateError, match="a breakpoint is at 0x100000 already"):
+        check(lib.vmm_debug_plant(machine.native, 0x100000, original))
+    gpas = range(0x200000, 0x200000 + 4095)
+    for gpa in gpas:
+        check(lib.vmm_debug_plant(machine.native, gpa, original))
+    with pytest.raises(ConfigError, match="more than 4096 software breakpoints: that is as many as there can be"):
+        check(lib.vmm_debug_plant(machine.native, 0x300000, original))
+    for gpa in gpas:
+        check(lib.vmm_debug_lift(machine.native, gpa, 0))
 
 
 def test_closing_a_machine_that_stands_ends_who_waits(flat: Any) -> None:

@@ -14,7 +14,7 @@ from vmm.bus import MMIO, PIO
 from vmm.devices.pci import NOWHERE
 from vmm.devices.virtio.model import Request, VirtioModel
 from vmm.devices.virtio.pci import VirtioPci
-from vmm.errors import BusError, HostError, StateError
+from vmm.errors import ConfigError, HostError, StateError
 from vmm.testing.pci import COMMAND, PciFunction, PciTransport
 from vmm.testing.ring import VirtioDriver
 
@@ -143,7 +143,7 @@ def test_slots_that_are_taken_or_do_not_exist_are_refused(machine: Machine) -> N
             VirtioPci(spare, host(machine), slot)
     for _ in range(29):
         machine.add(Upper())
-    with pytest.raises(BusError, match="all 32 PCI slots are taken"):
+    with pytest.raises(ConfigError, match="all 32 PCI slots are taken"):
         VirtioPci(spare, host(machine))
     spare.destroy()
 

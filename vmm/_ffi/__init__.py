@@ -28,7 +28,8 @@ _SLICE_MS = 100  # of a native wait: how late a signal's handler may run on a th
 def check(code: int) -> int:
     """Answer a native function's non-negative result, or raise what its ``-errno`` stands for."""
     if code < 0:
-        raise from_native(code, ffi.string(lib.vmm_error_text()).decode(errors="replace"))
+        text = ffi.string(lib.vmm_error_text()).decode(errors="replace")
+        raise from_native(code, text, lib.vmm_error_source(code))
     return code
 
 

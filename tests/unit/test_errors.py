@@ -1,0 +1,56 @@
+"""Native error codes: the host's answers keep their own words, native code's refusals are told apart from them."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from vmm._ffi import check, ffi, lib
+from vmm.errors import HOST, REFUSED, UNTOLD, BusError, ConfigError, HostError, StateError, from_native
+
+
+@pytest.mark.parametrize(
+    ("number", "source", "kind", "sentence"),
+    [
+        (errno.ENOSPC, HOST, HostError, "doing it: No space left on device: make room on the host's disk"),
+        (errno.EEXIST, HOST, HostError, "doing it: File exists"),
+        (errno.EBUSY, HOST, HostError, "doing it: Device or resource busy"),
+        (errno.EMFILE, HOST, HostError, "doing it: Too many open files: too many open files; raise the limit"),
+        (errno.ENOMEM, HOST, HostError, "doing it: Cannot allocate memory: give the host more memory"),
+        (errno.ENOSPC, REFUSED, ConfigError, "doing it: that is as many as there can be"),
+        (errno.EEXIST, REFUSED, StateError, "doing it"),
+        (errno.EBUSY, REFUSED, StateError, "doing it"),
+        (errno.EALREADY, REFUSED, StateError, "doing it"),
+        (errno.EDEADLK, REFUSED, StateError, "doing it: call it from another thread"),
+        (errno.EINVAL, REFUSED, HostError, "doing it: Invalid argument"),
+        (errno.EIO, UNTOLD, HostError, "a request to native code failed: Input/output error"),
+    ],
+)
+def test_a_number_is_read_by_whose_it_is(number: int, source: int, kind: type[Exception], sentence: str) -> None:
+    error = from_native(-number, "doing it", source)
+    assert type(error) is kind
+    assert str(error).startswith(sentence)
+    assert error.errno == number
+    assert not isinstance(error, BusError)
+
+
+def test_a_full_disk_of_the_host_is_that() -> None:
+    page = ffi.new("uint8_t[]", b"\1" * 4096)  # zeros would be a hole
+    sums = ffi.new("uint32_t[]", 1)
+    file = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(HostError, match="make room on the host's disk") as refused:
+            check(lib.vmm_pages_write(file, 0, page, 4096, ffi.new("uint64_t[]", [1]), sums))
+    finally:
+        os.close(file)
+    assert refused.value.errno == errno.ENOSPC
+
+
+def test_a_text_is_never_shown_for_another_code() -> None:
+    assert lib.vmm_console_create(0, 1, 1, ffi.new("vmm_console **")) == -errno.EINVAL
+    assert lib.vmm_error_source(-errno.EINVAL) == REFUSED
+    assert lib.vmm_error_source(-errno.EIO) == UNTOLD
+    with pytest.raises(HostError, match="a request to native code failed: Input/output error"):
+        check(-errno.EIO)
