@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib, wait
 from vmm.errors import ConfigError, ConsoleTimeout, StateError
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     import re
@@ -269,7 +270,7 @@ class _Search:
         why = "before the machine ended" if self.console.closed else f"within {timeout:g} s"
         return ConsoleTimeout(
             f"the guest did not print {self.pattern!r} {why}; the end of what it printed: "
-            f"{self.console.tail(200).decode(errors='replace')!r}",
+            f"{printable(repr(self.console.tail(200).decode(errors='replace')))}",
             self.console.transcript,
         )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm import slow_reader
 from vmm.errors import ConfigError, VmmError
+from vmm.printable import printable
 from vmm.slow_reader import CHUNK
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class HostEnd:
     def say(self, text: str) -> None:
         """Print one line of the monitor's own on standard error, from any thread, without waiting for its reader."""
         newline = "\r\n" if self.raw else "\n"
-        slow_reader.say(f"{newline if self.raw else ''}pyvmm: {text}{newline}", newline)
+        slow_reader.say(f"{newline if self.raw else ''}pyvmm: {printable(text)}{newline}", newline)
 
     def show(self, data: bytes) -> bytes:
         """What of the guest's output goes out."""

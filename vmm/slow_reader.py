@@ -11,6 +11,8 @@ import select
 import stat
 import threading
 
+from vmm.printable import printable_lines
+
 PATIENCE = 2.0  # seconds without progress after which a reader counts as one that has stopped
 CHUNK = 4096  # PIPE_BUF: a pipe that polls writable takes this much without blocking, whole or not at all
 
@@ -106,8 +108,13 @@ def say(text: str, newline: str = "\n") -> None:
 
 
 def report(text: str) -> None:
-    """Print the last words of a command on standard error, for as long as the reader takes any of them."""
+    """Print the last words of a command on standard error, for as long as the reader takes any of them.
+
+    What a guest, a peer or a file may have put into them is made printable: see :mod:`vmm.printable`.
+    """
     import sys
+
+    text = printable_lines(text)
 
     if sys.stderr is None:
         return

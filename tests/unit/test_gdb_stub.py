@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from effort import examples
+from effort import bounded, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,14 +209,15 @@ def requests(draw: st.DrawFn) -> bytes:
     return draw(st.sampled_from([payload, payload, payload, payload[: len(payload) // 2], payload + b"\xff"]))
 
 
-@settings(max_examples=examples(400), deadline=None)
+@settings(max_examples=examples(400, fuzzing=100_000), deadline=None)
 @given(st.lists(requests(), min_size=1, max_size=12))
 def test_every_request_is_answered_and_none_breaks_the_session(payloads: list[bytes]) -> None:
     rig = Rig()
     try:
         for payload in payloads:
             went_on = rig.session.standing
-            said = rig.send(frame(payload)).lstrip(b"+")
+            with bounded():
+                said = rig.send(frame(payload)).lstrip(b"+")
             if went_on and not rig.session.standing:
                 assert said == b""  # the answer is the stop that comes
                 assert rig.machine.pauses == 0
@@ -231,13 +232,14 @@ def test_every_request_is_answered_and_none_breaks_the_session(payloads: list[by
         rig.close()
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300, fuzzing=100_000), deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=10))
 def test_bytes_that_are_no_protocol_do_no_harm(chunks: list[bytes]) -> None:
     rig = Rig()
     try:
         for chunk in chunks:
-            rig.send(chunk)
+            with bounded():
+                rig.send(chunk)
         rig.send(b"#00" + INTERRUPT)
         if not rig.session.over:
             assert rig.ask(b"qC").startswith(b"QC")

@@ -10,6 +10,7 @@ from vmm._ffi import ffi, lib
 from vmm.cli import command_parser
 from vmm.cpu.findings import VERDICTS, Findings
 from vmm.errors import VmmError, kvm_refused
+from vmm.printable import printable_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -143,5 +144,5 @@ def run(argv: list[str]) -> int:
 
         print(json.dumps(report, indent=2))
     else:
-        print(as_text(report))
+        print(printable_lines(as_text(report)))
     return 0 if report["usable"] else 2

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.cli import boot, command_parser
 from vmm.cli.migrate import add_tls, tls_files
 from vmm.config import FIELDS
+from vmm.printable import printable
 from vmm.snapshot.origin import PLACES, USES
 
 if TYPE_CHECKING:
@@ -61,4 +62,4 @@ def receive(given: dict[str, Any], *, standby: bool = False) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"pyvmm: {text}", file=sys.stderr, flush=True)
+    print(f"pyvmm: {printable(text)}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vmm.cli import command_parser
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     import argparse
@@ -30,5 +31,5 @@ def run(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     path = os.path.abspath(given.directory)
     done = ask(given.control, {"do": "snapshot", "path": path, "differential": given.differential})
-    print(f"{given.directory}: {done['pages'] * 4 / 1024:.1f} MiB of memory, id {done['id'][:16]}")
+    print(f"{given.directory}: {done['pages'] * 4 / 1024:.1f} MiB of memory, id {printable(str(done['id'])[:16])}")
     return 0

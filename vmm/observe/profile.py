@@ -22,6 +22,7 @@ from vmm.errors import ConfigError, VmmError
 from vmm.observe import stack
 from vmm.observe.recording import in_words
 from vmm.observe.symbols import Symbols
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,7 +71,7 @@ class Profile:
             for address in addresses:
                 if address not in self._names:
                     name = symbols.name(address) or f"{address:#x}"
-                    self._names[address] = name.partition("+")[0]
+                    self._names[address] = printable(name.partition("+")[0])
 
     def __enter__(self) -> Profile:
         return self

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.cpu.vcpu import EXIT_REASONS
 from vmm.errors import ConfigError
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -231,7 +232,7 @@ class Recording:
         took = in_words(duration) if duration else ""
         symbol = self.symbol(event)
         where = f"{rip:#x}" + (f" <{symbol}>" if symbol else "") if rip else ""
-        return (
+        return printable(
             f"{int(event['time']) / 1e9:12.6f} {self.thread(event):6} {self.reason(event):9} "
             f"{self.describe(event):44} {took:>8}  {where:30} {self.instruction(event)}"
         ).rstrip()

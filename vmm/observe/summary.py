@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm.observe.recording import in_words
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,5 +102,5 @@ def table(recording: Recording) -> str:
         for row in shown:
             mean = in_words(row.time // row.events) if row.time else ""
             share = f"{100 * row.events / len(events):.1f}%"
-            lines.append(f"{row.name:40} {row.events:9} {share:>6} {in_words(row.time):>10} {mean:>10}")
+            lines.append(f"{printable(row.name):40} {row.events:9} {share:>6} {in_words(row.time):>10} {mean:>10}")
     return "\n".join(lines) + "\n"

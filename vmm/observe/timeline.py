@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError
 from vmm.observe.summary import GROUPS, totals
+from vmm.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from vmm.observe.recording import Recording
@@ -52,15 +53,16 @@ def page_data(recording: Recording) -> dict[str, Any]:
         place[n] = places.number(_place(recording, event))
     began = int(every["time"][0]) if len(every) else 0
     cut = f"of {len(every)} events the newest {len(events)} are drawn" if len(every) > len(events) else ""
+    tables = {by: [[printable(row.name), *row[1:]] for row in totals(recording, by)[:TABLE_ROWS]] for by in GROUPS}
     return {
-        "note": recording.note,
+        "note": printable(recording.note),
         "began": recording.began,
         "count": len(every),
         "span": int(every["time"][-1]) - began if len(every) else 0,
         "missing": recording.missing,
         "cut": cut,
         "rows": [f"vCPU {n}" for n in range(_vcpus(recording))] + ["I/O and devices"],
-        "devices": devices,
+        "devices": [printable(name) for name in devices],
         "texts": texts.all,
         "places": places.all,
         "time": _column(events["time"] - began, "<f8"),
@@ -71,7 +73,7 @@ def page_data(recording: Recording) -> dict[str, Any]:
         "text": _column(text, "<u4"),
         "place": _column(place, "<u4"),
         "overview": _overview(every),
-        "tables": {by: [list(row) for row in totals(recording, by)[:TABLE_ROWS]] for by in GROUPS},
+        "tables": tables,
     }
 
 
@@ -114,7 +116,7 @@ class _Strings:
         found = self._numbers.get(text)
         if found is None:
             found = self._numbers[text] = len(self.all)
-            self.all.append(text)
+            self.all.append(printable_lines(text))
         return found
 
 
@@ -127,7 +129,7 @@ def write_perfetto(recording: Recording, path: str) -> str:
     io = _vcpus(recording)
     try:
         with open(path, "w", encoding="utf-8") as file:
-            other = {"missing": recording.missing, "cut": cut, "note": recording.note}
+            other = {"missing": recording.missing, "cut": cut, "note": printable(recording.note)}
             file.write(f'{{"displayTimeUnit":"ns","otherData":{json.dumps(other)},"traceEvents":[\n')
             names = [f"vCPU {n}" for n in range(io)] + ["I/O and devices"]
             lines = [
@@ -146,7 +148,7 @@ def write_perfetto(recording: Recording, path: str) -> str:
 def _chrome_event(recording: Recording, event: Any, io: int) -> dict[str, Any]:
     vcpu = int(event["vcpu"])
     made: dict[str, Any] = {
-        "name": recording.describe(event) or recording.reason(event),
+        "name": printable(recording.describe(event) or recording.reason(event)),
         "cat": recording.reason(event),
         "pid": 1,
         "tid": io if vcpu < 0 else vcpu,
@@ -157,7 +159,7 @@ def _chrome_event(recording: Recording, event: Any, io: int) -> dict[str, Any]:
     else:
         made |= {"ph": "i", "s": "t"}
     if event["rip"]:
-        where, _, instruction = _place(recording, event).partition("\n")
+        where, instruction = (printable(part) for part in _place(recording, event).split("\n")[:2])
         made["args"] = {"rip": where, "instruction": instruction}
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm.errors import ConsoleTimeout, StateError
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,13 +141,13 @@ class LinuxGuest:
             commands.append(_SET_ADDRESS.format(old=old, new=new))
         status, output = self.run("\n".join(commands))
         if status:
-            raise StateError(f"the clone {hostname} did not take its identity up: {output.strip()}")
+            raise StateError(f"the clone {hostname} did not take its identity up: {printable(output.strip())}")
 
     def _death(self, machine: Machine, doing: str, error: ConsoleTimeout, start: int) -> Exception:
         if not machine.console.closed:
             machine.stop()  # for who looks at it
             printed = error.transcript[start:]
-            return ConsoleTimeout(f"the guest did not answer in time, {doing}; it printed {printed[-200:]!r}", printed)
+            return ConsoleTimeout(f"the guest did not answer in time, {doing}; it printed {_shown(printed)}", printed)
         return StateError(f"the guest ended, {doing}: {machine.wait().sentence}")
 
     def close(self) -> None:
@@ -154,6 +155,10 @@ class LinuxGuest:
         if self.machine is not None:
             self.machine.close()
             self.machine = self._booted = None
+
+
+def _shown(printed: bytes) -> str:
+    return printable(repr(printed[-200:]))
 
 
 def _addresses(machine: Machine) -> list[str]:

@@ -197,8 +197,10 @@ def _describe(machine: Machine, stop: bool) -> str:
         if machine.running and (stop or machine.console.closed):
             with contextlib.suppress(Exception):  # a hook's exception, which nobody waited for
                 machine.stop()
-        console = machine.console.tail(CONSOLE_SHOWN).decode(errors="replace")
-        printed = f"console, its last {CONSOLE_SHOWN} bytes at most:\n{console}"
+        from vmm.printable import printable_lines
+
+        console = machine.console.tail(CONSOLE_SHOWN).decode(errors="replace").replace("\r\n", "\n")
+        printed = f"console, its last {CONSOLE_SHOWN} bytes at most:\n{printable_lines(console)}"
         if machine.outcome is None:
             return f"{'it runs' if machine.running else 'it was not started'}; {printed}"
         from vmm.observe.postmortem import report
