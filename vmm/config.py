@@ -111,6 +111,7 @@ FIELDS: dict[str, Field] = {
     "checkpoint_every": Field(_period, 60.0, "seconds between snapshots, and between the states a standby gets"),
     "retain": Field(read_count(1, 1000, "a number of snapshots"), 8, "how many of the last snapshots to keep"),
     "standby": Field(read_text, "", "where pyvmm standby waits to take over: unix:PATH, or tcp:HOST:PORT,fence=FILE"),
+    "screen": Field(read_flag, False, "at the end show the text screen at 0xb8000, whatever the end"),
     "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
 }
 
@@ -153,6 +154,7 @@ class MachineConfig:
     checkpoint_every: float
     retain: int
     standby: str
+    screen: bool
     reboot: bool
 
     def __init__(self, **fields: Any) -> None:

@@ -22,6 +22,7 @@ from vmm.errors import ConfigError, HostError, StateError, kvm_refused
 from vmm.irq import GsiLine
 from vmm.memory import GuestMemory
 from vmm.outcome import KVM_EMULATION, Outcome
+from vmm.printable import printable
 from vmm.runner import Runner
 from vmm.snapshot.replica import Course
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vmm.hooks import Access, Hook, Hooks
     from vmm.migrate.source import Migrated, Migration
     from vmm.migrate.standby import Shadow
+    from vmm.observe.budget import Budget
     from vmm.observe.diagnose import Diagnosis
     from vmm.observe.profile import Profile
     from vmm.observe.replay import Replayed
@@ -71,6 +73,7 @@ _STOP_HOST, _STOP_POWEROFF, _STOP_RESET, _STOP_DEBUG_EXIT, _STOP_PANIC, _STOP_CA
 _HOST_REASONS = {0: "stopped", 1: "timeout", 2: "interrupted", 3: "terminated", 4: "stalled"}
 
 _MESSAGES_MAX = 1000  # a guest can cause them: more are counted by nobody
+_MESSAGE_MAX = 1000  # characters of one
 
 _WENT_ON = "it went on from a snapshot, a clone or a saved state: take a checkpoint, and it can be repeated from there"
 _BROUGHT_BACK = "it was rolled back to a checkpoint that is closed"
@@ -123,6 +126,8 @@ class Machine:
         self.on_message: Callable[[str], object] | None = None
         self.entry: Entry | None = None
         self._symbols: Symbols | None = None
+        self._symbols_settled = False  # searched for in a machine that had ended
+        self._budget: Budget | None = None  # what whoever looks at the guest now may spend
         self.outcome: Outcome | None = None
         self.notes: list[str] = []
         self.command_line = ""
@@ -356,29 +361,59 @@ class Machine:
         """The guest's names: of the configured file, of the image, or of the running kernel's own tables.
 
         Found once they are there. A file that cannot be used after all, or of another kernel than the one that runs,
-        is said in :attr:`messages`.
+        is said in :attr:`messages`, and so is a search that took too long.
         """
+        if self._symbols is None or not (self._symbols or self._symbols_settled):
+            self._symbols = self._find_symbols()
+            self._symbols_settled = self.outcome is not None
+        return self._symbols
+
+    def _find_symbols(self) -> Symbols:
         from vmm.observe.symbols import Symbols
 
-        if self._symbols is None or not self._symbols:
+        alone = self._budget is None
+        with self.looking() as budget:
             path = self.config.symbols or (self.entry.symbols if self.entry else None)
             found = None
             try:
                 if path:
-                    found = Symbols.open(path) if path == self.config.symbols else Symbols.of_elf(path)
+                    found = Symbols.open(path) if path == self.config.symbols else Symbols.of_elf(path, budget)
             except ConfigError as error:  # no reason to say nothing else of a guest that died
                 self._message(str(error))
             if not found and self.kind in LINUX_KINDS and self._vm is not None:
-                found = Symbols.of_kernel(self.memory)
-            self._symbols = found or Symbols([], "nowhere")
+                found = Symbols.of_kernel(self.memory, budget)
+            found = found or Symbols([], "nowhere")
             if (
                 self._vm is not None
                 and self.vcpus
                 and not self.running
-                and (other := self._symbols.mismatch(self.vcpus[0].memory))
+                and (other := found.mismatch(self.vcpus[0].memory))
             ):
                 self._message(other)
-        return self._symbols
+            for note in budget.notes if alone else ():
+                self._message(note)
+        return found
+
+    @contextlib.contextmanager
+    def looking(self, budget: Budget | None = None) -> Iterator[Budget]:
+        """One budget for everything that looks at the guest meanwhile: see :mod:`vmm.observe.budget`. One that is in
+        force stays."""
+        from vmm.observe.budget import Budget
+
+        outer = self._budget
+        self._budget = outer or budget or Budget()
+        try:
+            yield self._budget
+        finally:
+            self._budget = outer
+
+    def screen(self) -> list[str] | None:
+        """The lines of the text screen that the guest has written to 0xb8000, where a VGA card would be; ``None``: no
+        text is there."""
+        from vmm.observe import screen
+
+        self._open_vm()
+        return screen.rows(self.memory)
 
     def stack(self, vcpu: int = 0) -> list[Frame]:
         """The call stack of a vCPU that does not run (paused or ended), innermost frame first; 64-bit guests."""
@@ -386,10 +421,12 @@ class Machine:
         from vmm.observe import stack
 
         looked, ended = self.vcpus[vcpu], self.outcome
-        if ended is None or not ended.replayed or ended.vcpu != vcpu:
-            return stack.walk(looked.registers(), looked.memory, self.symbols)
-        paging = looked.paging(ended.registers)
-        return stack.walk(ended.registers, LinearMemory(self.memory, lambda: paging), self.symbols)
+        registers, memory = looked.registers(), looked.memory
+        if ended is not None and ended.replayed and ended.vcpu == vcpu:
+            paging = looked.paging(ended.registers)
+            registers, memory = ended.registers, LinearMemory(self.memory, lambda: paging)
+        with self.looking() as budget:
+            return stack.walk(registers, memory, self.symbols, budget)
 
     def diagnose(self) -> Diagnosis:
         """Why the guest died or did not go on; kept in ``outcome.diagnosis``. After the run, before :meth:`close`."""
@@ -399,7 +436,11 @@ class Machine:
             raise StateError("there is nothing to diagnose before the machine has ended: wait() or stop() it first")
         self._open_vm()
         if self.outcome.diagnosis is None:
-            self.outcome.diagnosis = diagnose(self, self.outcome)
+            alone = self._budget is None
+            with self.looking() as budget:
+                self.outcome.diagnosis = diagnose(self, self.outcome)
+            for note in budget.notes if alone else ():
+                self._message(note)
         return self.outcome.diagnosis
 
     def replay(self) -> Replayed:
@@ -427,7 +468,8 @@ class Machine:
                 return Replayed(why="the machine has gone on since, or its checkpoint is closed")
             ram = self.memory if self._vm is not None else None
             death = Death(number, exits, outcome.last_exits, outcome.seconds, ram)
-            return find(death, lambda: replica(self))
+            with self._budget.aside() if self._budget is not None else contextlib.nullcontext():
+                return find(death, lambda: replica(self))
 
         return look
 
@@ -485,6 +527,7 @@ class Machine:
                 check(lib.vmm_vm_rearm(self._vm))
                 self.console.reopen()
                 self.outcome = None
+                self._symbols_settled = False
             self.samples.clear()
             self._started_at = time.monotonic()
             if not self._runners:
@@ -909,6 +952,7 @@ class Machine:
         return int(lib.vmm_vm_stop_fd(self._open_vm()))
 
     def _message(self, text: str) -> None:
+        text = printable(text, _MESSAGE_MAX)
         if len(self.messages) < _MESSAGES_MAX:
             self.messages.append(text)
             if self.on_message is not None:

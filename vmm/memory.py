@@ -10,12 +10,13 @@ from vmm._ffi import check, ffi, lib
 from vmm.errors import GuestMemoryError, HostError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 HUGE_2M = 1
 DIRTY_LOG = 2
 INT3 = 0xCC
 PAGE = 4096
+_PIECE = 4 << 20  # bytes that are searched at once
 
 
 class GuestMemory:
@@ -157,23 +158,37 @@ class GuestMemory:
 
         return numpy.frombuffer(self.view(gpa, size), dtype=dtype)
 
-    def search(self, pattern: bytes, start: int = 0, end: int | None = None) -> int | None:
-        """The lowest gpa in ``[start, end)`` where ``pattern`` stands within one region, or ``None``."""
+    def search(
+        self, pattern: bytes, start: int = 0, end: int | None = None, *, spend: Callable[[int], object] | None = None
+    ) -> int | None:
+        """The lowest gpa in ``[start, end)`` where ``pattern`` stands within one region, or ``None``.
+
+        ``spend(n)`` is called for each ``n`` bytes that were looked at, and may end the search by raising.
+        """
         import re
 
         compiled = re.compile(re.escape(pattern), re.DOTALL)
         for number in range(len(self.regions)):
-            for gpa, size in self.in_use(number):
+            for gpa, size in self.in_use(number, start):
                 low = max(start, gpa)
                 high = gpa + size if end is None else min(end, gpa + size)
-                if low < high and (found := compiled.search(self._view(low, high - low))):
-                    return low + found.start()
+                while low < high:  # piece by piece: a signal or a budget ends it between two
+                    n = min(_PIECE + len(pattern) - 1, high - low)
+                    found = compiled.search(self._view(low, n))
+                    if spend is not None:
+                        spend(found.end() if found else n)
+                    if found:
+                        return low + found.start()
+                    low += _PIECE
+                if end is not None and high == end:
+                    break
         return None
 
-    def in_use(self, number: int) -> Iterator[tuple[int, int]]:
-        """The parts of a region that are not known to be zero: looking at the others would give them pages."""
+    def in_use(self, number: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """The parts of a region that are not known to be zero, those behind ``start`` (a gpa), which may lie in the
+        first: looking at the others would give them pages."""
         gpa, size = self.regions[number]
-        at = 0
+        at = max(0, (start - gpa) & ~(PAGE - 1))
         while at < size:
             try:
                 first = at if self.private else os.lseek(self.memfds[number], at, os.SEEK_DATA)

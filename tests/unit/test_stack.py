@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 
 import pytest
-from effort import examples
+from effort import bounded, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.observe import stack
+from vmm.observe.budget import Budget
 from vmm.observe.symbols import Symbols
 
 TEXT, STACK, TABLES = 0xFFFFFFFF81000000, 0xFFFFC90000010000, 0xFFFFFFFF82000000
@@ -124,11 +125,22 @@ def test_every_form_of_call_is_known(memory: Linear, code: str) -> None:
 
 
 @given(st.binary(min_size=0x200, max_size=0x200), st.binary(min_size=0x580, max_size=0x580), st.integers(0, 2**64 - 1))
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100, fuzzing=100_000), deadline=None)
 def test_nonsense_ends(stacked: bytes, tables: bytes, rbp: int) -> None:
     memory = Linear()
     symbols = orc(memory, [(INNER, 8, 5, 0, 0), (MIDDLE, 8, 5, 0, 0)], new=False)
     memory.write(STACK, stacked)
     memory.write(TABLES, tables)
-    frames = stack.walk({"rip": INNER, "rsp": STACK, "rbp": rbp}, memory, symbols)
+    with bounded():
+        frames = stack.walk({"rip": INNER, "rsp": STACK, "rbp": rbp}, memory, symbols)
     assert 1 <= len(frames) <= stack.FRAMES_MAX
+
+
+def test_a_walk_whose_budget_is_spent_gives_the_frames_it_has(memory: Linear) -> None:
+    for n in range(20):  # frame pointers that lead from call to call
+        memory.words(STACK + 0x100 + 16 * n, STACK + 0x110 + 16 * n, MIDDLE + 0x20)
+    budget = Budget(looked=200)
+    start = {"rip": INNER + 8, "rsp": STACK + 0x80, "rbp": STACK + 0x100}
+    frames = stack.walk(start, memory, Symbols(FUNCTIONS, "here"), budget)
+    assert 1 < len(frames) < 20
+    assert "the walk of the stack was ended" in budget.notes[0]

@@ -6,7 +6,7 @@ import gc
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vmm import slow_reader
@@ -18,7 +18,7 @@ from vmm.outcome import REASONS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from types import FrameType
 
@@ -68,6 +68,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--retain": ("retain", {"metavar": "N", "type": int}),
     "--standby": ("standby", {"metavar": "ADDRESS"}),
     "--huge-pages": ("huge_pages", {"action": "store_true"}),
+    "--screen": ("screen", {"action": "store_true"}),
     "--reboot": ("reboot", {"action": "store_true"}),
 }
 DEFAULTS: dict[str, Any] = {"console": "stdio"}  # where the command differs from the library
@@ -179,6 +180,9 @@ def run(argv: list[str], watch: Watch | None = None) -> int:
     return outcome.status
 
 
+LOOKING_LEAST = 10.0  # seconds for looking at a guest that has ended, however little of its time limit is left
+
+
 class Run:
     """What belongs to a run, however often its machine boots: its time limit, and the signals that end it.
 
@@ -191,6 +195,7 @@ class Run:
         self._timeout = timeout
         self._deadline: float | None = None
         self._code: int | None = None  # of the first signal
+        self._over = False  # a boot has ended, and is looked at
         self._machine: Machine | None = None
         self._before: dict[int, Any] = {}
 
@@ -216,9 +221,32 @@ class Run:
 
         return host_outcome(self._code) if self._code is not None else host_outcome(1) if self.left() == 0 else None
 
+    @contextmanager
+    def looking(self, machine: Machine) -> Iterator[None]:
+        """A boot has ended, and its machine is looked at: a signal ends the command at once, and the time limit holds,
+        with :data:`LOOKING_LEAST` seconds behind it."""
+        from vmm.observe.budget import Budget
+
+        self._over = True
+        left = self.left()
+        try:
+            self._leave()
+            with machine.looking(Budget(within=None if left is None else max(left, LOOKING_LEAST))):
+                yield
+        finally:
+            self._over = False  # closing the machine ends its helpers
+
+    def _leave(self) -> None:
+        if self._over and self._code is not None:
+            from vmm.machine import host_outcome
+
+            self._over = False
+            raise SystemExit(host_outcome(self._code).status)
+
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._code is None:
             self._code = self.SIGNALS[signal.Signals(number)]
+        self._leave()
         if self._machine is not None:
             with suppress(StateError):  # closed: the next one is told
                 self._machine.interrupt(self._code)
@@ -266,13 +294,24 @@ def serve_once(made: Machine, end: HostEnd, verbose: bool, watch: Watch | None, 
                 machine.stop()
                 raise ConfigError(str(error)) from error
             outcome = machine.wait()
+        if outcome.reason in ("interrupted", "terminated") and not verbose:
+            return outcome, f"pyvmm: {outcome.sentence}\n" + (_screen(machine) if config.screen else "")
         # With panic=-1 a kernel that panics unheard only resets: its log tells.
         unheard = outcome.reason == "reset" and machine.kind in LINUX_KINDS and not machine.console.end
-        if (outcome.ok and not unheard) or (outcome.reason in ("interrupted", "terminated") and not verbose):
-            return outcome, "" if outcome.ok else f"pyvmm: {outcome.sentence}\n"
-        from vmm.observe.postmortem import brief, report
+        with limits.looking(machine):
+            if outcome.ok and not unheard:
+                return outcome, _screen(machine) if config.screen else ""
+            from vmm.observe.postmortem import brief, report
 
-        return outcome, (brief if outcome.reason in ("timeout", "reset") and not verbose else report)(machine, outcome)
+            how = brief if outcome.reason in ("timeout", "reset") and not verbose else report
+            shown = how(machine, outcome)
+            return outcome, shown + _screen(machine) if config.screen and not machine.screen() else shown
+
+
+def _screen(machine: Machine) -> str:
+    from vmm.observe import screen
+
+    return "\n".join(screen.section(machine.screen())) + "\n"
 
 
 def go_on(machine: Machine, verbose: bool) -> int:

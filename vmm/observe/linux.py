@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm.boot.cmdline import CommandLine
 from vmm.config import LINUX_KINDS
+from vmm.observe.budget import Budget
 from vmm.observe.diagnose import Diagnosis, say
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
 _TRACE_MAX = 9  # lines of a call trace that are shown
 _DEVICES_SHOWN = 6
+_LINE_MAX = 1024  # characters, as in the kernel (LOG_LINE_MAX): patterns are not matched against more
 
 # virtio device type (virtio 1.2, 5) -> the option of its driver
 DRIVERS = {
@@ -112,13 +114,13 @@ def silent(machine: Machine) -> Diagnosis | None:
     """Why a Linux that runs, or ran, printed nothing."""
     if machine.kind not in LINUX_KINDS or machine.console.end:
         return None
-    return unheard(kernel_log(machine.memory), guest_of(machine))
+    return unheard(log_of(machine), guest_of(machine))
 
 
 def unprinted(machine: Machine) -> list[str]:
     """The end of the log of a Linux that has printed nothing yet, as evidence."""
     silent = machine.kind in LINUX_KINDS and not machine.console.end
-    return log_lines(kernel_log(machine.memory)) if silent else []
+    return log_lines(log_of(machine)) if silent else []
 
 
 def undriven(machine: Machine) -> Diagnosis | None:
@@ -134,7 +136,13 @@ def words(machine: Machine) -> str:
     """What the kernel printed, or logged where it printed nothing."""
     if machine.console.end:
         return machine.console.tail(1 << 16).decode(errors="replace")
-    return kernel_log(machine.memory)
+    return log_of(machine)
+
+
+def log_of(machine: Machine) -> str:
+    """The kernel's log in the memory of a machine that is looked at."""
+    with machine.looking() as budget:
+        return kernel_log(machine.memory, budget)
 
 
 # ---- its words ----
@@ -142,7 +150,7 @@ def words(machine: Machine) -> str:
 
 def read(text: str, guest: Guest) -> Diagnosis | None:
     """The death that ``text``, a console's or a log's, tells of."""
-    lines = [_STAMP.sub("", line).rstrip() for line in text.splitlines()]
+    lines = [_STAMP.sub("", line[:_LINE_MAX]).rstrip() for line in text.splitlines()]
     for reader in (_unpacking, _root, _init, _panic, _initrd):
         found = reader(lines, guest)
         if found is not None:
@@ -307,30 +315,35 @@ def unheard(log: str, guest: Guest) -> Diagnosis | None:
 _BANNER = b"Linux version "
 _RECORD_MAX = 1200  # a record of the log: 1024 bytes of text and its prefix
 _RECORDS_MAX = 20000
+_LOG_MAX = 1 << 20  # characters of a log, its end
 _BANNERS_MAX = 16
 
 
-def kernel_log(memory: GuestMemory) -> str:
+def kernel_log(memory: GuestMemory, budget: Budget | None = None) -> str:
     """The log of a Linux kernel (5.10 or newer) in guest memory, or "": it has no log yet, or it has wrapped around.
 
     The ring of texts holds blocks of a 64-bit number, which counts up, and a text (kernel/printk/printk_ringbuffer.c).
     """
-    at, found = memory.search(_BANNER), ""
-    for _ in range(_BANNERS_MAX):
-        if at is None or found.count("\n") > 1:
-            break
-        found = _records(memory, at - 8)
-        at = memory.search(_BANNER, at + 1)
-    return found if found.count("\n") > 1 else ""
+    lines: list[str] = []
+    with (budget or Budget()).part("the search for the kernel's log") as part:
+        at = memory.search(_BANNER, spend=part.spend)
+        for _ in range(_BANNERS_MAX):
+            if at is None or len(lines) > 2:
+                break
+            lines.clear()
+            _records(memory, at - 8, lines, part)
+            at = memory.search(_BANNER, at + 1, spend=part.spend)
+    return "\n".join(lines)[-_LOG_MAX:] if len(lines) > 2 else ""
 
 
-def _records(memory: Any, at: int) -> str:
-    lines = []
+def _records(memory: Any, at: int, lines: list[str], part: Budget) -> None:
+    """Append the texts of the blocks from the one at ``at`` on."""
     try:
         number = int.from_bytes(memory.read(at, 8), "little")
         for _ in range(_RECORDS_MAX):
             number = (number + 1) & (1 << 64) - 1
             block = memory.read(at + 8, _RECORD_MAX)
+            part.spend(looked=len(block))
             end = block.find(number.to_bytes(8, "little"))
             while end % 8 and end >= 0:
                 end = block.find(number.to_bytes(8, "little"), end + 1)
@@ -341,7 +354,6 @@ def _records(memory: Any, at: int) -> str:
             at += 8 + end
     except IndexError:
         pass
-    return "\n".join(lines)
 
 
 def _trimmed(text: bytes) -> bytes:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from vmm.bus import MMIO, PIO
 from vmm.outcome import KVM_EMULATION
+from vmm.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from vmm.cpu.vcpu import Exit
     from vmm.machine import Machine
+    from vmm.observe.budget import Budget
     from vmm.observe.diagnose import Diagnosis
     from vmm.outcome import Outcome
 
@@ -43,7 +45,27 @@ def folded(events: list[str]) -> list[str]:
 
 
 def report(machine: Machine, outcome: Outcome) -> str:
-    """The screen, as text ending in a newline."""
+    """The screen, as text ending in a newline. What the guest wrote is printable in it."""
+    with machine.looking() as budget:
+        lines = _report(machine, outcome)
+        return _finished([*lines, *_notes(budget), *_text_screen(machine)])
+
+
+def _finished(lines: list[str]) -> str:
+    return printable_lines("\n".join(lines)) + "\n"
+
+
+def _notes(budget: Budget) -> list[str]:
+    return [f"  ({note})" for note in budget.notes]
+
+
+def _text_screen(machine: Machine) -> list[str]:
+    from vmm.observe.screen import section
+
+    return section(machine.screen()) if machine.screen() else []
+
+
+def _report(machine: Machine, outcome: Outcome) -> list[str]:
     from vmm.observe.diagnose import place
     from vmm.observe.disassembly import disassemble
 
@@ -77,13 +99,15 @@ def report(machine: Machine, outcome: Outcome) -> str:
     tail = [line.rstrip() for line in outcome.console.decode(errors="replace").splitlines() if line.strip()]
     if tail:
         lines.append("console:")
-        lines += [f"  {line[:116]}" for line in tail[-CONSOLE_LINES:]]
-    return "\n".join(lines) + "\n"
+        lines += [f"  {printable(line[:116])[:116]}" for line in tail[-CONSOLE_LINES:]]
+    return lines
 
 
 def brief(machine: Machine, outcome: Outcome) -> str:
     """What it was doing when it was ended from outside: the first lines of the screen."""
-    return "\n".join([f"pyvmm: {outcome.sentence}", *_diagnosis(machine.diagnose())]) + "\n"
+    with machine.looking() as budget:
+        found = _diagnosis(machine.diagnose())
+        return _finished([f"pyvmm: {outcome.sentence}", *found, *_notes(budget), *_text_screen(machine)])
 
 
 def _diagnosis(found: Diagnosis) -> list[str]:

@@ -3,7 +3,7 @@
 Three ways, the first that holds for a frame: Linux's ORC tables, where the kernel has them (they describe every
 instruction); frame pointers; and guessing, which takes every word on the stack that follows a call instruction.
 
-The guest wrote all of it: a walk ends after :data:`FRAMES_MAX` frames.
+The guest wrote all of it: a walk ends after :data:`FRAMES_MAX` frames, and spends of a budget.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from vmm.observe.budget import Budget
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from vmm.observe.symbols import Symbols
 
@@ -39,13 +41,31 @@ class Frame(NamedTuple):
         return f"{self.address:#x} {'? ' if self.how == 'guess' else ''}{self.name}".rstrip()
 
 
-def walk(registers: Mapping[str, int], memory: Memory, symbols: Symbols) -> list[Frame]:
+def walk(registers: Mapping[str, int], memory: Memory, symbols: Symbols, budget: Budget | None = None) -> list[Frame]:
     """The stack of a vCPU with these registers (``rip``, ``rsp``, ``rbp``), innermost frame first.
 
     ``memory`` reads linear addresses. Frames found by guessing come last, and only where nothing better led on.
     """
+    frames = [Frame(registers["rip"], symbols.name(registers["rip"]) or "", "rip")]
+    with (budget or Budget()).part("the walk of the stack") as part:
+        _walk(frames, registers, _Spending(memory, part), symbols)
+    return frames
+
+
+class _Spending:
+    """Memory whose reads are spent of a budget."""
+
+    def __init__(self, memory: Memory, part: Budget) -> None:
+        self._memory, self._part = memory, part
+
+    def read(self, address: int, size: int, /) -> bytes:
+        self._part.spend(looked=size)
+        return self._memory.read(address, size)
+
+
+def _walk(frames: list[Frame], registers: Mapping[str, int], memory: Memory, symbols: Symbols) -> None:
+    """Append the frames behind the first."""
     rip, rsp, rbp = registers["rip"], registers["rsp"], registers["rbp"]
-    frames = [Frame(rip, symbols.name(rip) or "", "rip")]
     orc = OrcTables.of_kernel(memory, symbols)
     state: _State | None = _State(rip, rsp, rbp, exact=True)
     while state is not None and len(frames) < FRAMES_MAX:
@@ -58,8 +78,8 @@ def walk(registers: Mapping[str, int], memory: Memory, symbols: Symbols) -> list
         state = step
         rsp = state.rsp
     if len(frames) == 1:
-        frames += _guesses(rsp, memory, symbols)
-    return frames
+        for frame in _guesses(rsp, memory, symbols):
+            frames.append(frame)
 
 
 class _State(NamedTuple):
@@ -112,16 +132,16 @@ def _by_frame_pointer(state: _State, memory: Memory) -> _State | None:
     return _State(address, state.rbp + 16, caller, exact=False)
 
 
-def _guesses(rsp: int, memory: Memory, symbols: Symbols) -> list[Frame]:
-    found: list[Frame] = []
+def _guesses(rsp: int, memory: Memory, symbols: Symbols) -> Iterator[Frame]:
+    found = 0
     for at in range(rsp & ~7, (rsp & ~7) + _GUESSED_BYTES, 8):
         word = _word(memory, at)
-        if word is None or len(found) == FRAMES_MAX:
+        if word is None or found == FRAMES_MAX:
             break
         name = symbols.name(word)
         if name and follows_call(memory, word):
-            found.append(Frame(word, name, "guess"))
-    return found
+            found += 1
+            yield Frame(word, name, "guess")
 
 
 # ---- ORC: arch/x86/include/asm/orc_types.h ----

@@ -9,17 +9,24 @@ line where there is DWARF.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError
+from vmm.observe.budget import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vmm.memory import GuestMemory
+    from vmm.observe.kallsyms import Kallsyms
 
 _FAR = 0x1000  # how far past the start of a symbol without a size an address still belongs to it
+_PROGRAM_MAX = 1 << 18  # bytes of one unit's line program: each of them can be a row
+_ROW_COST, _ENTRY_COST = 24, 200  # bytes that a row or a symbol takes here, about: few rows are of one byte
+_SAME_MAX = 64  # symbols at one address that are compared
 _GIVE = "give a vmlinux that is not stripped, or its System.map"
 _HEX = frozenset("0123456789abcdefABCDEF")
 
@@ -30,8 +37,8 @@ class Symbols:
 
     def __init__(self, entries: Iterable[tuple[int, int, str]], origin: str, *, build_id: bytes = b"") -> None:
         """``entries``: (address, size or 0, name)."""
-        self._entries = sorted(entries)
-        self._addresses = [address for address, _, _ in self._entries]
+        self._entries: Sequence[tuple[int, int, str]] = sorted(entries)
+        self._addresses: Sequence[int] = [address for address, _, _ in self._entries]
         self._by_name: dict[str, int] | None = None
         self._lines: Any = None
         self.origin = origin
@@ -73,23 +80,25 @@ class Symbols:
             _map_line(path, line.decode(errors="replace"))
 
     @classmethod
-    def of_elf(cls, path: str) -> Symbols:
-        """Of an ELF file; none at all where it has no symbol table, or is damaged."""
-        from elftools.common.exceptions import ELFError
+    def of_elf(cls, path: str, budget: Budget | None = None) -> Symbols:
+        """Of an ELF file; none at all where it has no symbol table, or is damaged. Without a budget the file is one
+        that a person has given for its symbols."""
         from elftools.elf.elffile import ELFFile
         from elftools.elf.sections import SymbolTableSection
 
         found: list[tuple[int, int, str]] = []
         build_id, notes = b"", None
+        limits = budget or Budget(math.inf, 1 << 62, 1 << 62)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb") as file, limits.part("reading the image's symbols") as part:
                 elf = ELFFile(file)
+                build_id, notes = _notes(elf)
                 table = elf.get_section_by_name(".symtab")
                 for symbol in table.iter_symbols() if isinstance(table, SymbolTableSection) else ():
                     if symbol["st_info"]["type"] in ("STT_FUNC", "STT_OBJECT", "STT_NOTYPE") and symbol.name:
+                        part.spend(kept=len(symbol.name) + _ENTRY_COST)
                         found.append((symbol["st_value"], symbol["st_size"], symbol.name))
-                build_id, notes = _notes(elf)
-        except (OSError, ELFError, UnicodeDecodeError, ValueError):
+        except Exception:  # pyelftools raises whatever a damaged file makes it stumble over
             found = []
         symbols = cls(found, path, build_id=build_id)
         symbols.path, symbols.notes = path, notes
@@ -102,14 +111,12 @@ class Symbols:
             return cls([_map_line(path, line) for line in file], path)
 
     @classmethod
-    def of_kernel(cls, memory: GuestMemory) -> Symbols | None:
+    def of_kernel(cls, memory: GuestMemory, budget: Budget | None = None) -> Symbols | None:
         """Of a Linux kernel in guest memory, by its own kallsyms; ``None`` where there are none."""
         from vmm.observe import kallsyms
 
-        found = kallsyms.find(memory)
-        if found is None:
-            return None
-        return cls(((address, 0, name) for address, _, name in found), "kallsyms in guest memory")
+        found = kallsyms.find(memory, budget)
+        return None if found is None else _KernelSymbols(found)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -124,8 +131,10 @@ class Symbols:
             return None
         start = self._addresses[at]
         same = self._entries[at]
-        while at and self._addresses[at - 1] == start:
+        for _ in range(min(at, _SAME_MAX)):
             at -= 1
+            if self._addresses[at] != start:
+                break
             if _rank(self._entries[at]) >= _rank(same):
                 same = self._entries[at]
         offset = address - start
@@ -147,10 +156,10 @@ class Symbols:
             self._by_name = {name: address for address, _, name in reversed(self._entries)}
         return self._by_name.get(name)
 
-    def line(self, address: int) -> tuple[str, int] | None:
+    def line(self, address: int, budget: Budget | None = None) -> tuple[str, int] | None:
         """Source file and line, from the DWARF of an ELF file; ``None`` where there is none for ``address``."""
         if self._lines is None:
-            self._lines = _line_table(self.path) if self.path else []
+            self._lines = _line_table(self.path, budget or Budget()) if self.path else []
         at = bisect_right(self._lines, (address, "\U0010ffff", 0)) - 1
         if at < 0 or self._lines[at][2] == 0:  # 0 ends a sequence
             return None
@@ -175,6 +184,33 @@ class Symbols:
         running = _build_id(there)
         said = f"has build-id {running.hex()}" if running else "has none where this one has"
         return f"{self.path} is of another kernel: the one that runs {said}, the file {self.build_id.hex()}"
+
+
+class _KernelSymbols(Symbols):
+    """Those of kallsyms, which stay packed."""
+
+    def __init__(self, found: Kallsyms) -> None:
+        super().__init__((), "kallsyms in guest memory")
+        self._entries = _Sizeless(found)
+        self._addresses = found.addresses
+        self._found = found
+
+    def address(self, name: str) -> int | None:
+        return self._found.address(name)
+
+
+class _Sizeless(Sequence[tuple[int, int, str]]):
+    """Entries of a table that has no sizes."""
+
+    def __init__(self, found: Kallsyms) -> None:
+        self._found = found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, at: Any) -> Any:
+        address, _, name = self._found[at]
+        return address, 0, name
 
 
 def _map_line(path: str, line: str) -> tuple[int, int, str]:
@@ -207,23 +243,24 @@ def _build_id(notes: bytes) -> bytes:
     return b""
 
 
-def _line_table(path: str) -> list[tuple[int, str, int]]:
+def _line_table(path: str, budget: Budget) -> list[tuple[int, str, int]]:
     """``(address, file, line)`` of every row of the DWARF line programs, by address; line 0 ends a sequence."""
-    from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
     rows: list[tuple[int, str, int]] = []
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, budget.part("reading the image's line tables") as part:
             elf = ELFFile(file)
             if not elf.has_dwarf_info():
                 return rows
             dwarf = elf.get_dwarf_info()
             for unit in dwarf.iter_CUs():
+                part.spend()
                 program = dwarf.line_program_for_CU(unit)
-                if program is not None:
+                if program is not None and program["unit_length"] <= _PROGRAM_MAX:
+                    part.spend(kept=program["unit_length"] * _ROW_COST)
                     rows += _rows(program)
-    except (OSError, ELFError, UnicodeDecodeError, ValueError, KeyError):
+    except Exception:  # as above
         return []
     rows.sort(key=lambda row: (row[0], row[2] != 0))
     return rows

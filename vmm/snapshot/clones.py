@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmm.parts import Net
 
 # How it is used that goes for a clone as well; a debugger's port and the console's place are the original's.
-_USES = ("timeout", "stall", "symbols", "reboot")
+_USES = ("timeout", "stall", "symbols", "screen", "reboot")
 
 _AT_ONCE = 4  # more gain nothing: the state of a machine is taken up by Python
 

@@ -20,7 +20,7 @@ VERSION = 2
 # How a person uses a machine, not what the guest sees of it: whoever takes it up says so anew.
 USES = (
     "timeout", "stall", "console", "gdb", "symbols", "control", "huge_pages",
-    "checkpoint_dir", "checkpoint_every", "retain", "standby", "reboot",
+    "checkpoint_dir", "checkpoint_every", "retain", "standby", "screen", "reboot",
 )  # fmt: skip
 # Where a part of it is on the host, which no record says; the number and kind of parts stay.
 PLACES = ("disks", "nets", "vsock")
