@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.cpu import internal_error
+from vmm import host
 from vmm.errors import ImageError
 from vmm.machine import Machine
-from vmm.observe import linux
+from vmm.observe import linux, waiting
 from vmm.observe.diagnose import CAUSES, diagnose
 from vmm.observe.postmortem import report
 from vmm.outcome import KVM_EMULATION, Outcome
+from vmm.observe.watch import Sample
+from vmm.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,6 +206,125 @@ def test_the_command_says_what_a_guest_was_doing_at_its_time_limit_and_when_it_s
         assert done.returncode == status, done.stderr
         assert "the vCPU is halted at" in done.stderr
         assert len(done.stderr.splitlines()) <= lines
+
+
+# (long-mode code at 0x100000, what the sentence says): none of them is in an endless loop
+BUSY = {
+    "counting": ("48ffc0 ebfb", "with other registers each time"),  # inc rax; jmp
+    "copying": (
+        "48c7c100000040 48c7c600001100 48c7c700001200 f3a4 ebe7",
+        "with other registers each time",
+    ),  # rep movsb
+    "filling": (
+        "48c7c700001100 48ab 4881ff00f01f00 72f5 48ffc2 ebe9",
+        "with other registers each time",
+    ),  # a stack of it
+}
+
+
+@pytest.mark.parametrize(("code", "sentence"), BUSY.values(), ids=BUSY.keys())
+def test_a_guest_that_makes_progress_is_in_no_endless_loop(flat: Any, code: str, sentence: str) -> None:
+    with flat(bytes.fromhex(code), memory="2M", rng=False) as machine:
+        assert machine.run(timeout=2.0).reason == "timeout"
+        found = machine.diagnose()
+    assert found.cause == "running", found
+    assert sentence in found.sentence
+
+
+def test_a_guest_that_makes_progress_does_not_stall(flat: Any) -> None:
+    with flat(bytes.fromhex(BUSY["counting"][0]), memory="2M", rng=False, stall=0.5) as machine:
+        assert machine.run(timeout=3.0).reason == "timeout"
+        assert len(machine.samples) == 32
+
+
+def test_every_vcpu_is_looked_at(guest: GuestPath) -> None:
+    with Machine(kernel=guest("smp"), memory="16M", cpus=2, rng=False) as machine:
+        machine.run(timeout=20)
+        spins = Sample(0.0, 0, 0x1000, False, 7)
+        machine.samples[:] = [
+            [spins._replace(at=n / 10), spins._replace(at=n / 10, vcpu=1, rip=0x2000 + n * works, state=n * works)]
+            for works in (1,) for n in range(32)
+        ]  # fmt: skip
+        for vcpu in machine.vcpus:
+            vcpu.set_registers(rip=0x1000)
+        machine.memory.write(0x1000, bytes.fromhex("f390ebfc") + bytes(0x1000))
+        found = waiting._running(machine, machine.vcpus, Outcome("timeout", registers=machine.vcpus[0].registers()))
+    assert found.cause == "running"
+    assert any(line.startswith("vCPU 0: endless loop: all of 32 samples") for line in found.evidence)
+
+
+# ---- what this host, or this machine, has not ----
+
+
+def test_a_hypercall_that_never_returns_is_named(flat: Any) -> None:
+    if not host.findings().vmcall_loops:
+        pytest.skip("hypercalls return on this host")
+    with flat(bytes.fromhex("b80b000000 0f01c1 ebf7"), memory="2M", rng=False) as machine:
+        if machine.run(timeout=2.0).registers["rip"] != 0x100005:
+            pytest.skip("hypercalls are completed here")
+        found = machine.diagnose()
+    assert found.cause == "hypercall"
+    assert "vmcall at 0x100005 (rax 0xb), which KVM runs for ever; see pyvmm doctor" in found.sentence
+
+
+def test_32_bit_paging_is_named_where_it_cannot_work(flat: Any) -> None:
+    if host.findings().native:
+        pytest.skip("this host has 32-bit paging")
+    code = bytes.fromhex("0f20c0 0d00000080 0f22c0 f4")  # mov eax, cr0; or eax, 1 << 31; mov cr0, eax; hlt
+    with flat(code, mode="protected", memory="2M", rng=False) as machine:
+        machine.run(timeout=20)
+        found = machine.diagnose()
+    assert found.cause == "no-32-bit-paging"
+    assert "mov cr0, eax at 0x100008 switches paging on outside long mode" in found.sentence
+
+
+@pytest.mark.parametrize(("code", "which"), [("cd10 ebfc", "int 0x10 at 0x0:0x7c00"), ("0f0b", "an interrupt at 0x0:")])
+def test_an_empty_interrupt_vector_table_is_named(flat: Any, code: str, which: str) -> None:
+    with flat(bytes.fromhex(code), mode="real", memory="2M", rng=False) as machine:
+        machine.load()
+        machine.memory.fill(0, 0x500)
+        machine.run(timeout=2.0)
+        found = machine.diagnose()
+    assert found.cause == "empty-vectors", found
+    assert f"empty interrupt vector table: {which}" in found.sentence
+
+
+# ---- the text screen ----
+
+SCREEN = b"A kernel's only words"
+
+
+def _text_mode(text: bytes) -> bytes:
+    """Long-mode code that stores ``text`` at 0xb8000, and then dies."""
+    cells = b"".join(b"\x66\xc7\x04\x25" + struct.pack("<IBB", 0xB8000 + 2 * n, c, 7) for n, c in enumerate(text))
+    return cells + bytes.fromhex("0f0b")
+
+
+def test_a_guest_that_writes_only_to_the_text_screen_has_it_shown(flat: Any) -> None:
+    from vmm.observe.postmortem import report
+
+    with flat(_text_mode(SCREEN), rng=False) as machine:
+        assert machine.screen() is None
+        outcome = machine.run(timeout=20)
+        assert machine.screen() == [SCREEN.decode()]
+        assert report(machine, outcome).endswith(f"text screen at 0xb8000:\n  {SCREEN.decode()}\n")
+
+
+def test_the_command_shows_the_text_screen_when_asked_whatever_the_end(guest: GuestPath, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(_text_mode(SCREEN)[:-2] + bytes.fromhex("b021 e6f4"))  # mov al, 0x21; out 0xf4, al
+    words = ["--kind", "flat", "--mode", "long", "--kernel", str(image), "--mem", "16M", "--rng", "off"]
+    for flags, shown in (([], ""), (["--screen"], f"text screen at 0xb8000:\n  {SCREEN.decode()}\n")):
+        done = subprocess.run(
+            [sys.executable, "-m", "vmm", "boot", *words, *flags], capture_output=True, text=True, timeout=60,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (67, shown)
+    done = subprocess.run(
+        [sys.executable, "-m", "vmm", "boot", "--kernel", guest("hello"), "--mem", "16M", "--screen"],
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    assert done.stderr == "text screen at 0xb8000: guest memory holds no text there\n"
 
 
 # ---- the guide ----

@@ -12,6 +12,7 @@ from os.path import getsize, isfile
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.outcome import KVM_EMULATION
+from vmm.printable import printable
 
 if TYPE_CHECKING:
     from vmm.machine import Machine
@@ -41,6 +42,11 @@ CAUSES: dict[str, str] = {
     "wrong-image": "wrong or truncated image",
     "not-emulated": "instruction that KVM does not emulate",
     "no-bios": "no BIOS",
+    # what this host or this machine has not
+    "hypercall": "hypercall that never returns on this host",
+    "no-32-bit-paging": "32-bit paging, which this host's KVM cannot do",
+    "no-int-n": "software interrupt that this host's KVM cannot deliver",
+    "empty-vectors": "empty interrupt vector table",
     # nothing moves
     "halt-interrupts-off": "HLT with interrupts off",
     "no-wakeup": "waiting for an interrupt that nothing can raise",
@@ -78,16 +84,18 @@ class Diagnosis(NamedTuple):
 
 def say(cause: str, text: str, evidence: list[str] | tuple[str, ...] = ()) -> Diagnosis:
     """A diagnosis whose sentence begins as :data:`CAUSES` has it; what a guest wrote is made printable."""
-    return Diagnosis(cause, f"{CAUSES[cause]}: {_printable(text)}", tuple(map(_printable, evidence[:_EVIDENCE_MAX])))
-
-
-def _printable(text: str) -> str:
-    """Without control characters (a terminal would obey them), and of bounded length."""
-    return "".join(c if c.isprintable() else "?" for c in text[:_TEXT_MAX])
+    shown = tuple(printable(line, _TEXT_MAX) for line in evidence[:_EVIDENCE_MAX])
+    return Diagnosis(cause, f"{CAUSES[cause]}: {printable(text, _TEXT_MAX)}", shown)
 
 
 def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
-    """The diagnosis of an ended run; the machine must not be closed."""
+    """The diagnosis of an ended run; the machine must not be closed. What a guest wrote is printable in it, and of
+    bounded length."""
+    found = _diagnose(machine, outcome)
+    return found._replace(evidence=tuple(printable(line, _TEXT_MAX) for line in found.evidence))  # some is added late
+
+
+def _diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
     from vmm.observe import linux, waiting
 
     # A guest that powers itself off did not die of what it printed; a reset may be a panic's (panic=-1).
@@ -98,7 +106,7 @@ def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
         found = linux.silent(machine)
         if found is None:
             found = waiting.why(machine, outcome)
-            found = found._replace(evidence=(*found.evidence, *map(_printable, linux.unprinted(machine))))
+            found = found._replace(evidence=(*found.evidence, *linux.unprinted(machine)))
         if found.cause in ("idle", "waiting-for-device") and (undriven := linux.undriven(machine)):
             found = undriven._replace(evidence=(*undriven.evidence, found.sentence))
     if found is None and outcome.reason == "no-bios":
@@ -115,8 +123,10 @@ def place(machine: Machine, address: int) -> str:
     name = machine.symbols.name(address)
     if not name:
         return f"{address:#x}"
-    path = machine.symbols.path
-    where = machine.symbols.line(address) if path and isfile(path) and getsize(path) <= _LINES_MAX else None
+    path, where = machine.symbols.path, None
+    if path and isfile(path) and getsize(path) <= _LINES_MAX:
+        with machine.looking() as budget:
+            where = machine.symbols.line(address, budget)
     return f"{address:#x} <{name}>" + (f" ({where[0]}:{where[1]})" if where else "")
 
 
@@ -124,7 +134,7 @@ def place(machine: Machine, address: int) -> str:
 
 
 def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
-    from vmm.observe import faults
+    from vmm.observe import departures, faults
     from vmm.observe.descriptors import VECTORS, delivery
     from vmm.observe.processor import Processor
 
@@ -135,6 +145,8 @@ def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     r = outcome.registers
     vcpu = machine.vcpus[outcome.vcpu or 0]
     cpu = Processor(r, outcome.bits, vcpu.paging(r), machine.memory.read)
+    if found := departures.empty_vectors(cpu) or departures.of(machine, cpu, cpu.fetch(cpu.rip)[0]):
+        return found
     names = faults.Names(lambda address: place(machine, address), vcpu.has_msr)
     fault = faults.find(cpu, names)
     if outcome.replayed and fault is not None and fault.address is not None:

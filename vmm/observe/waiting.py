@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm.observe.diagnose import Diagnosis, place, say
 from vmm.observe.processor import RFLAGS_IF, Processor
-from vmm.observe.watch import by_vcpu, narrow
+from vmm.observe.watch import PLACE_BITS, by_vcpu, looping, narrow
 
 if TYPE_CHECKING:
     from vmm.machine import Machine
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _SAMPLES_ENOUGH = 8  # fewer show no loop
 _PLACES_SHOWN = 4
+_VCPUS_SHOWN = 4
+_RANGE_MAX = 4096  # bytes: what a loop with a call or two may span, and still be shown as a range
 _POLLS, _POLLED_MAX = 32, 2  # so many accesses, of which at most so many are different: polling
 
 # local APIC registers (SDM vol. 3, table 11-1)
@@ -34,14 +36,18 @@ def why(machine: Machine, outcome: Outcome) -> Diagnosis:
     awake = [vcpu for vcpu in started if vcpu.mp_state == "runnable"]
     if started and not awake:
         return _halted(machine, started)
-    return _running(machine, (awake or machine.vcpus)[0], outcome)
+    return _running(machine, awake or machine.vcpus[:1], outcome)
 
 
 # ---- halted ----
 
 
 def _halted(machine: Machine, vcpus: list[Any]) -> Diagnosis:
+    from vmm.observe import departures
+
     r = vcpus[0].registers()
+    if found := departures.empty_vectors(Processor(r, vcpus[0].bits, vcpus[0].paging(), machine.memory.read)):
+        return found
     at = r["rip"] - 1 + (0 if vcpus[0].bits == 64 else r["cs_base"])  # HLT is one byte, and RIP is behind it
     who = "the vCPU is" if len(vcpus) == 1 else f"all {len(vcpus)} started vCPUs are"
     if not any(vcpu.registers()["rflags"] & RFLAGS_IF for vcpu in vcpus):
@@ -168,16 +174,30 @@ def _wires(machine: Machine) -> dict[int, str]:
 # ---- running ----
 
 
-def _running(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
-    from vmm.observe import faults
+def _running(machine: Machine, vcpus: list[Any], outcome: Outcome) -> Diagnosis:
+    """What those of the started vCPUs do that are not halted: the worst if all of them are stuck, else what the first
+    that is at work does. The others are evidence."""
+    found = [_executing(machine, vcpu, outcome) for vcpu in vcpus]
+    at_work = [diagnosis for diagnosis in found if diagnosis.cause == "running"]
+    first = (at_work or found)[0]
+    others = [f"vCPU {vcpu.number}: {diagnosis.sentence}" for vcpu, diagnosis in zip(vcpus, found, strict=True)
+              if diagnosis is not first]  # fmt: skip
+    return first._replace(evidence=(*first.evidence, *others[:_VCPUS_SHOWN]))
+
+
+def _executing(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
+    from vmm.observe import departures, faults
 
     samples = [sample for sample in by_vcpu(machine.samples).get(vcpu.number, []) if not sample.halted]
     r = vcpu.registers()
     cpu = Processor(r, vcpu.bits, vcpu.paging(), machine.memory.read)
     code, _ = cpu.fetch(cpu.rip)
     if len(code) > 1 and not any(code):
-        return say("zeroes", f"it executes zeroes at {place(machine, cpu.rip)}, and goes on through them")
+        vectors = departures.empty_vectors(cpu)
+        return vectors or say("zeroes", f"it executes zeroes at {place(machine, cpu.rip)}, and goes on through them")
     insn = faults.decode(cpu, code)
+    if hypercall := departures.hypercall(machine, cpu, insn, samples):
+        return hypercall
     if insn is not None and insn.mnemonic == "jmp" and insn.operands[0].imm == cpu.rip:
         until = "" if r["rflags"] & RFLAGS_IF else ", with interrupts off"
         return say("endless-loop", f"the instruction at {place(machine, cpu.rip)} jumps to itself{until}")
@@ -186,11 +206,25 @@ def _running(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
     seconds = samples[-1].at - samples[0].at
     evidence = _polled(machine, outcome) + _top(machine, samples)
     seen = f"{len(samples)} samples of RIP in {seconds:.2g} s"
+    if looping(samples):
+        again = len(samples) - len({(sample.rip, sample.state) for sample in samples})
+        return say("endless-loop", f"all of {seen} are at {_where(machine, samples)}, {again} of them with all "
+                   "registers as they were before", evidence)  # fmt: skip
     if narrow(samples):
-        low, high = min(s.rip for s in samples), max(s.rip for s in samples)
-        where = place(machine, low) if low == high else f"{place(machine, low)} to {place(machine, high)}"
-        return say("endless-loop", f"all of {seen} are at {where}", evidence)
+        return say("running", f"all of {seen} are at {_where(machine, samples)}, with other registers each time: it "
+                   "computes, counts or waits for a clock", evidence)  # fmt: skip
     return say("running", f"{seen} are in {len({s.rip for s in samples})} places: it was at work, not stuck", evidence)
+
+
+def _where(machine: Machine, samples: list[Sample]) -> str:
+    """The places of samples: one, a range where they are close together, else the most frequent."""
+    low, high = min(s.rip for s in samples), max(s.rip for s in samples)
+    if low == high:
+        return place(machine, low)
+    if high - low <= _RANGE_MAX:
+        return f"{place(machine, low)} to {place(machine, high)}"
+    often = Counter(s.rip >> PLACE_BITS for s in samples).most_common(_PLACES_SHOWN)
+    return ", ".join(place(machine, next(s.rip for s in samples if s.rip >> PLACE_BITS == block)) for block, _ in often)
 
 
 def _top(machine: Machine, samples: list[Sample]) -> list[str]:

@@ -6,11 +6,11 @@ A guest is stalled when for so many seconds (``stall``; nobody is asked who did 
 - no virtio queue had a request or a doorbell;
 - no access to a device was one that had not been seen in that time already: polling a register that always answers
   the same is no progress, nor is reading a clock or programming a timer;
-- each vCPU's RIP, sampled :data:`ROUNDS` times, stayed within few places (the samples lie in at most a quarter as many
-  64-byte blocks of code), or it was halted in at least a quarter of the samples: idle, with ticks in between.
+- each vCPU, sampled :data:`ROUNDS` times, is in an endless loop (:func:`looping`), or was halted in at least a quarter
+  of the samples: idle, with ticks in between.
 
-Nothing of this tells a slow guest from a dead one: a loop that computes for longer than ``stall`` seconds without
-printing is stalled, too.
+A loop that computes has other registers each time round: a counter, a pointer that moves. It is not endless for all
+that can be seen, and never a stall; the price is that a loop which counts up for ever is none either.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ TIMEOUT, STALLED = 1, 4  # codes of Machine.interrupt
 
 
 class Sample(NamedTuple):
-    """One vCPU at one time (seconds, monotonic): its linear ``rip``, and whether it is halted."""
+    """One vCPU at one time (seconds, monotonic): its linear ``rip``, whether it is halted, and a hash of all its
+    registers."""
 
     at: float
     vcpu: int
     rip: int
     halted: bool
+    state: int = 0
 
 
 def take(machine: Machine) -> list[Sample]:
@@ -51,9 +53,8 @@ def take(machine: Machine) -> list[Sample]:
             state = vcpu.mp_state
             if state in ("runnable", "halted"):
                 r = vcpu.registers()
-                found.append(
-                    Sample(now, vcpu.number, r["rip"] + (0 if vcpu.bits == 64 else r["cs_base"]), state == "halted")
-                )
+                rip = r["rip"] + (0 if vcpu.bits == 64 else r["cs_base"])
+                found.append(Sample(now, vcpu.number, rip, state == "halted", hash(tuple(r.items()))))
         return found
     finally:
         machine.resume()
@@ -62,6 +63,12 @@ def take(machine: Machine) -> list[Sample]:
 def narrow(samples: list[Sample]) -> bool:
     """Whether samples of one vCPU stay within few places: a quarter as many as there are samples."""
     return len({sample.rip >> PLACE_BITS for sample in samples}) <= max(1, len(samples) // 4)
+
+
+def looping(samples: list[Sample]) -> bool:
+    """Whether samples of one vCPU show a loop that leads back to where it was: few places, and a RIP at which all
+    registers were the same once more."""
+    return narrow(samples) and len({(sample.rip, sample.state) for sample in samples}) < len(samples)
 
 
 def _idle(samples: list[Sample]) -> bool:
@@ -121,7 +128,7 @@ class Watch:
             self._quiet_since = now
             del rounds[:-1]
         quiet = now - self._quiet_since >= self._stall
-        return STALLED if quiet and all(narrow(seen) or _idle(seen) for seen in by_vcpu(rounds).values()) else None
+        return STALLED if quiet and all(looping(seen) or _idle(seen) for seen in by_vcpu(rounds).values()) else None
 
     def _progressed(self) -> bool:
         """Whether the guest did something since the last round that it had not done in the last :data:`ROUNDS`."""

@@ -22,12 +22,12 @@ class Vcpu:
     bits = 64
 
     def __init__(self) -> None:
-        self.rip = 0x1000
+        self.rip, self.rcx = 0x1000, 0
         self.mp_state = "runnable"
         self.exits: list[Any] = []
 
     def registers(self) -> dict[str, int]:
-        return {"rip": self.rip, "cs_base": 0}
+        return {"rip": self.rip, "cs_base": 0, "rcx": self.rcx}
 
     def last_exits(self) -> list[Any]:
         return self.exits
@@ -114,7 +114,25 @@ def _new_accesses(machine: Machine, n: int) -> None:
     machine.vcpus[0].exits = [Exit(0x3F8, n // 20)]
 
 
-@pytest.mark.parametrize("step", [_move, _print, _request, _new_accesses])
+def _copy(machine: Machine, n: int) -> None:
+    """REP MOVSB: one instruction, and RCX counts down."""
+    machine.vcpus[0].rcx = (1 << 30) - n
+
+
+def _fill(machine: Machine, n: int) -> None:
+    """A loop of three instructions with a pointer in it."""
+    machine.vcpus[0].rip, machine.vcpus[0].rcx = 0x1000 + n % 3, 0x200000 + 8 * n
+
+
+def _one_works(machine: Machine, n: int) -> None:
+    """A vCPU that spins until the other has done its work."""
+    if n == 0:
+        machine.vcpus.append(Vcpu())
+        machine.vcpus[1].number = 1
+    machine.vcpus[1].rcx = n
+
+
+@pytest.mark.parametrize("step", [_move, _print, _request, _new_accesses, _copy, _fill, _one_works])
 def test_progress_of_any_kind_is_no_stall(clock: Any, step: Callable[[Machine, int], None]) -> None:
     assert run(clock, Machine(), step) is None
 
