@@ -8,12 +8,24 @@ the guest's own terminal and byte-exact.
 
 from __future__ import annotations
 
-import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import re
 
 # What services read as commands: GitHub's "::name" at the start of a line (blanks aside; a wrapped sentence has its
 # words at the start of lines), "##[name" and "##vso[name" anywhere in one (GitHub, Azure), "##teamcity[",
 # "travis_fold:", "section_start:" (GitLab).
-_COMMAND = re.compile(r"(?<!\S):(?=:)|(?<=#)#(?=\w*\[)|(?<!\S)[ts](?=ravis_(?:fold|time):|ection_(?:start|end):)")
+_COMMAND = r"(?<!\S):(?=:)|(?<=#)#(?=\w*\[)|(?<!\S)[ts](?=ravis_(?:fold|time):|ection_(?:start|end):)"
+_MARKS = ("::", "##", "travis_", "section_")
+
+
+@cache
+def _commands() -> re.Pattern[str]:
+    import re  # not on the way of a start, which most messages are
+
+    return re.compile(_COMMAND)
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -27,7 +39,7 @@ def printable(text: str, most: int | None = None) -> str:
         text = text[:most]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " if c == "\t" else _code(c) for c in text)
-    return _COMMAND.sub(_escaped, text) if "::" in text or "##" in text or "_" in text else text
+    return _commands().sub(_escaped, text) if any(mark in text for mark in _MARKS) else text
 
 
 def _code(c: str) -> str:

@@ -434,3 +434,28 @@ def test_memory_nobody_touched_costs_nothing(guest: GuestPath) -> None:
     with Machine(kernel=guest("hello"), memory="5G") as machine:
         machine.run(timeout=10)
         assert resident() - before < 8 << 20
+
+
+def test_a_search_finds_what_lies_across_its_pieces_and_may_be_ended(guest: GuestPath) -> None:
+    with Machine(kernel=guest("hello"), memory="16M", rng=False) as machine:
+        memory = machine.memory
+        memory.fill(0x100000, 10 << 20, 1)
+        places = [0x100000 + (4 << 20) - 3, 0x100000 + (8 << 20) - 1, 0x100000 + (10 << 20) - 6]
+        for at in places:
+            memory.write(at, b"needle")
+        found, start = [], 0
+        while (at_ := memory.search(b"needle", start)) is not None:
+            found.append(at_)
+            start = at_ + 1
+        assert found == places
+        assert memory.search(b"needle", 0, places[0] + 5) is None
+        assert memory.search(b"needle", places[0] + 1, places[1] + 6) == places[1]
+        looked: list[int] = []
+        assert memory.search(b"needle", 0x100000, spend=looked.append) == places[0]
+        assert sum(looked) == places[0] + 6 - 0x100000
+
+        def refuse(n: int) -> None:
+            raise KeyError(n)
+
+        with pytest.raises(KeyError):
+            memory.search(b"nothing of the kind", spend=refuse)

@@ -330,11 +330,14 @@ class LinearMemory:
 
         return numpy.frombuffer(self.view(linear, size), dtype=dtype)
 
-    def search(self, pattern: bytes, start: int, end: int) -> int | None:
+    def search(
+        self, pattern: bytes, start: int, end: int, *, spend: Callable[[int], object] | None = None
+    ) -> int | None:
         """The lowest address in ``[start, end)`` where ``pattern`` stands, wherever its pages lie, or ``None``.
 
-        What is not mapped is passed over, so the cost is that of the pages which are. Raises
-        :class:`~vmm.errors.ConfigError` for a range that is none.
+        What is not mapped is passed over, so the cost is that of the pages which are; a guest can map one of them at
+        all addresses. ``spend(n)`` is called for each ``n`` bytes that were looked at, and may end the search by
+        raising. Raises :class:`~vmm.errors.ConfigError` for a range that is none.
         """
         if not 0 <= start <= end <= 1 << 64:
             raise ConfigError(f"search from {start:#x} to {end:#x}: give a range of addresses, 2^64 at most")
@@ -349,6 +352,8 @@ class LinearMemory:
                     before += self._ram.read(found.gpa + start - found.linear, n)
                 except GuestMemoryError:
                     before = b""
+                if spend is not None:
+                    spend(n)
                 if (at := before.find(pattern)) >= 0:
                     return start + n - len(before) + at
                 before = before[max(0, len(before) - len(pattern) + 1) :]
