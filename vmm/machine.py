@@ -575,6 +575,10 @@ class Machine:
                 break
         return self.wait()
 
+    def processor_seconds(self, vcpu: int) -> float:
+        """How much processor time the thread of a vCPU has had, of this and earlier runs."""
+        return self._runners[vcpu].processor_seconds if self._runners else 0.0
+
     def limits(self, timeout: float | None = None) -> Watch | None:
         """Who tells when ``timeout`` seconds have passed, or the guest has stalled as the configuration has it;
         ``None`` where there is neither. For loops that wait for the end."""

@@ -25,6 +25,16 @@ class Runner:
         """Whether the caller is on this thread."""
         return self._thread is threading.current_thread()
 
+    @property
+    def processor_seconds(self) -> float:
+        """Processor time that the thread has had since it was made; 0 where there is none."""
+        import time
+
+        thread = self._thread
+        if thread is None or thread.ident is None:
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
     def start(self, work: Callable[[], object]) -> None:
         """Have ``work()`` done. Not before the one before is over."""
         self._busy.acquire()

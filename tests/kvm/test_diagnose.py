@@ -14,16 +14,15 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmm.cpu import internal_error
 from vmm import host
+from vmm.cpu import internal_error
 from vmm.errors import ImageError
 from vmm.machine import Machine
 from vmm.observe import linux, waiting
 from vmm.observe.diagnose import CAUSES, diagnose
 from vmm.observe.postmortem import report
-from vmm.outcome import KVM_EMULATION, Outcome
 from vmm.observe.watch import Sample
-from vmm.outcome import Outcome
+from vmm.outcome import KVM_EMULATION, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +166,7 @@ def test_what_a_driver_made_of_each_virtio_device_is_seen(guest: GuestPath, tmp_
 def test_a_guest_that_does_not_end_is_told_by_what_it_does(
     guest: GuestPath, name: str, append: str, cause: str, sentence: str, limit: str
 ) -> None:
-    fields = {"stall": 1.0, "timeout": 20} if limit == "stall" else {"timeout": 2.0}
+    fields = {"stall": 1.0, "timeout": 60} if limit == "stall" else {"timeout": 4.0}
     found = diagnosis(guest(name), append, **fields)
     assert found.cause == cause, found
     assert re.search(sentence, found.sentence), found.sentence
@@ -228,7 +227,11 @@ def test_a_guest_that_makes_progress_is_in_no_endless_loop(flat: Any, code: str,
         assert machine.run(timeout=2.0).reason == "timeout"
         found = machine.diagnose()
     assert found.cause == "running", found
-    assert sentence in found.sentence
+    assert (
+        sentence in found.sentence
+        or "the host hardly let it run" in found.sentence
+        or "it was executing" in found.sentence
+    )
 
 
 def test_a_guest_that_makes_progress_does_not_stall(flat: Any) -> None:
@@ -240,10 +243,10 @@ def test_a_guest_that_makes_progress_does_not_stall(flat: Any) -> None:
 def test_every_vcpu_is_looked_at(guest: GuestPath) -> None:
     with Machine(kernel=guest("smp"), memory="16M", cpus=2, rng=False) as machine:
         machine.run(timeout=20)
-        spins = Sample(0.0, 0, 0x1000, False, 7)
+        spins = Sample(0.0, 0, 0x1000, False, 7, 0.0)
         machine.samples[:] = [
-            [spins._replace(at=n / 10), spins._replace(at=n / 10, vcpu=1, rip=0x2000 + n * works, state=n * works)]
-            for works in (1,) for n in range(32)
+            [spins._replace(at=n / 10, ran=n / 10), spins._replace(at=n / 10, vcpu=1, rip=0x2000 + n, state=n)]
+            for n in range(32)
         ]  # fmt: skip
         for vcpu in machine.vcpus:
             vcpu.set_registers(rip=0x1000)

@@ -208,8 +208,10 @@ def _executing(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
     seen = f"{len(samples)} samples of RIP in {seconds:.2g} s"
     if looping(samples):
         again = len(samples) - len({(sample.rip, sample.state) for sample in samples})
-        return say("endless-loop", f"all of {seen} are at {_where(machine, samples)}, {again} of them with all "
-                   "registers as they were before", evidence)  # fmt: skip
+        return say("endless-loop", f"all of {seen} are at {_where(machine, samples)}, with all registers as they "
+                   f"were before in {again} of {len(samples)}", evidence)  # fmt: skip
+    if len({sample.state for sample in samples}) == 1:
+        return say("running", f"all of {seen} are at {_where(machine, samples)}: the host hardly let it run", evidence)
     if narrow(samples):
         return say("running", f"all of {seen} are at {_where(machine, samples)}, with other registers each time: it "
                    "computes, counts or waits for a clock", evidence)  # fmt: skip

@@ -16,6 +16,7 @@ that can be seen, and never a stall; the price is that a loop which counts up fo
 from __future__ import annotations
 
 import time
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.bus import MMIO, PIO
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 32
 PLACE_BITS = 6  # a place is a block of 64 bytes of code
+_RAN = 0.01  # seconds of processor time in which any other code than a jump to itself would have come further
 _BEFORE_TIMEOUT = 4  # the samples of a time limit are of its last quarter
 
 _CLOCKS = frozenset({"pit", "pm-timer", "rtc"})
@@ -34,14 +36,16 @@ TIMEOUT, STALLED = 1, 4  # codes of Machine.interrupt
 
 
 class Sample(NamedTuple):
-    """One vCPU at one time (seconds, monotonic): its linear ``rip``, whether it is halted, and a hash of all its
-    registers."""
+    """One vCPU at one time (seconds, monotonic): its linear ``rip``, whether it is halted, a hash of all its registers,
+    the processor time (seconds) that its thread has had, and how many accesses to devices it has made."""
 
     at: float
     vcpu: int
     rip: int
     halted: bool
     state: int = 0
+    ran: float = 0.0
+    accesses: int = 0
 
 
 def take(machine: Machine) -> list[Sample]:
@@ -54,7 +58,10 @@ def take(machine: Machine) -> list[Sample]:
             if state in ("runnable", "halted"):
                 r = vcpu.registers()
                 rip = r["rip"] + (0 if vcpu.bits == 64 else r["cs_base"])
-                found.append(Sample(now, vcpu.number, rip, state == "halted", hash(tuple(r.items()))))
+                ran = machine.processor_seconds(vcpu.number)
+                exits = vcpu.exit_counts()
+                accesses = exits.get("io", 0) + exits.get("mmio", 0)
+                found.append(Sample(now, vcpu.number, rip, state == "halted", hash(tuple(r.items())), ran, accesses))
         return found
     finally:
         machine.resume()
@@ -67,8 +74,19 @@ def narrow(samples: list[Sample]) -> bool:
 
 def looping(samples: list[Sample]) -> bool:
     """Whether samples of one vCPU show a loop that leads back to where it was: few places, and a RIP at which all
-    registers were the same once more."""
-    return narrow(samples) and len({(sample.rip, sample.state) for sample in samples}) < len(samples)
+    registers were the same once more.
+
+    On a busy host a vCPU may not have run at all from one sample to the next. It has if there were other registers in
+    between, or else (a jump to itself; a poll that is always found at its access) by the processor time of its thread
+    or by its accesses.
+    """
+    runs = [list(run) for _, run in groupby(samples, lambda sample: (sample.rip, sample.state))]
+    came_back = len({(run[0].rip, run[0].state) for run in runs}) < len(runs)
+    return narrow(samples) and (came_back or any(_ran(run[0], run[-1]) for run in runs))
+
+
+def _ran(first: Sample, last: Sample) -> bool:
+    return last.ran - first.ran >= _RAN or last.accesses - first.accesses > 1
 
 
 def _idle(samples: list[Sample]) -> bool:

@@ -29,6 +29,9 @@ class Vcpu:
     def registers(self) -> dict[str, int]:
         return {"rip": self.rip, "cs_base": 0, "rcx": self.rcx}
 
+    def exit_counts(self) -> dict[str, int]:
+        return {"io": len(self.exits), "intr": 9}
+
     def last_exits(self) -> list[Any]:
         return self.exits
 
@@ -65,6 +68,14 @@ class Machine:
         self.virtio = [self.disk]
         self.samples: list[list[watch.Sample]] = []
         self.paused = False
+
+    ran = 0.0
+
+    def processor_seconds(self, vcpu: int) -> float:
+        self.ran += self.pace
+        return self.ran
+
+    pace = 0.01
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -124,6 +135,15 @@ def _fill(machine: Machine, n: int) -> None:
     machine.vcpus[0].rip, machine.vcpus[0].rcx = 0x1000 + n % 3, 0x200000 + 8 * n
 
 
+def _starve(machine: Machine, n: int) -> None:
+    """A loop that counts, on a host so busy that it seldom runs between two samples."""
+    machine.pace, machine.vcpus[0].rcx = 0.0001, n // 7
+
+
+def _never_run(machine: Machine, n: int) -> None:
+    machine.pace = 0.0001
+
+
 def _one_works(machine: Machine, n: int) -> None:
     """A vCPU that spins until the other has done its work."""
     if n == 0:
@@ -132,7 +152,9 @@ def _one_works(machine: Machine, n: int) -> None:
     machine.vcpus[1].rcx = n
 
 
-@pytest.mark.parametrize("step", [_move, _print, _request, _new_accesses, _copy, _fill, _one_works])
+@pytest.mark.parametrize(
+    "step", [_move, _print, _request, _new_accesses, _copy, _fill, _one_works, _starve, _never_run]
+)
 def test_progress_of_any_kind_is_no_stall(clock: Any, step: Callable[[Machine, int], None]) -> None:
     assert run(clock, Machine(), step) is None
 
@@ -150,6 +172,10 @@ def _program_a_timer(machine: Machine, n: int) -> None:
     machine.vcpus[0].exits = [Exit(0x40, n % 256)]
 
 
+def _jump_to_itself(machine: Machine, n: int) -> None:
+    machine.pace = 0.001
+
+
 def _loop(machine: Machine, n: int) -> None:
     machine.vcpus[0].rip = 0x1000 + n % 3
 
@@ -159,7 +185,7 @@ def _tick_now_and_then(machine: Machine, n: int) -> None:
     machine.vcpus[0].rip = 0x1000 + 64 * n if n % 2 else 0x500
 
 
-@pytest.mark.parametrize("step", [_poll, _scan, _program_a_timer, _loop, _tick_now_and_then])
+@pytest.mark.parametrize("step", [_poll, _scan, _program_a_timer, _jump_to_itself, _loop, _tick_now_and_then])
 def test_the_same_over_and_over_is_a_stall(clock: Any, step: Callable[[Machine, int], None]) -> None:
     assert run(clock, Machine(), step)[0] == STALLED
 
