@@ -85,3 +85,12 @@ def test_a_budget_without_parts_raises_and_other_errors_come_through() -> None:
         Budget(looked=10).spend(looked=11)
     with pytest.raises(KeyError), Budget().part("x"):
         raise KeyError("x")
+
+
+def test_time_in_which_another_machine_runs_is_not_spent(clock: Any) -> None:
+    budget = Budget(seconds=8.0)
+    with budget.aside():
+        clock.at += 100.0
+    with budget.part("the rest") as part:
+        part.spend()
+    assert not budget.notes
