@@ -277,7 +277,7 @@ def test_32_bit_paging_is_named_where_it_cannot_work(flat: Any) -> None:
     with flat(code, mode="protected", memory="2M", rng=False) as machine:
         machine.run(timeout=20)
         found = machine.diagnose()
-    assert found.cause == "no-32-bit-paging"
+    assert found.cause == "no-legacy-paging"
     assert "mov cr0, eax at 0x100008 switches paging on outside long mode" in found.sentence
 
 

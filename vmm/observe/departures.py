@@ -40,7 +40,7 @@ def _paging_32(machine: Machine, cpu: Processor, insn: Any) -> Diagnosis | None:
     if not value & _CR0_PG:
         return None
     where = f"{insn.mnemonic} {insn.op_str} at {place(machine, cpu.rip)}"
-    return say("no-32-bit-paging", f"{where} switches paging on outside long mode ({source} is {value:#x}): a 32-bit "
+    return say("no-legacy-paging", f"{where} switches paging on outside long mode ({source} is {value:#x}): a 32-bit "
                f"kernel runs here only without paging; {_DOCTOR}")  # fmt: skip
 
 

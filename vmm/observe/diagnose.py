@@ -44,7 +44,7 @@ CAUSES: dict[str, str] = {
     "no-bios": "no BIOS",
     # what this host or this machine has not
     "hypercall": "hypercall that never returns on this host",
-    "no-32-bit-paging": "32-bit paging, which this host's KVM cannot do",
+    "no-legacy-paging": "32-bit paging, which this host's KVM cannot do",
     "no-int-n": "software interrupt that this host's KVM cannot deliver",
     "empty-vectors": "empty interrupt vector table",
     # nothing moves
