@@ -99,7 +99,7 @@ REFUSED: list[tuple[str, str]] = [
     ("boot --kernel program --console printer", "is not a console"),
     ("boot --kernel program --console file:", "is not a console"),
     ("boot --kernel program --console file:missing/file", "choose another file"),
-    ("boot --kernel program --console unix:text", "remove it first"),
+    ("boot --kernel program --console unix:text", "left as it is: choose another path"),
     ("boot --kernel program --console unix:missing/socket", "cannot listen"),
     ("boot --kernel program --kind floppy", "is not one of"),
     ("boot --kernel program --mode virtual", "is not one of"),
