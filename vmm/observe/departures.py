@@ -54,12 +54,20 @@ def _int_n(machine: Machine, cpu: Processor, insn: Any) -> Diagnosis | None:
 
 def hypercall(machine: Machine, cpu: Processor, insn: Any, samples: list[Sample]) -> Diagnosis | None:
     """Whether a vCPU is at a hypercall, and stays there, on a host whose hypercalls never return."""
-    if insn is None or insn.mnemonic not in ("vmcall", "vmmcall") or not machine.host.vmcall_loops:
+    if insn is None or insn.mnemonic not in ("vmcall", "vmmcall") or not _hypercalls_loop(machine):
         return None
     if any(sample.rip != cpu.rip for sample in samples[-2:]):
         return None
     text = f"{insn.mnemonic} at {place(machine, cpu.rip)} (rax {cpu.registers['rax']:#x}), which KVM runs for ever"
     return say("hypercall", f"{text}; {_DOCTOR}", ["Linux makes none where CPUID offers none: see --compat"])
+
+
+def _hypercalls_loop(machine: Machine) -> bool:
+    if machine.config.compat != "off":
+        return machine.host.vmcall_loops
+    from vmm import host
+
+    return host.findings().vmcall_loops  # such a machine has not asked for them
 
 
 def empty_vectors(cpu: Processor) -> Diagnosis | None:

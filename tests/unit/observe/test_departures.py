@@ -29,7 +29,9 @@ def processor(code: str, bits: int, **registers: int) -> Processor:
 
 def machine(**host: bool) -> Any:
     known = {"emulated": True, "vmcall_loops": True, **host}
-    return SimpleNamespace(host=SimpleNamespace(**known), symbols=Symbols([], "nowhere"))
+    return SimpleNamespace(
+        host=SimpleNamespace(**known), symbols=Symbols([], "nowhere"), config=SimpleNamespace(compat="auto")
+    )
 
 
 def found(cpu: Processor, **host: bool) -> str:
