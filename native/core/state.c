@@ -353,18 +353,35 @@ static int set_registers(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 }
 
 /*
+ * A host without XSAVE has no XCR0, and KVM gives 1 for it (x87) but takes nothing. Asked only when KVM refuses: a
+ * roll-back need not wait for it.
+ */
+static int load_xcr0(struct vmm_vcpu *vcpu, uint64_t value)
+{
+    const struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0].value = value};
+    const int rc = SET(vcpu, XCRS, &xcrs);
+    if (rc == 0 || vmm_vm_check_extension(vcpu->vm, KVM_CAP_XCRS))
+        return rc;
+    return value == 1 ? 0
+                      : vmm_error_set(
+                            -ENOTSUP,
+                            "the guest's XCR0 is %#llx, and this host's processor has no XSAVE: go on where "
+                            "it has",
+                            (unsigned long long)value);
+}
+
+/*
  * SREGS before LAPIC (the APIC's mode is in its base register), LAPIC before the deadline, REGS before EVENTS. `known`:
  * KVM gave this state to us, and will not find fault with it.
  */
 static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment, bool known)
 {
-    const struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0].value = from->xcr0};
     const struct kvm_mp_state mp = {.mp_state = from->mp_state};
     if (from->n_msrs > VMM_STATE_MSRS_MAX)
         return vmm_error_set(-EINVAL, "%u MSRs", from->n_msrs);
     vcpu->run->kvm_dirty_regs = 0;
     int rc = forget_translations(vcpu, from);
-    rc = rc ? rc : SET(vcpu, XCRS, &xcrs);
+    rc = rc ? rc : load_xcr0(vcpu, from->xcr0);
     rc = rc ? rc : SET(vcpu, XSAVE, from->xsave);
     rc = rc ? rc : load_msrs(vcpu, from, moment);
     if (rc == 0 && vcpu->vm->has_chips)

@@ -26,7 +26,7 @@ def require() -> None:
 
 # Not all that TCG has: it does not intercept XSETBV (7.2), so that KVM takes a guest's XCR0 for what it was before and
 # puts that back at the next entry. Without XSAVE no guest uses it.
-_CPU = "max,-xsave"
+_CPU = "max,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku"
 
 
 def _command(root: Root, project: Path, results: Path, serial: str) -> list[str]:
