@@ -261,7 +261,7 @@ class Machine:
         self.entry.symbols = origin.symbols
         self.command_line = origin.command_line
         if origin.state is not None:
-            self.load_state(origin.state)
+            self.load_state(origin.state, clock=origin.clock)
 
     def arrive(self, state: State) -> None:
         """The rest of a machine that was made from an ``arriving`` :class:`~vmm.snapshot.origin.Origin`, once its
@@ -662,14 +662,19 @@ class Machine:
                 "input": self.console.pending(),
             }
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: State, *, clock: str = "advanced") -> None:
         """Become what :meth:`save` gave, on a machine of the same configuration whose memory is that of then.
+
+        ``clock``: ``"advanced"``, the guest's clocks are as far as they would be if they had gone on with the host's
+        since then, or ``"kept"``, they go on from where they stood (``docs/snapshots.md``).
 
         Raises ``ValueError`` for a state that is not one of such a machine; it is of no use then, but to be loaded
         again.
         """
         from vmm.cpu import state as processors
+        from vmm.snapshot.clock import advances
 
+        ahead = advances(clock)
         if not isinstance(state, dict) or state.keys() != {"version", "processors", "devices", "input"}:
             raise ValueError("not the state of a machine")
         devices = {device.name: device for device in self.devices}
@@ -682,7 +687,11 @@ class Machine:
             for name, device in devices.items():
                 device.load(state["devices"][name])
             self.console.rewind(state["input"])
-            processors.load(self._vm, self.vcpus, state["processors"])
+            processors.load(self._vm, self.vcpus, state["processors"], ahead=ahead)
+            passed = processors.passed_since(state["processors"])
+            if not ahead or passed < 0:  # a host whose clock was set back: the guest's does not follow
+                for device in devices.values():
+                    device.set_back(passed)
 
     def snapshot(
         self, path: str | os.PathLike[str], *, differential: bool = False, series: Series | None = None
@@ -708,6 +717,7 @@ class Machine:
         source: str | os.PathLike[str] | socket.socket,
         *,
         identity: str = "new",
+        clock: str = "advanced",
         check: bool = True,
         later: bool = False,
         kvm: str = KVM_PATH,
@@ -719,7 +729,8 @@ class Machine:
         changed, and may be restored again. ``check`` compares every byte with its checksum first. ``fields`` say anew
         how the machine is used, and where what the snapshot does not hold is: ``docs/snapshots.md``. ``identity``:
         ``"new"``, another machine than the one that was saved (``docs/clones.md``), or ``"same"``, that one, of which
-        there is no other then.
+        there is no other then. ``clock``: ``"advanced"``, what the host's clock says has passed has passed for the
+        guest, or ``"kept"``.
 
         ``later``: memory is the machine's own, and pages come by userfaultfd when they are touched, before that those
         of the recorded working set (:attr:`lazy`, :mod:`vmm.snapshot.working_set`). They come over a socket if
@@ -730,10 +741,12 @@ class Machine:
         :class:`~vmm.errors.SnapshotError` when it is damaged or of another version,
         :class:`~vmm.errors.HostError` when this host lacks what the guest was told it has, or userfaultfd.
         """
+        from vmm.snapshot import clock as clocks
         from vmm.snapshot import identity as identities
         from vmm.snapshot.restoring import prepare
 
         renewed = identities.asked(identity)
+        clocks.advances(clock)
         if fields.get("huge_pages"):
             raise ConfigError("a restored machine's memory is a snapshot's file: leave out --huge-pages (huge_pages)")
         with prepare(source, check=check, later=later) as prepared:
@@ -741,7 +754,7 @@ class Machine:
             if renewed:
                 config = identities.another(config, fields)
             machine = cls(config, kvm=kvm, origin=prepared.origin)
-            machine.lazy = prepared.finish(machine)
+            machine.lazy = prepared.finish(machine, clock)
             if attendant := prepared.attend(machine.lazy, machine._message):
                 machine.attendants.append(attendant)
             if renewed:
@@ -756,13 +769,14 @@ class Machine:
         *,
         prepare: Callable[[Machine, int], object] | None = None,
         fields: Callable[[int], dict[str, Any]] | None = None,
+        clock: str = "advanced",
     ) -> list[Machine]:
         """``n`` new machines that go on from where this one is: :meth:`start` them. This one is held meanwhile.
 
         They share its memory and the contents of its disks until somebody writes, and outlive it. What a clone writes
         to disks goes with it. Each has an identity of its own: ``docs/clones.md``. ``fields(index)`` may say anew how
         a clone is used and where its networks are, which is needed for taps and sockets; ``prepare(clone, index)`` is
-        called before it runs.
+        called before it runs. ``clock``: as of :meth:`load_state`.
 
         Raises :class:`~vmm.errors.ConfigError` for a network that cannot be there twice,
         :class:`~vmm.errors.StateError` for a machine with a share or on huge pages; there is no clone then.
@@ -771,7 +785,7 @@ class Machine:
 
         self._have_all_memory()
         with self._still():
-            mould = Mould(self, n)
+            mould = Mould(self, n, clock)
         with mould:
             configs = [mould.config(fields(index) if fields else {}) for index in range(n)]
 
@@ -811,6 +825,8 @@ class Machine:
 
     def rollback(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint of this machine; any number of times, and to any of several.
+
+        Its clocks go back with it, the one of the day too: kvmclock, TSC and RTC go on from where they stood.
 
         A machine that runs (or is paused) goes on from there; one that has ended can be started again. The console's
         transcript keeps what was printed meanwhile, but :meth:`Console.expect` looks behind it.

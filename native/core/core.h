@@ -101,8 +101,11 @@ struct vmm_vm {
     pthread_mutex_t dirty_lock;
     uint32_t *msrs; /* what state.c saves: asked for once */
     uint32_t n_msrs;
-    struct vmm_lazy *lazy;  /* NULL: no page is still to come */
-    struct vmm_line *lines; /* VMM_MAX_LINES, filled on demand */
+    uint32_t host_khz;            /* of the TSC, as KVM has it; 0: it does not say */
+    bool tsc_settable, tsc_fixed; /* seen: KVM takes an offset of the TSC; it leaves it as it is */
+    uint64_t clock_set, tsc_set;  /* kvmclock in ns, and the first vCPU's TSC at that moment, when last set */
+    struct vmm_lazy *lazy;        /* NULL: no page is still to come */
+    struct vmm_line *lines;       /* VMM_MAX_LINES, filled on demand */
     struct vmm_bus bus;
     struct vmm_loop *loop; /* the I/O thread; NULL until a device needs it; written once, under lock */
     void (*say)(void *opaque, const char *text);
@@ -151,6 +154,7 @@ struct vmm_vcpu {
     _Atomic int state;      /* enum vmm_vcpu_place, written under vm->lock */
     pid_t thread;           /* who runs it, while state is not OUT */
     clockid_t clock;        /* its CPU time, likewise */
+    uint32_t scaled_khz;    /* the rate its TSC is scaled to; 0: the host's */
     bool unsettled;         /* an I/O exit's result is not yet in the registers */
     uint32_t last_range[2]; /* per space: where the last hit was */
     _Atomic uint64_t epoch; /* bus epoch this vCPU reads under; 0: not in the bus */
@@ -204,6 +208,28 @@ int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu);
 /* vmm_vm_load of what vmm_vm_save gave for this machine, where it may be known that no page table was written meanwhile. */
 int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
                     bool remapped);
+
+/* ---- clocks (clocks.c): for state.c ---- */
+
+struct vmm_moment {
+    uint64_t host_tsc, clock; /* ns of kvmclock, at one moment */
+    uint64_t passed;          /* ns that kvmclock has gone on since the moment that was saved */
+};
+
+/* Once KVM has made the vCPU, before it is one of the machine's. */
+int vmm_clocks_created(struct vmm_vcpu *vcpu);
+int vmm_clocks_save(struct vmm_vm *vm, vmm_chips_state *to, struct vmm_moment *at);
+/* `value` is what its MSR held; `read_at` the host's TSC before it was read. */
+void vmm_clocks_save_tsc(const struct vmm_vcpu *vcpu, const struct vmm_moment *at, uint64_t value,
+                         uint64_t read_at, vmm_vcpu_state *to);
+/* `ahead`: by the time that the host's clock says has passed since they were saved. */
+int vmm_clocks_load(struct vmm_vm *vm, const vmm_chips_state *from, bool ahead, struct vmm_moment *at);
+/* vCPUs in their order; then the deadline, once it has its local APIC. */
+int vmm_clocks_load_tsc(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const struct vmm_moment *at,
+                        uint64_t *beyond);
+int vmm_clocks_load_deadline(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t beyond);
+/* Tell a guest's watchdogs (PVCLOCK_GUEST_STOPPED) that it was not the guest that stood still. */
+void vmm_clocks_jumped(const struct vmm_vcpu *vcpu);
 
 /* Have every vCPU look at its requests; under vm->lock. */
 void vmm_vm_kick_locked(struct vmm_vm *vm);

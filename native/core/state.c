@@ -28,8 +28,11 @@ enum {
     MSR_TSC = 0x10,
     MSR_TSC_DEADLINE = 0x6e0,
     MSR_TSC_AUX = 0xc0000103,
+    MSR_HV_RUNTIME = 0x40000010,    /* the host thread's time */
+    MSR_HV_TIME_COUNT = 0x40000020, /* kvmclock in other units */
     MSR_WALL_CLOCK_OLD = 0x11,
     MSR_WALL_CLOCK = 0x4b564d00,
+    WALL_CLOCK_SIZE = 12,        /* struct pvclock_wall_clock: Documentation/virt/kvm/x86/msr.rst */
     MSR_MTRR_PHYS_FIRST = 0x200, /* base and mask of 8 */
     MSR_MTRR_PHYS_LAST = 0x20f,
     MSR_MTRR_DEFAULT = 0x2ff,
@@ -37,7 +40,12 @@ enum {
     MC_BANKS_MAX = 32,   /* KVM_MAX_MCE_BANKS */
 };
 
-#define TSC_NEAR (1ull << 20) /* ticks: less than that, and a TSC is where it was set */
+/* Clocks are not saved as MSRs, but as of one moment (clocks.c); some are another clock's other name. */
+static bool is_clock(uint32_t index)
+{
+    return index == MSR_TSC || index == MSR_TSC_DEADLINE || index == MSR_HV_RUNTIME ||
+           index == MSR_HV_TIME_COUNT;
+}
 
 /* What the processor is, rather than what it is doing: it may differ where the state is loaded. */
 static bool informs(uint32_t index)
@@ -71,8 +79,7 @@ static bool readable(const struct vmm_vcpu *vcpu, uint32_t index)
 static void add_msr(const struct vmm_vcpu *vcpu, uint32_t index)
 {
     struct vmm_vm *vm = vcpu->vm;
-    if (vm->n_msrs == VMM_STATE_MSRS_MAX || index == MSR_TSC || index == MSR_TSC_DEADLINE ||
-        !readable(vcpu, index))
+    if (vm->n_msrs == VMM_STATE_MSRS_MAX || is_clock(index) || !readable(vcpu, index))
         return;
     for (uint32_t i = 0; i < vm->n_msrs; i++)
         if (vm->msrs[i] == index)
@@ -170,7 +177,7 @@ static int read_msrs(const struct vmm_vcpu *vcpu, struct msr_list *list, uint64_
     return got > (int)n ? 0 : vmm_error_set(-EIO, "KVM_GET_MSRS gave %d of %u", got, n + 2);
 }
 
-static int save_vcpu(struct vmm_vcpu *vcpu, uint64_t moment, vmm_vcpu_state *to)
+static int save_vcpu(struct vmm_vcpu *vcpu, const struct vmm_moment *at, vmm_vcpu_state *to)
 {
     struct msr_list msrs;
     struct kvm_xcrs xcrs;
@@ -195,10 +202,8 @@ static int save_vcpu(struct vmm_vcpu *vcpu, uint64_t moment, vmm_vcpu_state *to)
     to->n_msrs = vcpu->vm->n_msrs;
     for (uint32_t i = 0; i < to->n_msrs; i++)
         to->msrs[i] = (vmm_msr){.index = msrs.entries[i].index, .value = msrs.entries[i].data};
-    to->tsc = msrs.entries[to->n_msrs].data - (read_at - moment);
+    vmm_clocks_save_tsc(vcpu, at, msrs.entries[to->n_msrs].data, read_at, to);
     to->tsc_deadline = msrs.entries[to->n_msrs + 1].data;
-    const int khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
-    to->tsc_khz = khz > 0 ? (uint32_t)khz : 0;
     return 0;
 }
 
@@ -261,23 +266,16 @@ static void add(struct msr_list *list, uint32_t index, uint64_t value)
     list->entries[list->head.nmsrs++] = (struct kvm_msr_entry){.index = index, .data = value};
 }
 
-/*
- * Those that are not as in `now` (NULL: all), and the TSC. Writes of the latter near to what KVM expects it takes for an
- * attempt to synchronize vCPUs and rounds to the first one's: that is what the others want, and the first does not, so
- * it is moved far away before.
- */
-static int set_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const struct msr_list *now,
-                    uint64_t moment)
+/* Those that are not as in `now` (NULL: all). */
+static int set_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const struct msr_list *now)
 {
     struct msr_list set = {.head.nmsrs = 0};
     for (uint32_t i = 0; i < from->n_msrs; i++) {
         const struct kvm_msr_entry *is = now ? entry_of(now, vcpu->vm->n_msrs, from->msrs[i].index) : NULL;
-        if (!informs(from->msrs[i].index) && (!is || is->data != from->msrs[i].value))
+        if (!informs(from->msrs[i].index) && !is_clock(from->msrs[i].index) &&
+            (!is || is->data != from->msrs[i].value))
             add(&set, from->msrs[i].index, from->msrs[i].value);
     }
-    if (vcpu == vcpu->vm->vcpus[0])
-        add(&set, MSR_TSC, from->tsc ^ 1ull << 62);
-    add(&set, MSR_TSC, from->tsc + (__rdtsc() - moment));
     const int done = ioctl(vcpu->fd, KVM_SET_MSRS, &set);
     if (done < 0)
         return vmm_error_errno("KVM_SET_MSRS");
@@ -287,43 +285,40 @@ static int set_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, con
                                (unsigned long long)set.entries[done].data, set.entries[done].index);
 }
 
-/* A write of another value than 0 to KVM's wall clock MSR makes KVM write guest memory. */
-static bool has_wall_clock(const vmm_vcpu_state *state)
+/* Where KVM writes the time of day into guest memory when the MSR that says so is written. NULL: nowhere. */
+static void *wall_clock(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *state)
 {
     for (uint32_t i = 0; i < state->n_msrs; i++)
         if ((state->msrs[i].index == MSR_WALL_CLOCK || state->msrs[i].index == MSR_WALL_CLOCK_OLD) &&
             state->msrs[i].value)
-            return true;
-    return false;
+            return vmm_vm_gpa(vcpu->vm, state->msrs[i].value, WALL_CLOCK_SIZE);
+    return NULL;
 }
 
-/* All of them, unasked: a call less, which are what a roll-back mostly is. Else those that differ: also where KVM refuses
- * a value that it gave, which is no matter if it has it still. */
-static int load_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+/* Those that differ: also where KVM refuses a value that it gave, which is no matter if it has it still. */
+static int load_other_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 {
     struct msr_list now;
     uint64_t read_at;
-    if (!has_wall_clock(from) && set_msrs(vcpu, from, NULL, moment) == 0)
-        return 0;
     int rc = find_msrs(vcpu);
     rc = rc ? rc : read_msrs(vcpu, &now, &read_at);
-    return rc ? rc : set_msrs(vcpu, from, &now, moment);
+    return rc ? rc : set_msrs(vcpu, from, &now);
 }
 
-/* It is a TSC value. Where KVM takes no TSC from us (the guest's is the host's), the time that is left is what counts. */
-static int load_deadline(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment)
+/* All of them, unasked: a call less, which are what a roll-back mostly is. Where one writes memory, which is as it should
+ * be already, that is put back. */
+static int load_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 {
-    const uint32_t tsc = MSR_TSC, deadline = MSR_TSC_DEADLINE;
-    uint64_t now;
-    if (!from->tsc_deadline || !vcpu->vm->has_chips)
+    uint8_t kept[WALL_CLOCK_SIZE];
+    void *written = wall_clock(vcpu, from);
+    if (!written && set_msrs(vcpu, from, NULL) == 0)
         return 0;
-    if (vmm_vcpu_get_msrs(vcpu, &tsc, &now, 1) != 1)
-        return vmm_error_set(-EINVAL, "KVM has no TSC");
-    const uint64_t off = now - (from->tsc + (__rdtsc() - moment));
-    const uint64_t value = from->tsc_deadline + (off + TSC_NEAR < 2 * TSC_NEAR ? 0 : off);
-    return vmm_vcpu_set_msrs(vcpu, &deadline, &value, 1) == 1
-               ? 0
-               : vmm_error_set(-EINVAL, "KVM refuses the TSC deadline");
+    if (written)
+        memcpy(kept, written, sizeof(kept));
+    const int rc = load_other_msrs(vcpu, from);
+    if (written)
+        memcpy(written, kept, sizeof(kept));
+    return rc;
 }
 
 /*
@@ -374,19 +369,22 @@ static int load_xcr0(struct vmm_vcpu *vcpu, uint64_t value)
  * SREGS before LAPIC (the APIC's mode is in its base register), LAPIC before the deadline, REGS before EVENTS. `known`:
  * KVM gave this state to us, and will not find fault with it.
  */
-static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t moment, bool known)
+static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const struct vmm_moment *at,
+                     bool known)
 {
     const struct kvm_mp_state mp = {.mp_state = from->mp_state};
+    uint64_t beyond;
     if (from->n_msrs > VMM_STATE_MSRS_MAX)
         return vmm_error_set(-EINVAL, "%u MSRs", from->n_msrs);
     vcpu->run->kvm_dirty_regs = 0;
     int rc = forget_translations(vcpu, from);
     rc = rc ? rc : load_xcr0(vcpu, from->xcr0);
     rc = rc ? rc : SET(vcpu, XSAVE, from->xsave);
-    rc = rc ? rc : load_msrs(vcpu, from, moment);
+    rc = rc ? rc : load_msrs(vcpu, from);
+    rc = rc ? rc : vmm_clocks_load_tsc(vcpu, from, at, &beyond);
     if (rc == 0 && vcpu->vm->has_chips)
         rc = SET(vcpu, LAPIC, from->lapic);
-    rc = rc ? rc : load_deadline(vcpu, from, moment);
+    rc = rc ? rc : vmm_clocks_load_deadline(vcpu, from, beyond);
     rc = rc ? rc : SET(vcpu, DEBUGREGS, &from->debug);
     rc = rc ? rc : SET(vcpu, MP_STATE, &mp);
     const bool wait = known && may_wait(vcpu, from);
@@ -422,13 +420,9 @@ static int irqchips(struct vmm_vm *vm, unsigned long request, vmm_chips_state *c
 
 static int save_chips(struct vmm_vm *vm, vmm_chips_state *to)
 {
-    struct kvm_clock_data clock = {0};
     memset(to, 0, sizeof(*to));
     to->has_irqchip = vm->has_chips;
     to->has_pit = vm->has_chips && (vm->flags & VMM_VM_PIT);
-    if (ioctl(vm->fd, KVM_GET_CLOCK, &clock) < 0)
-        return vmm_error_errno("KVM_GET_CLOCK");
-    to->clock = clock.clock;
     if (to->has_pit && ioctl(vm->fd, KVM_GET_PIT2, &to->pit) < 0)
         return vmm_error_errno("KVM_GET_PIT2");
     return to->has_irqchip ? irqchips(vm, KVM_GET_IRQCHIP, to) : 0;
@@ -436,12 +430,9 @@ static int save_chips(struct vmm_vm *vm, vmm_chips_state *to)
 
 static int load_chips(struct vmm_vm *vm, const vmm_chips_state *from)
 {
-    struct kvm_clock_data clock = {.clock = from->clock};
     vmm_chips_state copy = *from;
     if (from->has_irqchip != vm->has_chips || from->has_pit != (vm->has_chips && (vm->flags & VMM_VM_PIT)))
         return vmm_error_set(-EINVAL, "the state is of a machine with other interrupt controllers or timers");
-    if (ioctl(vm->fd, KVM_SET_CLOCK, &clock) < 0)
-        return vmm_error_errno("KVM_SET_CLOCK");
     return from->has_irqchip ? irqchips(vm, KVM_SET_IRQCHIP, &copy) : 0;
 }
 
@@ -455,32 +446,39 @@ static int load_pit(struct vmm_vm *vm, const vmm_chips_state *from)
 
 int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips)
 {
+    struct vmm_moment at = {0};
     int rc = vm->n_vcpus ? find_msrs(vm->vcpus[0]) : 0;
     rc = rc ? rc : save_chips(vm, chips);
-    const uint64_t moment = __rdtsc();
+    rc = rc ? rc : vmm_clocks_save(vm, chips, &at);
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
-        rc = save_vcpu(vm->vcpus[i], moment, &vcpus[i]);
+        rc = save_vcpu(vm->vcpus[i], &at, &vcpus[i]);
     return rc;
 }
 
+/* `known`: KVM gave the state to us; `remapped`: page tables may have been written since; `ahead`: clocks go on with the
+ * host's. */
 static int load(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips, bool remapped,
-                bool known)
+                bool known, bool ahead)
 {
+    struct vmm_moment at = {0};
     int rc = remapped ? forget_shadows(vm) : 0;
     rc = rc ? rc : load_chips(vm, chips);
-    const uint64_t moment = __rdtsc();
+    rc = rc ? rc : vmm_clocks_load(vm, chips, ahead, &at);
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
-        rc = load_vcpu(vm->vcpus[i], &vcpus[i], moment, known);
+        rc = load_vcpu(vm->vcpus[i], &vcpus[i], &at, known);
+    for (uint32_t i = 0; i < vm->n_vcpus && rc == 0 && ahead; i++)
+        vmm_clocks_jumped(vm->vcpus[i]);
     return rc ? rc : load_pit(vm, chips);
 }
 
 int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
                     bool remapped)
 {
-    return load(vm, vcpus, chips, remapped, true);
+    return load(vm, vcpus, chips, remapped, true, false);
 }
 
-int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips)
+int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips, int ahead)
 {
-    return load(vm, vcpus, chips, vm->ran, false); /* before any guest's instruction nothing was copied */
+    return load(vm, vcpus, chips, vm->ran, false,
+                ahead); /* before any guest's instruction nothing was copied */
 }

@@ -41,6 +41,7 @@ int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
     if (vcpu->fd >= 0)
         vcpu->run = mmap(NULL, vm->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
     rc = vcpu->run == MAP_FAILED ? vmm_error_errno("KVM_CREATE_VCPU") : 0;
+    rc = rc ? rc : vmm_clocks_created(vcpu);
     if (rc == 0 && vm->compat)
         rc = vm->compat->vcpu_init(vcpu);
     if (rc < 0) {

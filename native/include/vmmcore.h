@@ -340,17 +340,19 @@ typedef struct vmm_chips_state {
     vmm_pic pic[2];
     vmm_ioapic ioapic;
     vmm_pit pit;
-    uint64_t clock; /* kvmclock, ns */
+    uint64_t clock;    /* kvmclock, ns */
+    uint64_t realtime; /* the host's clock at that moment, ns since 1970 */
 } vmm_chips_state;
 
 /*
  * Everything KVM keeps of all vCPUs (in the order they were created; `vcpus` has room for them) and of its chips.
  * The machine is paused or does not run. Time stands still in what was saved: a guest that is loaded goes on with the
- * TSC and the kvmclock it was saved with. load answers -EINVAL when KVM refuses a part; vmm_error_text names it, and
- * the machine is then of no use but to be loaded again.
+ * TSC and the kvmclock it was saved with; `ahead`: with what they would be by now, if they had gone on with the host's
+ * clock (they never go back). All vCPUs' TSCs are set as of one moment, and agree as they did. load answers -EINVAL when
+ * KVM refuses a part; vmm_error_text names it, and the machine is then of no use but to be loaded again.
  */
 int vmm_vm_save(vmm_vm *vm, vmm_vcpu_state *vcpus, vmm_chips_state *chips);
-int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips);
+int vmm_vm_load(vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips, int ahead);
 
 /*
  * The MSRs that are saved, as far as a vCPU has them: KVM_GET_MSR_INDEX_LIST, and VMM_UNLISTED_MSRS that KVM leaves out

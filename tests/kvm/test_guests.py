@@ -77,6 +77,8 @@ OTHERS |= {"deaths"}
 OTHERS |= {"blk_rw", "net_pair", "ring_abuse", "virtio_irq", "virtio_bench", "flood"}
 # And that of test_rollback_self_check.py and test_migrate.py.
 OTHERS |= {"self_check"}
+# And that of test_clocks.py.
+OTHERS |= {"clocks"}
 
 
 def run(path: str, append: str = "", **fields: Any) -> Outcome:

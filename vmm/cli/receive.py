@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.cli import boot, command_parser
 from vmm.cli.migrate import add_tls, tls_files
+from vmm.cli.restore import add_clock
 from vmm.config import FIELDS
 from vmm.printable import printable
 from vmm.snapshot.origin import PLACES, USES
@@ -32,6 +33,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
     parser.add_argument("--fence", metavar="FILE", help="the source's fence, a file that both sides see")
     parser.add_argument("--disks-in", metavar="DIR", help="make files here for disks that come along (disk0.img, ...)")
+    add_clock(parser)
     add_tls(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
     return parser
@@ -53,9 +55,8 @@ def receive(given: dict[str, Any], *, standby: bool = False) -> int:
     if files and len(files) < 3:
         raise ConfigError("TLS takes --tls-certificate, --tls-key and --tls-authority together")
     tls = Tls(**files) if files else None
-    with Receiver(
-        given["listen"], tls=tls, on_refused=_say, disks_in=given["disks_in"], fence=given["fence"], **fields
-    ) as receiver:
+    how = {"on_refused": _say, "disks_in": given["disks_in"], "fence": given["fence"], "clock": given["clock"]}
+    with Receiver(given["listen"], tls=tls, **how, **fields) as receiver:
         _say(f"waiting for a machine at {receiver.address}")
         machine = receiver.stand_by() if standby else receiver.receive()
     return boot.go_on(machine, given["verbose"])

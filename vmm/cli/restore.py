@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vmm.cli import boot, command_parser
 from vmm.config import FIELDS
 from vmm.errors import ConfigError
-from vmm.snapshot import identity
+from vmm.snapshot import clock, identity
 from vmm.snapshot.origin import PLACES, USES
 from vmm.snapshot.restoring import SERVED
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         help="same: it is the machine that was saved, with its addresses, of which there is no other any more "
         "(default: new, another one)",
     )
+    add_clock(parser)
     parser.add_argument(
         "--later",
         action="store_true",
@@ -56,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
     return parser
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """``--clock``, for a command that goes on with a machine."""
+    parser.add_argument(
+        "--clock",
+        choices=clock.KINDS,
+        default="advanced",
+        help="kept: the guest's clocks go on from where they stood (default: advanced, to this host's time)",
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -75,7 +86,8 @@ def run(argv: list[str]) -> int:
         with read(directory) as snapshot:
             working_set.forget(snapshot)
     later = given["later"] or recorded
-    machine = Machine.restore(directory, identity=given["identity"], check=not given["no_check"], later=later, **fields)
+    how = {"identity": given["identity"], "clock": given["clock"], "check": not given["no_check"], "later": later}
+    machine = Machine.restore(directory, **how, **fields)
     status = boot.go_on(machine, given["verbose"])
     if recorded and machine.lazy:
         with read(directory) as snapshot:

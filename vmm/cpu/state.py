@@ -5,11 +5,9 @@ The order in which KVM takes them is in ``native/core/state.c``; here its struct
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from vmm.cpu.vcpu import Vcpu
     from vmm.devices.device import State
 
-VERSION = 1
+VERSION = 2
 _MSRS = ("n_msrs", "msrs")  # a counted list in C, a list here
 
 
@@ -32,9 +30,10 @@ def save(vm: Any, vcpus: Sequence[Vcpu]) -> State:
     }
 
 
-def load(vm: Any, vcpus: Sequence[Vcpu], state: State) -> None:
+def load(vm: Any, vcpus: Sequence[Vcpu], state: State, *, ahead: bool = False) -> None:
     """Become what :func:`save` gave, on a machine with as many vCPUs and the same chips.
 
+    TSCs and kvmclock go on from there; ``ahead``: from where they would be by now (:func:`passed_since`).
     Raises ``ValueError`` for what is no such state, :class:`~vmm.errors.HostError` where KVM refuses a part of it or
     cannot count the guest's TSC at the rate it had.
     """
@@ -46,40 +45,14 @@ def load(vm: Any, vcpus: Sequence[Vcpu], state: State) -> None:
     for i, value in enumerate(state["vcpus"]):
         _fill_vcpu(native[i], value)
     fill(chips[0], state["chips"], "chips")
-    for i, vcpu in enumerate(vcpus):
-        _keep_rate(vm, vcpu, int(native[i].tsc_khz))
-    check(lib.vmm_vm_load(vm, native, chips))
+    check(lib.vmm_vm_load(vm, native, chips, ahead))
 
 
-_SET_TSC_KHZ, _GET_TSC_KHZ = 0xAEA2, 0xAEA3
-_CAP_TSC_CONTROL = 60
-_TSC_TOLERANCE = 250e-6  # of two measurements of one rate; what KVM itself has by default (tsc_tolerance_ppm)
+def passed_since(state: State) -> int:
+    """Nanoseconds on the host's clock since a state, one that was loaded, had been saved; it may have been set back."""
+    import time
 
-
-def _keep_rate(vm: Any, vcpu: Vcpu, khz: int) -> None:
-    """Have the vCPU's TSC count at the rate the guest has measured, where it was saved on another host.
-
-    Without scaling KVM would go on at its own rate, or drag the TSC along from exit to exit: neither is what the guest
-    was told. Raises :class:`~vmm.errors.HostError`.
-    """
-    from fcntl import ioctl
-
-    fd = lib.vmm_vcpu_fd(vcpu.native)
-    try:
-        here = ioctl(fd, _GET_TSC_KHZ, 0)
-    except OSError:  # a host whose own TSC is no clock
-        here = 0
-    if not khz or khz == here:
-        return
-    if lib.vmm_vm_check_extension(vm, _CAP_TSC_CONTROL):
-        with contextlib.suppress(OSError):
-            ioctl(fd, _SET_TSC_KHZ, khz)
-            return
-    if abs(khz - here) > _TSC_TOLERANCE * here:
-        raise HostError(
-            f"the guest's TSC counts at {khz / 1e3:g} MHz and this host's at {here / 1e3:g} MHz, and it cannot "
-            "scale: use a host with TSC scaling, or with a TSC of the same rate"
-        )
+    return time.time_ns() - int(state["chips"]["realtime"])
 
 
 def _vcpu_value(native: Any) -> State:

@@ -94,5 +94,8 @@ class Device:
         """Become what :meth:`capture` recorded, as often as one likes."""
         self.load(captured)
 
+    def set_back(self, ns: int) -> None:
+        """A clock that goes by the host's time of day shows that of ``ns`` nanoseconds ago from now on."""
+
     def describe(self, tables: Tables) -> None:
         """Tell the guest that this device exists: ACPI objects, kernel command line."""

@@ -32,11 +32,12 @@ TIME = (SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY)
 A, B, C, D = 0x0A, 0x0B, 0x0C, 0x0D
 A_RUNNING = 0x26  # 32.768 kHz time base, 1024 Hz periodic rate: as firmware leaves it
 A_UPDATING, A_DIVIDER, A_DIVIDER_RUNS = 0x80, 0x70, 0x20
-UPDATE_SECONDS = (244 + 1984) / 1e6  # MC146818 datasheet, table 6: tBUC and tUC
+UPDATE_NS = (244 + 1984) * 1000  # MC146818 datasheet, table 6: tBUC and tUC
 B_SET, B_BINARY, B_24H = 0x80, 0x04, 0x02
 D_VALID = 0x80
 PM = 0x80  # of the hours, on a twelve-hour clock
 OFFSET_MOST = 1 << 40  # seconds: beyond any two dates of four digits
+NS = 10**9
 
 
 def seconds_since_1970(year: int, month: int, day: int, hour: int, minute: int, second: int) -> int:
@@ -51,6 +52,9 @@ def seconds_since_1970(year: int, month: int, day: int, hour: int, minute: int, 
 class Rtc(Device):
     """Time of day from ``clock`` (POSIX seconds, default the host's), in UTC; the guest may set it, for itself.
 
+    A state that is loaded has the host's time again, but for what the guest set, until it is :meth:`set_back`; one
+    that was captured goes on from the time it had.
+
     ``memory`` is the size of RAM below 4 GiB in bytes, for guests that ask CMOS.
     """
 
@@ -64,7 +68,7 @@ class Rtc(Device):
 
     def _power_on(self) -> None:
         self._index = 0
-        self._offset = 0  # seconds the guest's clock is ahead of ours
+        self._offset = 0  # ns that the guest's clock is ahead of ours
         self._cmos = bytearray(128)
         self._cmos[A], self._cmos[B], self._cmos[D] = A_RUNNING, B_24H, D_VALID
         base = min(self._memory >> 10, 640)
@@ -81,10 +85,14 @@ class Rtc(Device):
     def _decode(self, byte: int) -> int:
         return byte if self._cmos[B] & B_BINARY else (byte >> 4) * 10 + (byte & 15)
 
+    def _now(self) -> int:
+        seconds, part = divmod(self._clock(), 1)
+        return int(seconds) * NS + int(part * NS) + self._offset
+
     def _show_time(self) -> None:
         if self._cmos[B] & B_SET:
             return
-        now = time.gmtime(int(self._clock()) + self._offset)
+        now = time.gmtime(self._now() // NS)
         hour = self._encode(now.tm_hour)
         if not self._cmos[B] & B_24H:
             hour = self._encode((now.tm_hour + 11) % 12 + 1) | (PM if now.tm_hour >= 12 else 0)
@@ -98,7 +106,7 @@ class Rtc(Device):
         """The bit of register A: no update takes place while the guest holds the time, or the divider."""
         if self._cmos[B] & B_SET or self._cmos[A] & A_DIVIDER != A_DIVIDER_RUNS:
             return 0
-        return A_UPDATING if self._clock() % 1 >= 1 - UPDATE_SECONDS else 0
+        return A_UPDATING if self._now() % NS >= NS - UPDATE_NS else 0
 
     def _take_time(self) -> None:
         second, minute, _, _, day, month, year, century = (self._decode(self._cmos[at]) for at in TIME)
@@ -108,7 +116,7 @@ class Rtc(Device):
         else:
             hour = self._decode(hour & ~PM) % 12 + (12 if hour & PM else 0)
         set_to = seconds_since_1970(century * 100 + year, month, day, hour, minute, second)
-        self._offset = set_to - int(self._clock())
+        self._offset += (set_to - self._now() // NS) * NS
 
     # -- ports ----------------------------------------------------------------------------------------------------
 
@@ -153,23 +161,31 @@ class Rtc(Device):
         self._cmos[B] &= ~0x78  # PIE, AIE, UIE, SQWE
 
     def save(self) -> State:
-        """Memory, index, and how far the guest set its clock ahead (``behind``: back), seconds."""
-        ahead, behind = max(self._offset, 0), max(-self._offset, 0)
-        return {"version": 1, "index": self._index, "cmos": bytes(self._cmos), "ahead": ahead, "behind": behind}
+        """Memory, index, and how far its time is ahead of ours: ``ahead - behind`` seconds, and ``fraction`` ns."""
+        seconds, fraction = divmod(self._offset, NS)
+        time = {"ahead": max(seconds, 0), "behind": max(-seconds, 0), "fraction": fraction}
+        return {"version": 1, "index": self._index, "cmos": bytes(self._cmos), **time}
 
     def load(self, state: State) -> None:
         """Become what :meth:`save` recorded. Raises ``ValueError`` for a state no clock can be in."""
-        s = checked(self.name, state, {"index": 0xFF, "ahead": OFFSET_MOST, "behind": OFFSET_MOST}, {"cmos": 128})
+        most = {"index": 0xFF, "ahead": OFFSET_MOST, "behind": OFFSET_MOST, "fraction": NS - 1}
+        s = checked(self.name, state, most, {"cmos": 128})
         cmos = s["cmos"]
         if len(cmos) != 128 or cmos[A] & A_UPDATING or cmos[C] or cmos[D] != D_VALID or (s["ahead"] and s["behind"]):
             raise ValueError("rtc: memory is not 128 bytes, or its registers A, C or D cannot read so")
-        self.restore((s["index"], cmos, s["ahead"] - s["behind"]))
+        self._index, self._cmos = s["index"], bytearray(cmos)
+        self._offset = (s["ahead"] - s["behind"]) * NS + s["fraction"]
 
     def capture(self) -> Any:
-        """The same as it is kept."""
-        return self._index, bytes(self._cmos), self._offset
+        """Memory and index, and the time."""
+        return self._index, bytes(self._cmos), self._now()
 
     def restore(self, captured: Any) -> None:
-        """Become that again."""
-        self._index, cmos, self._offset = captured
+        """Become that again, and go on from the time of then."""
+        self._index, cmos, now = captured
         self._cmos = bytearray(cmos)
+        self._offset += now - self._now()
+
+    def set_back(self, ns: int) -> None:
+        """Have the time of so many nanoseconds ago."""
+        self._offset -= ns

@@ -12,6 +12,7 @@ from vmm.migrate import mirror, postcopy, standby, wire
 from vmm.migrate.address import Address, Listener, Tls
 from vmm.migrate.fence import TOKEN, Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
+from vmm.snapshot.clock import advances
 from vmm.snapshot.origin import Origin
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Receiver:
     ``disk0.img`` and so on are made for disks that come along with their machine, so that ``disks`` has those that do
     not; or ``disks`` name files for them too, which must not exist yet. ``fence``: the file that both sides see, where
     the source has one; on a UNIX socket it is handed over. ``on_refused`` is told why a connection was no use.
+    ``clock``: ``"advanced"``, what this host's clock says has passed since the guest stood still has passed for it, or
+    ``"kept"``.
     """
 
     def __init__(
@@ -47,8 +50,11 @@ class Receiver:
         on_refused: Callable[[str], object] | None = None,
         disks_in: str | os.PathLike[str] | None = None,
         fence: str | None = None,
+        clock: str = "advanced",
         **fields: Any,
     ) -> None:
+        advances(clock)
+        self.clock = clock
         self._fields = fields
         self.fence = fence
         self.disks_in = None if disks_in is None else os.fspath(disks_in)
@@ -206,7 +212,7 @@ class Arrival:
         from vmm.machine import Machine
 
         receiver, sizes = self._receiver, hello["disks"]
-        origin = Origin(hello["description"], arriving=True)
+        origin = Origin(hello["description"], arriving=True, clock=receiver.clock)
         mirror.check_sizes(sizes, len(origin.described.disks))
         made = origin.config(
             receiver._fields,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vmm._ffi import check, ffi, lib
 from vmm.errors import ConfigError, StateError
 from vmm.memory import runs_of
+from vmm.snapshot import clock as clocks
 from vmm.snapshot import identity
 from vmm.snapshot.origin import Origin, describe
 from vmm.snapshot.regions import PAGE, Ram, bitmap_size, checksums_size, pages_not_zero, words
@@ -36,7 +37,9 @@ class Mould:
     """A machine as it is now, which is held meanwhile, for ``n`` clones: ``origin`` and :meth:`config` for each, then
     :meth:`finish`. :meth:`close` it when they are made. Raises StateError for a machine that cannot be cloned."""
 
-    def __init__(self, machine: Machine, n: int) -> None:
+    def __init__(self, machine: Machine, n: int, clock: str) -> None:
+        clocks.advances(clock)
+        self._clock = clock
         if n < 1:
             raise ConfigError(f"{n} clones: ask for one at least")
         if machine.config.huge_pages:
@@ -76,7 +79,7 @@ class Mould:
         try:
             for gpa, data in self._changed:
                 clone.memory.write(gpa, data)
-            clone.load_state(self._state)
+            clone.load_state(self._state, clock=self._clock)
             if renew:
                 identity.renew(clone)
         except ValueError as error:

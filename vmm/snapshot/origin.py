@@ -32,7 +32,8 @@ class Origin:
     ``files``, one ``(fd, offset)`` for each region, is the memory (:class:`vmm.memory.GuestMemory`). Without
     ``state`` the machine is made, with memory of its own, and whoever made it fills that and calls
     :meth:`vmm.Machine.load_state`. ``arriving``: it is made as far as it can be before anybody lets go of its
-    disks and networks; :meth:`vmm.Machine.arrive` makes the rest. Raises :class:`~vmm.errors.SnapshotError` for a
+    disks and networks; :meth:`vmm.Machine.arrive` makes the rest. ``clock`` is what :meth:`vmm.Machine.load_state`
+    takes with ``state``. Raises :class:`~vmm.errors.SnapshotError` for a
     description that cannot be.
     """
 
@@ -43,8 +44,10 @@ class Origin:
         files: Sequence[tuple[int, int]] | None = None,
         *,
         arriving: bool = False,
+        clock: str = "advanced",
     ) -> None:
         self.state = state
+        self.clock = clock
         self.files = files
         self.arriving = arriving
         self.symbols: str | None = None

@@ -112,7 +112,7 @@ def _gone_back(machine: Machine, checkpoint: Checkpoint) -> Machine:
         with machine.checkpoint() as end:
             machine.rollback(checkpoint)
             try:
-                with Mould(machine, 1) as mould:
+                with Mould(machine, 1, "kept") as mould:
                     made = type(machine)(mould.config({}).with_(**_QUIET), kvm=machine.kvm_path, origin=mould.origin)
                     mould.finish(made, renew=False)
             finally:

@@ -45,7 +45,7 @@ class Prepared:
         """
         return self.origin.config(given)
 
-    def finish(self, machine: Machine) -> LazyMemory | None:
+    def finish(self, machine: Machine, clock: str) -> LazyMemory | None:
         """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot, or must not.
 
         Answers its memory, where that is still to come.
@@ -54,7 +54,7 @@ class Prepared:
             if self._saved is not None:
                 self._saved.verify(machine.config.disks, machine.disks)
             later = self.fill(machine)
-            machine.load_state(self._machine_state)
+            machine.load_state(self._machine_state, clock=clock)
         except ValueError as error:
             machine.close()
             raise SnapshotError(f"{self._name} does not fit: {error}") from None
@@ -127,9 +127,9 @@ class _Local(Prepared):
             raise SnapshotError(f"{self._name}: {error}") from None
         return self.origin.config(given, ready=saved.ready, based=saved.based)
 
-    def finish(self, machine: Machine) -> LazyMemory | None:
+    def finish(self, machine: Machine, clock: str) -> LazyMemory | None:
         try:
-            memory = super().finish(machine)
+            memory = super().finish(machine, clock)
         except SnapshotError:
             self._compare()  # what does not fit may be damaged
             raise

@@ -72,6 +72,27 @@ def test_rtc_set_by_the_guest_goes_on_from_there() -> None:
     assert cmos(other, 9) == 0x24
 
 
+def test_rtc_goes_by_the_host_when_loaded_and_on_from_then_when_restored_or_set_back() -> None:
+    now = [WHEN.timestamp() + 0.25]
+    rtc = Rtc(lambda: now[0])
+    assert cmos(rtc, 0) == 0x58
+    state, captured = rtc.save(), rtc.capture()
+    now[0] += 3600.5
+    rtc.restore(captured)
+    assert (cmos(rtc, 4), cmos(rtc, 0)) == (0x23, 0x58)
+    now[0] += 0.75  # its seconds are whole where they were, not where the host's are
+    assert cmos(rtc, 0) == 0x59
+    behind = rtc.save()
+    assert (behind["ahead"], behind["behind"], behind["fraction"]) == (0, 3601, 5 * 10**8)
+    rtc.load(state)
+    assert (cmos(rtc, 4), cmos(rtc, 2), cmos(rtc, 0)) == (0x00, 0x59, 0x59)
+    rtc.set_back(3600 * 10**9)
+    assert (cmos(rtc, 4), cmos(rtc, 2)) == (0x23, 0x59)
+    other = Rtc(lambda: now[0])
+    other.load(behind)
+    assert other.save() == behind
+
+
 def test_rtc_index_keeps_the_nmi_mask_out_of_the_address_and_memory_is_remembered() -> None:
     rtc = Rtc(WHEN.timestamp, memory=3 << 30)
     set_cmos(rtc, 0x80 | 0x40, 0xA5)
