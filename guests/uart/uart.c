@@ -10,7 +10,7 @@
 
 enum { RBR = 0x3f8, DLL = 0x3f8, IER, DLM = 0x3f9, IIR, FCR = 0x3fa, LCR, MCR, LSR, MSR, SCR };
 enum { IER_RECEIVED = 1, IER_THR_EMPTY = 2, IER_MODEM = 8, LCR_8N1 = 3, LCR_DLAB = 0x80 };
-enum { IIR_NONE = 1, IIR_MODEM = 0, IIR_THR_EMPTY = 2, IIR_RECEIVED = 4, IIR_FIFOS = 0xc0 };
+enum { IIR_NONE = 1, IIR_MODEM = 0, IIR_THR_EMPTY = 2, IIR_RECEIVED = 4, IIR_TIMEOUT = 12, IIR_FIFOS = 0xc0 };
 enum { FCR_ENABLE = 1, FCR_CLEAR_RECEIVED = 2, FCR_CLEAR_SENT = 4, FCR_TRIGGER_14 = 0xc0 };
 enum { MCR_DTR = 1, MCR_RTS = 2, MCR_OUT1 = 4, MCR_OUT2 = 8, MCR_LOOP = 0x10 };
 enum { LSR_READY = 1, LSR_OVERRUN = 2, LSR_THR_EMPTY = 0x20, LSR_IDLE = 0x40 };
@@ -117,7 +117,9 @@ static void interrupt_causes(void)
     outb(MCR, MCR_LOOP | MCR_OUT2);
     outb(RBR, 0x77);
     outb(IER, IER_RECEIVED);
-    CHECK_EQ(inb(IIR) & 0x0f, IIR_RECEIVED); /* trigger level 1 */
+    const uint8_t received = inb(IIR) & 0x0f; /* trigger level 1 */
+    CHECK(received == IIR_RECEIVED ||
+          (qemu && received == IIR_TIMEOUT)); /* QEMU's clock goes on where this waits */
     CHECK_EQ(inb(RBR), 0x77);
     CHECK_EQ(inb(IIR) & 0x0f, IIR_NONE);
     outb(IER, 0);

@@ -34,7 +34,7 @@ def steady(machine: Machine) -> State:
     """The machine's state but for what time makes of it."""
     state = machine.save()
     chips = state["processors"]["chips"]
-    chips["clock"] = 0
+    chips["clock"] = chips["realtime"] = 0
     for channel in chips["pit"]["channels"]:
         channel["count_load_time"] = 0
     for vcpu in state["processors"]["vcpus"]:

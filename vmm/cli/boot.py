@@ -241,7 +241,9 @@ class Run:
             from vmm.machine import host_outcome
 
             self._over = False
-            raise SystemExit(host_outcome(self._code).status)
+            outcome = host_outcome(self._code)
+            slow_reader.report(f"pyvmm: {outcome.sentence}\n")
+            raise SystemExit(outcome.status)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self._code is None:
