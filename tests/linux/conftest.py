@@ -11,6 +11,7 @@ import pytest
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:
+    from vmm.linux.debian import StockKernel
     from vmm.linux.kernel import SmallKernel
 
 
@@ -41,3 +42,14 @@ def small_kernel() -> SmallKernel:
 def linux_fields(small_kernel: SmallKernel) -> dict[str, object]:
     """The ``linux`` fixture's guest is the small kernel's on every host."""
     return {"kernel": str(small_kernel.bzimage), "memory": "128M"}
+
+
+@pytest.fixture(scope="session")
+def cloud_kernel() -> StockKernel:
+    """Debian's stock cloud kernel; skipped by name where it cannot be had."""
+    from vmm.linux import debian
+
+    try:
+        return debian.stock_kernel("cloud")
+    except VmmError as error:
+        pytest.skip(f"no stock kernel: {error}")

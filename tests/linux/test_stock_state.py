@@ -18,7 +18,6 @@ import pytest
 
 from vmm import Machine, host, migrate
 from vmm.config import MachineConfig
-from vmm.errors import HostError
 from vmm.linux import debian, initramfs, modules
 from vmm.testing.linux import LinuxGuest
 
@@ -57,14 +56,6 @@ guest.close()
 
 
 @pytest.fixture(scope="module")
-def stock() -> debian.StockKernel:
-    try:
-        return debian.stock_kernel("cloud")
-    except HostError as error:
-        pytest.skip(f"no stock kernel: {error}")
-
-
-@pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("steady") / "steady"
     source = HERE / "steady.c"
@@ -73,7 +64,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def booted(stock: debian.StockKernel, program: Path, tmp_path: Path) -> Iterator[Callable[..., LinuxGuest]]:
+def booted(cloud_kernel: debian.StockKernel, program: Path, tmp_path: Path) -> Iterator[Callable[..., LinuxGuest]]:
     """Makes guests with the load running; gives each as ``(guest, sum of the file that it keeps)``."""
     made: list[LinuxGuest] = []
 
@@ -81,10 +72,10 @@ def booted(stock: debian.StockKernel, program: Path, tmp_path: Path) -> Iterator
         disk = tmp_path / "disk.img"
         disk.write_bytes(bytes(8 << 20))
         fields = {"memory": "512M", "cpus": 2, "disks": [str(disk)], **fields}
-        wanted = modules.of_machine(MachineConfig(kernel=str(stock.vmlinuz), **fields))
-        entries = [initramfs.file("bin/steady", program), *modules.entries(stock.modules, wanted)]
+        wanted = modules.of_machine(MachineConfig(kernel=str(cloud_kernel.vmlinuz), **fields))
+        entries = [initramfs.file("bin/steady", program), *modules.entries(cloud_kernel.modules, wanted)]
         initrd = initramfs.save(initramfs.build(entries))
-        guest = LinuxGuest(kernel=str(stock.vmlinuz), initrd=[str(initrd)], **fields)
+        guest = LinuxGuest(kernel=str(cloud_kernel.vmlinuz), initrd=[str(initrd)], **fields)
         made.append(guest)
         return guest
 

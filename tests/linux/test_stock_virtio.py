@@ -58,17 +58,9 @@ echo $router >/router
 """
 
 
-@pytest.fixture(scope="module")
-def kernel() -> debian.StockKernel:
-    try:
-        return debian.stock_kernel("cloud")
-    except HostError as error:
-        pytest.skip(f"no stock kernel: {error}")
-
-
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
 def test_root_on_a_disk_and_a_file_through_the_network(
-    kernel: debian.StockKernel, transport: str, tmp_path: Path
+    cloud_kernel: debian.StockKernel, transport: str, tmp_path: Path
 ) -> None:
     root, image, served = tmp_path / "root", tmp_path / "root.img", tmp_path / "served"
     for folder in ("bin", "dev", "proc", "sys", "tmp"):
@@ -86,9 +78,14 @@ def test_root_on_a_disk_and_a_file_through_the_network(
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         config = MachineConfig(
-            kernel=kernel.vmlinuz, memory="512M", virtio=transport, disks=str(image), nets="user", append="loglevel=6"
+            kernel=cloud_kernel.vmlinuz,
+            memory="512M",
+            virtio=transport,
+            disks=str(image),
+            nets="user",
+            append="loglevel=6",
         )
-        drivers = modules.entries(kernel.modules, modules.of_machine(config))
+        drivers = modules.entries(cloud_kernel.modules, modules.of_machine(config))
         program = OUTSIDE.replace("PORT", str(server.server_address[1]))
         initrd = str(initramfs.command(["sh", "-c", program], entries=drivers))
         with Machine(config, initrd=[initrd]) as machine:
@@ -131,7 +128,7 @@ read -r line </dev/hvc0
 
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
-def test_every_device_is_bound_and_works(kernel: debian.StockKernel, transport: str, tmp_path: Path) -> None:
+def test_every_device_is_bound_and_works(cloud_kernel: debian.StockKernel, transport: str, tmp_path: Path) -> None:
     try:
         find_server()
     except HostError as error:
@@ -144,10 +141,10 @@ def test_every_device_is_bound_and_works(kernel: debian.StockKernel, transport: 
     shared.mkdir()
     (shared / "hello").write_text("from the host\n")
     config = MachineConfig(
-        kernel=kernel.vmlinuz, memory="512M", virtio=transport, disks=str(image), nets="user", balloon=True,
+        kernel=cloud_kernel.vmlinuz, memory="512M", virtio=transport, disks=str(image), nets="user", balloon=True,
         shares=f"{shared}:host", vsock=f"{tmp_path}/v,cid=5", append="loglevel=6",
     )  # fmt: skip
-    drivers = modules.entries(kernel.modules, [*modules.of_machine(config), "virtio_console"])
+    drivers = modules.entries(cloud_kernel.modules, [*modules.of_machine(config), "virtio_console"])
     entries = [*drivers, initramfs.file("bin/vsock-echo", program)]
     console = Console()
     try:
