@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ def require(program: str, packages: str) -> None:
 
 def start(argv: list[str], **more: object) -> subprocess.Popen[bytes]:
     """Start an emulator that ends with this process, however that ends."""
-    return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *argv], **more)  # type: ignore[call-overload,no-any-return]
+    # A parent that died before setpriv asked for the signal is no longer ours: look once it has been asked for.
+    child = ["sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *argv]
+    return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *child], **more)  # type: ignore[call-overload,no-any-return]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
