@@ -23,7 +23,7 @@ _SHELL = "echo 'exit ends it; the project is in /project'\nsetsid -c bash -i\n"
 
 def _script(action: str, words: list[str]) -> str:
     scripts = {"shell": _SHELL, "smoke": _SMOKE, "do": project.quoted(words) + "\n"}
-    return scripts.get(action) or job.pytest_command(words or ["tests"], "-n", "2")
+    return scripts.get(action) or job.pytest_command(words or ["tests"], "-n", "2", "--dist", "loadgroup")
 
 
 def main() -> int:

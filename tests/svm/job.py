@@ -39,7 +39,8 @@ class Reporter:
 
 def pytest_command(words: list[str], *more: str) -> str:
     """A shell line that runs pytest with ``words``, its results in /results."""
-    argv = ["python3", "-P", "-m", "pytest", "-v", "-ra", "-o", "addopts=--strict-markers", "-p", "tests.svm.limit"]
+    argv = ["python3", "-P", "-m", "pytest", "-v", "-ra", "-o", "addopts=--strict-markers"]
+    argv += ["-p", "tests.svm.limit", "-p", "tests.svm.failures"]
     return project.quoted([*argv, *more, "--junit-xml=/results/junit.xml", "--durations=25", *words]) + "\n"
 
 
