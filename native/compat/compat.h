@@ -5,9 +5,21 @@
  * On some hosts KVM runs guest CPL 0 code in its instruction emulator, which lacks instructions, and leaves
  * SYSCALL at CPL 3. Two remedies live here, both off unless vmm_compat_enable() asks for them:
  *
- *   complete   an instruction KVM gave up on is decoded (insn.c), done here (integer.c, system.c, fpu.c) on
+ *   complete   an instruction KVM gave up on is decoded (insn.c), done here (integer.c, system.c, fpu.c, x87.c) on
  *              the vCPU's registers and, through its page tables (paging.c), its memory; the guest goes on
  *   syscall    a SYSCALL that faulted at its entry point is moved to where it should have gone (syscall.c)
+ *
+ * Files call only those above them in this list:
+ *
+ *   insn, completion           decoding; registers, exceptions and CPUID of one completion
+ *   paging                     guest memory by linear address
+ *   operands                   the ModRM operand, in a register or in memory
+ *   integer, system, fpu, x87  what instructions do
+ *   table                      which instruction is which: complete()
+ *   vcpu                       a vCPU's registers into a completion, and its outcome back to KVM
+ *   syscall                    the SYSCALL repair
+ *   exits                      completing at KVM_EXIT_INTERNAL_ERROR
+ *   compat                     switching the remedies on
  *
  * Completing is pure: it turns a struct completion into another and touches KVM only through its `source`, so
  * that tests run it on plain memory. Anything not known is COMPLETE_UNKNOWN, and the run ends: never a guess.
@@ -213,8 +225,7 @@ enum {
 };
 enum { EFER_SCE = 1, EFER_LMA = 0x400, EFER_NXE = 0x800 };
 
-/* Decode `n` bytes found at RIP and complete them. On UNKNOWN the guest has not been touched. */
-enum outcome complete(struct completion *c, const uint8_t *bytes, size_t n);
+/* ---- registers, exceptions and CPUID (completion.c) ---- */
 
 enum cpu_mode completion_mode(const struct completion *c);
 static inline unsigned completion_cpl(const struct completion *c)
@@ -230,9 +241,8 @@ enum outcome fault_error(struct completion *c, uint8_t vector, uint32_t error);
 uint64_t gpr_read(const struct completion *c, unsigned reg, unsigned size);
 void gpr_write(struct completion *c, unsigned reg, unsigned size, uint64_t value);
 
-/* The r/m operand, in a register or in memory. COMPLETE_DONE or why not. */
-enum outcome rm_read(struct completion *c, unsigned size, uint64_t *value);
-enum outcome rm_write(struct completion *c, unsigned size, uint64_t value);
+/* Whether the guest's CPUID has the feature. */
+bool offered(const struct completion *c, enum feature feature);
 
 /* ---- guest memory by linear address (paging.c) ---- */
 
@@ -247,13 +257,9 @@ struct span {
 
 enum { SPAN_MAX = 4096 };
 
-/* The memory operand's linear address; segment limits and canonical form checked for `size` bytes. */
-enum outcome operand_linear(struct completion *c, size_t size, enum access access, uint64_t *linear);
-
 /* Check and find [linear, linear+size), size at most SPAN_MAX, as an explicit access at the current CPL. */
 enum outcome linear_span(struct completion *c, uint64_t linear, size_t size, enum access access,
                          struct span *span);
-enum outcome operand_span(struct completion *c, size_t size, enum access access, struct span *span);
 
 void span_read(const struct span *span, size_t offset, void *to, size_t n);
 void span_write(const struct span *span, size_t offset, const void *from, size_t n);
@@ -261,31 +267,20 @@ void span_write(const struct span *span, size_t offset, const void *from, size_t
 /* One page-table walk. */
 enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned access, uint64_t *gpa);
 
+/* ---- the ModRM operand (operands.c) ---- */
+
+/* The memory operand's linear address; segment limits and canonical form checked for `size` bytes. */
+enum outcome operand_linear(struct completion *c, size_t size, enum access access, uint64_t *linear);
+
+enum outcome operand_span(struct completion *c, size_t size, enum access access, struct span *span);
+
+/* The r/m operand, in a register or in memory. COMPLETE_DONE or why not. */
+enum outcome rm_read(struct completion *c, unsigned size, uint64_t *value);
+enum outcome rm_write(struct completion *c, unsigned size, uint64_t value);
+
 /* ---- what instructions do ---- */
 
 typedef enum outcome completer(struct completion *c);
-
-/* Whether the guest's CPUID has the feature. */
-bool offered(const struct completion *c, enum feature feature);
-
-/* The table of complete.c, for its test. */
-enum { NP = 0, ANY_PREFIX = 1, ANY = 8 };
-enum form {
-    LEGACY = 0,
-    VEX = 1,         /* encoded with VEX, L = 0 */
-    RM_REGISTER = 2, /* r/m must be a register */
-    RM_MEMORY = 4,   /* r/m must be in memory */
-    LOCKABLE = 8,    /* LOCK is not #UD */
-    W1 = 16,         /* REX.W or VEX.W must be set */
-    ELSE_UD = 32,    /* r/m of the other kind, or L = 1, is #UD */
-};
-struct instruction {
-    uint8_t map, opcode, mask, prefix, extension, rm, form;
-    uint16_t feature; /* enum feature */
-    completer *complete;
-};
-extern const struct instruction instructions[];
-extern const size_t n_instructions;
 
 /* integer.c */
 completer complete_popcnt, complete_lzcnt, complete_tzcnt, complete_andn, complete_bextr, complete_bls,
@@ -304,5 +299,29 @@ completer complete_x87_control, complete_fwait, complete_mxcsr, complete_xsave, 
 
 /* x87.c */
 completer complete_x87;
+
+/* ---- which instruction is which (table.c) ---- */
+
+/* Decode `n` bytes found at RIP and complete them. On UNKNOWN the guest has not been touched. */
+enum outcome complete(struct completion *c, const uint8_t *bytes, size_t n);
+
+/* The table, for its test. */
+enum { NP = 0, ANY_PREFIX = 1, ANY = 8 };
+enum form {
+    LEGACY = 0,
+    VEX = 1,         /* encoded with VEX, L = 0 */
+    RM_REGISTER = 2, /* r/m must be a register */
+    RM_MEMORY = 4,   /* r/m must be in memory */
+    LOCKABLE = 8,    /* LOCK is not #UD */
+    W1 = 16,         /* REX.W or VEX.W must be set */
+    ELSE_UD = 32,    /* r/m of the other kind, or L = 1, is #UD */
+};
+struct instruction {
+    uint8_t map, opcode, mask, prefix, extension, rm, form;
+    uint16_t feature; /* enum feature */
+    completer *complete;
+};
+extern const struct instruction instructions[];
+extern const size_t n_instructions;
 
 #endif

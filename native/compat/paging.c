@@ -120,50 +120,6 @@ enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned ac
     return COMPLETE_DONE;
 }
 
-static enum outcome segment_fault(struct completion *c, unsigned segment)
-{
-    return fault_error(c, segment == SEG_SS ? V_SS : V_GP, 0);
-}
-
-enum outcome operand_linear(struct completion *c, size_t size, enum access access, uint64_t *linear)
-{
-    const struct insn *i = &c->insn;
-    const struct kvm_segment *const segments[] = {&c->sregs.es, &c->sregs.cs, &c->sregs.ss,
-                                                  &c->sregs.ds, &c->sregs.fs, &c->sregs.gs};
-    const struct kvm_segment *segment = segments[i->segment];
-    uint64_t offset = (uint64_t)(int64_t)i->displacement;
-    if (i->rip_relative)
-        offset += c->regs.rip + i->length;
-    if (i->base != REG_NONE)
-        offset += gpr_read(c, i->base, 8);
-    if (i->index != REG_NONE)
-        offset += gpr_read(c, i->index, 8) << i->scale;
-    if (i->address_size < 8)
-        offset &= (1ull << (8 * i->address_size)) - 1;
-
-    if (i->long_mode) {
-        *linear = offset + (i->segment >= SEG_FS ? segment->base : 0);
-        uint64_t last = *linear + size - 1;
-        bool canonical = (int64_t)(*linear << 16) >> 16 == (int64_t)*linear &&
-                         (int64_t)(last << 16) >> 16 == (int64_t)last;
-        return canonical ? COMPLETE_DONE : segment_fault(c, i->segment);
-    }
-    bool code = segment->type & 8;
-    if (segment->unusable || !segment->present)
-        return segment_fault(c, i->segment);
-    if (c->sregs.cr0 & CR0_PE && !(c->regs.rflags & FLAG_VM)) {
-        bool refused = access == ACCESS_WRITE ? code || !(segment->type & 2) : code && !(segment->type & 2);
-        if (refused)
-            return segment_fault(c, i->segment);
-    }
-    if (!code && segment->type & 4)
-        return COMPLETE_UNKNOWN; /* expand-down */
-    if (offset > segment->limit || size - 1 > segment->limit - offset)
-        return segment_fault(c, i->segment);
-    *linear = (uint32_t)(segment->base + offset);
-    return COMPLETE_DONE;
-}
-
 enum outcome linear_span(struct completion *c, uint64_t linear, size_t size, enum access access,
                          struct span *span)
 {
@@ -181,13 +137,6 @@ enum outcome linear_span(struct completion *c, uint64_t linear, size_t size, enu
             return COMPLETE_UNKNOWN; /* a device's memory, or nothing */
     }
     return COMPLETE_DONE;
-}
-
-enum outcome operand_span(struct completion *c, size_t size, enum access access, struct span *span)
-{
-    uint64_t linear;
-    enum outcome o = operand_linear(c, size, access, &linear);
-    return o == COMPLETE_DONE ? linear_span(c, linear, size, access, span) : o;
 }
 
 /* How much of [offset, offset+n) lies in the first part. */

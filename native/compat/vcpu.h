@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The remedies' state, per machine and per vCPU, and what complete.c's and syscall.c's KVM sides share. */
+/* The remedies' state, per machine and per vCPU, and a completion's KVM side (vcpu.c). */
 #ifndef VMM_COMPAT_VCPU_H
 #define VMM_COMPAT_VCPU_H
 

@@ -1,85 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Which instructions are completed, and what their completions have in common: operands, registers,
- * exceptions. */
+/* Which instructions are completed: the table, and the one path through it. */
 #include "compat.h"
 
 #include <string.h>
-
-uint64_t gpr_read(const struct completion *c, unsigned reg, unsigned size)
-{
-    const struct kvm_regs *r = &c->regs;
-    const uint64_t values[16] = {r->rax, r->rcx, r->rdx, r->rbx, r->rsp, r->rbp, r->rsi, r->rdi,
-                                 r->r8,  r->r9,  r->r10, r->r11, r->r12, r->r13, r->r14, r->r15};
-    return size == 8 ? values[reg] : values[reg] & ((1ull << (8 * size)) - 1);
-}
-
-static __u64 *gpr(struct kvm_regs *r, unsigned reg)
-{
-    __u64 *const at[16] = {&r->rax, &r->rcx, &r->rdx, &r->rbx, &r->rsp, &r->rbp, &r->rsi, &r->rdi,
-                           &r->r8,  &r->r9,  &r->r10, &r->r11, &r->r12, &r->r13, &r->r14, &r->r15};
-    return at[reg];
-}
-
-void gpr_write(struct completion *c, unsigned reg, unsigned size, uint64_t value)
-{
-    __u64 *at = gpr(&c->regs, reg);
-    if (size >= 4)
-        *at = size == 8 ? value : (uint32_t)value;
-    else
-        *at = (*at & ~((1ull << (8 * size)) - 1)) | (value & ((1ull << (8 * size)) - 1));
-}
-
-enum outcome rm_read(struct completion *c, unsigned size, uint64_t *value)
-{
-    const struct insn *i = &c->insn;
-    if (!i->memory) {
-        bool high_byte = size == 1 && !i->rex && i->rm >= 4 && i->rm < 8; /* AH, CH, DH, BH */
-        *value = high_byte ? gpr_read(c, i->rm - 4u, 2) >> 8 : gpr_read(c, i->rm, size);
-        return COMPLETE_DONE;
-    }
-    struct span span;
-    enum outcome o = operand_span(c, size, ACCESS_READ, &span);
-    if (o != COMPLETE_DONE)
-        return o;
-    *value = 0;
-    span_read(&span, 0, value, size);
-    return COMPLETE_DONE;
-}
-
-enum outcome rm_write(struct completion *c, unsigned size, uint64_t value)
-{
-    if (!c->insn.memory) {
-        gpr_write(c, c->insn.rm, size, value);
-        return COMPLETE_DONE;
-    }
-    struct span span;
-    enum outcome o = operand_span(c, size, ACCESS_WRITE, &span);
-    if (o == COMPLETE_DONE)
-        span_write(&span, 0, &value, size);
-    return o;
-}
-
-enum outcome fault(struct completion *c, uint8_t vector)
-{
-    c->event.vector = vector;
-    c->event.has_error = false;
-    return COMPLETE_FAULT;
-}
-
-enum outcome fault_error(struct completion *c, uint8_t vector, uint32_t error)
-{
-    c->event.vector = vector;
-    c->event.has_error = true;
-    c->event.error = error;
-    return COMPLETE_FAULT;
-}
-
-enum cpu_mode completion_mode(const struct completion *c)
-{
-    if (c->sregs.efer & EFER_LMA && c->sregs.cs.l)
-        return CPU_64;
-    return c->sregs.cs.db && !(c->regs.rflags & FLAG_VM) ? CPU_32 : CPU_16;
-}
 
 /*
  * The table. `prefix` is the mandatory prefix (NP: none of 66, F3, F2), `extension` and `rm` ModRM's fields where they
@@ -180,11 +103,6 @@ const struct instruction instructions[] = {
     {MAP_0F, 0x01, 0xff, NP, 7, 7, RM_REGISTER, INVLPGB, NULL},                /* TLBSYNC */
 };
 const size_t n_instructions = sizeof instructions / sizeof *instructions;
-
-bool offered(const struct completion *c, enum feature feature)
-{
-    return feature == NO_FEATURE || c->source->cpuid[feature >> 5] >> (feature & 31) & 1;
-}
 
 static completer *find_x87(const struct insn *i)
 {
