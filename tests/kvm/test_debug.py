@@ -260,6 +260,7 @@ def test_impossible_points_are_refused_with_a_reason(flat: Any, call: Any, error
         call(flat(COUNT))
 
 
+@SOFTWARE
 def test_a_breakpoint_that_cannot_be_planted_says_why_and_not_that_devices_overlap(flat: Any) -> None:
     machine = flat(COUNT)
     machine.debug.breakpoint(0x100000)

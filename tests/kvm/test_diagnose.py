@@ -13,6 +13,7 @@ import pytest
 from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processors import takes_any_lstar
 
 from vmm import host
 from vmm.cpu import internal_error
@@ -49,14 +50,15 @@ def diagnosis(kernel: str, append: str = "", *, timeout: float = 20, **fields: A
 
 
 # (way to die, cause, what the sentence says)
-DEATHS = [
+_DEATHS = [
     ("pml4e", "page-fault", r"pml4e\+.*reading: linear address 0x10000000000: the PML4E at 0x\w+ is 0x0: not present"),
     ("pdpte", "page-fault", r"reading: linear address 0x140000000: the PDPTE at 0x\w+ is 0x0: not present"),
     ("pde", "page-fault", r"writing: linear address 0xc00008: the PDE at 0x\w+ is 0x0: not present"),
     ("pte", "page-fault", r"writing: linear address 0xc00008: the PTE at 0x\w+ is 0x0: not present"),
     ("read-only", "page-fault", r"the PTE at 0x\w+ is 0xc00001: write to a read-only page"),
     ("reserved-bit", "reserved-bit", r"the PDE at 0x\w+ is 0xc08\w+: reserved bits set: 15"),
-    ("wild-jump", "non-canonical-jump", r"jmp \w+ at .*wild_jump.* jumps to 0x900000000000"),
+    # TCG faults where the jump leads to, with RIP there; processors do at the jump (SDM vol. 2, JMP).
+    ("wild-jump", "non-canonical-jump", r"(jmp \w+ at .*wild_jump.* jumps to|RIP is) 0x900000000000"),
     ("wild-read", "non-canonical-address", r"uses 0x900000000000, which is not canonical"),
     ("stack-overflow", "stack-overflow", r"recurse\+.*below the mapped stack, which begins at 0xc01000: .*the PTE at"),
     ("segment", "bad-segment", r"mov ds.*: selector 0x1238 is beyond the GDT's limit 0x47"),
@@ -69,9 +71,15 @@ DEATHS = [
     ("no-stack", "bad-idt", r"no_stack.* raises #UD, and its frame cannot be stored on the stack at 0x10000000000"),
     ("empty-idt", "bad-idt", r"ud2 at .*empty_idt.* raises #UD, and the gate of vector 6 .* is not present"),
 ]
+# What tells of these on a host that takes the registers, or that they are deaths at all, some hosts have not.
+_MARKS = {
+    "no-stack": pytest.mark.stops("breakpoint"),  # handlers are there: breakpoints tell whether one was entered
+    "msr-value": pytest.mark.skipif(takes_any_lstar(), reason="this processor takes any value for LSTAR (QEMU's TCG)"),
+}
+DEATHS = [pytest.param(*death, id=death[0], marks=_MARKS.get(death[0], ())) for death in _DEATHS]
 
 
-@pytest.mark.parametrize(("death", "cause", "sentence"), DEATHS, ids=[death for death, _, _ in DEATHS])
+@pytest.mark.parametrize(("death", "cause", "sentence"), DEATHS)
 def test_a_triple_fault_is_traced_to_what_began_it(guest: GuestPath, death: str, cause: str, sentence: str) -> None:
     found = diagnosis(guest("deaths"), f"die={death}")
     assert found.cause == cause, found
@@ -158,7 +166,13 @@ def test_what_a_driver_made_of_each_virtio_device_is_seen(guest: GuestPath, tmp_
         ("hang", "", "halt-interrupts-off", r"halted at .*<halt_forever.* with RFLAGS\.IF = 0"),
         ("deaths", "die=waiting", "no-wakeup", r"halted at .*<waiting\+.* with interrupts on, but no timer runs"),
         ("spin", "", "endless-loop", r"<guest_main\+.* jumps to itself, with interrupts off"),
-        ("deaths", "die=loop", "endless-loop", r"all of \d+ samples of RIP in .* are at .*<loop> .*to .*<loop\+"),
+        # Of a few instructions the samples may all be at the first: TCG is interrupted at jumps only.
+        (
+            "deaths",
+            "die=loop",
+            "endless-loop",
+            r"all of \d+ samples of RIP in .* are at .*<loop> .*(to .*<loop\+|30 of)",
+        ),
         ("deaths", "die=poll", "endless-loop", r"samples of RIP .*<serial_getc"),
     ],
 )
@@ -344,7 +358,10 @@ def _shape(screen: str) -> str:
     screen = re.sub(r"0x[0-9a-f]+", "0x", screen)
     screen = re.sub(r"\.c:\d+", ".c", screen)
     screen = re.sub(r"\d+ of \d+|\d+ samples|\b[\d.e-]+ s\b", "", screen)
-    return " ".join(screen.split())
+    screen = " ".join(screen.split())
+    return re.sub(
+        r" to 0x <[^>]*> \(\w+\.c\)", "", screen
+    )  # where samples of a short loop are all at its first instruction
 
 
 @pytest.mark.parametrize(("command", "screen"), SCREENS, ids=[command for command, _ in SCREENS])

@@ -229,18 +229,26 @@ def test_attaching_to_a_running_guest_stops_it_and_an_interrupt_too(guest: Guest
 
 def test_the_stub_s_packets_are_refused_as_the_protocol_says(guest: GuestPath) -> None:
     with debugged(guest("spin")) as (machine, server), connect(server) as client:
-        unsupported, memory, wrong, room = b"", b"E0e", b"E16", b"E1c"
+        unsupported, memory, wrong = b"", b"E0e", b"E16"
         for request, expected in [
             (b"vMustReplyEmpty", unsupported), (b"!", unsupported), (b"Z9,0,1", unsupported), (b"qFnord", unsupported),
-            (b"m8000000000000000,8", memory), (b"Mffff800000000000,1:00", memory), (b"Z0,ffff800000000000,1", memory),
+            (b"m8000000000000000,8", memory), (b"Mffff800000000000,1:00", memory),
             (b"m", wrong), (b"mxyz,1", wrong), (b"m0,-1", wrong), (b"G00", wrong), (b"Pffff=0", wrong), (b"p7f", wrong),
             (b"M0,2:00", wrong), (b"X0,2:a", wrong), (b"Hg99", wrong), (b"T63", wrong), (b"vCont;x", wrong),
-            (b"vCont;c:99", wrong), (b"Z2,0,100", room), (b"qXfer:features:read:other.xml:0,10", b"E00"),
+            (b"vCont;c:99", wrong), (b"qXfer:features:read:other.xml:0,10", b"E00"),
         ]:  # fmt: skip
             assert ask(client, request) == expected, request
         assert ask(client, b"m0,0") == b""
         assert ask(client, b"qSupported:swbreak+").startswith(b"PacketSize=4000;")
         assert machine.stop().reason == "stopped"
+
+
+@pytest.mark.stops("breakpoint", "write")
+def test_points_that_cannot_be_are_refused_by_what_they_lack(guest: GuestPath) -> None:
+    with debugged(guest("spin")) as (machine, server), connect(server) as client:
+        assert ask(client, b"Z0,ffff800000000000,1") == b"E0e"  # memory
+        assert ask(client, b"Z2,0,100") == b"E1c"  # room
+        machine.stop()
 
 
 def test_a_wrong_checksum_is_asked_for_again(guest: GuestPath) -> None:

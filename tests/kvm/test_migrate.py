@@ -129,18 +129,28 @@ def test_a_guest_that_writes_faster_than_the_link_is_held_back(
 
 def test_the_brake_leaves_a_guest_less_of_its_time_until_it_is_let_go(running: Callable[..., Machine]) -> None:
     machine = running("pages=64")
+    waits: list[tuple[bool, float]] = []  # of the brake's thread: whether the machine stood, and for how many seconds
+    enough = threading.Semaphore(0)
+
+    class End(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append((machine.paused, timeout))
+            enough.release()
+            return super().wait(timeout)
 
     with source.Brake(machine) as brake:
+        brake._end = End()
         for _ in range(30):
             brake.press()
         assert brake.share == source.SHARE_MIN
-        ran = held = 0
-        for _ in range(100):
-            time.sleep(0.005)
-            held += machine.paused
-            ran += not machine.paused
-        assert held > 4 * ran
+        begun = len(waits)
+        for _ in range(begun + 22):
+            assert enough.acquire(timeout=30)
     assert not machine.paused
+    last = waits[begun + 2 : begun + 22]  # ten slices of time since it was pressed to the end
+    held, ran = (sum(seconds for stood, seconds in last if stood == which) for which in (True, False))
+    assert held / (held + ran) == pytest.approx(1 - source.SHARE_MIN)
     assert has_passed(machine)
 
 

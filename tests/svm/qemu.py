@@ -34,7 +34,7 @@ _CPU = "max,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku"
 
 
 def _command(root: Root, project: Path, results: Path, serial: str) -> list[str]:
-    append = "console=ttyS0 mitigations=off no_timer_check panic=-1 loglevel=4 nowatchdog rdinit=/init disks=/dev/vd "
+    append = "console=ttyS0 mitigations=off no_timer_check panic=-1 loglevel=3 nowatchdog rdinit=/init disks=/dev/vd "
     append += _TSC[os.environ.get("SVM_TSC", "trusted")]
     argv = [PROGRAM, "-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2", "-m", "4096", "-no-reboot"]
     argv += ["-display", "none", "-nodefaults", "-monitor", "none", "-serial", serial]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROGRAM = "bochs"
 PACKAGES = "bochs bochs-term bochsbios vgabios isolinux syslinux-common genisoimage"
 
-_APPEND = "console=ttyS0 mitigations=off panic=-1 loglevel=4 nowatchdog rdinit=/init disks=/dev/sd tsc=reliable"
+_APPEND = "console=ttyS0 mitigations=off panic=-1 loglevel=3 nowatchdog rdinit=/init disks=/dev/sd tsc=reliable"
 
 # The processor is the newest of Bochs's with VMX and EPT. A guest's power-off is a panic of the device's: fatal ends.
 _CONFIGURATION = """\

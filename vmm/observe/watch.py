@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 32
 PLACE_BITS = 6  # a place is a block of 64 bytes of code
-_RAN = 0.01  # seconds of processor time in which any other code than a jump to itself would have come further
+_RAN = 0.01  # seconds of processor time that a jump to itself must have had
 _BEFORE_TIMEOUT = 4  # the samples of a time limit are of its last quarter
 
 _CLOCKS = frozenset({"pit", "pm-timer", "rtc"})
@@ -78,11 +78,14 @@ def looping(samples: list[Sample]) -> bool:
 
     On a busy host a vCPU may not have run at all from one sample to the next. It has if there were other registers in
     between, or else (a jump to itself; a poll that is always found at its access) by the processor time of its thread
-    or by its accesses.
+    or by its accesses. Processor time proves nothing by itself: where the host is a virtual machine, it counts what
+    others took from it. So more than half of the samples must be the same one after the other.
     """
     runs = [list(run) for _, run in groupby(samples, lambda sample: (sample.rip, sample.state))]
     came_back = len({(run[0].rip, run[0].state) for run in runs}) < len(runs)
-    return narrow(samples) and (came_back or any(_ran(run[0], run[-1]) for run in runs))
+    longest = max(runs, key=len, default=[])
+    stays = 2 * len(longest) > len(samples) and _ran(longest[0], longest[-1])
+    return narrow(samples) and (came_back or stays)
 
 
 def _ran(first: Sample, last: Sample) -> bool:
