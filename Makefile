@@ -47,10 +47,15 @@ svm-shell: setup
 vmx: setup
 	$(BIN)/python -m tests.vmx run
 
+# Several conftest.py would have one module name, and tests.svm is imported by its full name: these are named as modules.
+TYPED = $(subst /,.,$(patsubst %.py,-m %,$(filter-out %/__init__.py,$(wildcard tests/svm/*.py tests/vmx/*.py \
+        tests/conftest.py tests/*/conftest.py tests/unit/*/conftest.py))))
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy $(TYPED)
 	clang-format --dry-run -Werror $(shell find native -name '*.[ch]')
 
 bench: setup

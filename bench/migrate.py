@@ -121,9 +121,9 @@ def qemu(folder: Path, memory: str, words: str, postcopy: bool) -> dict[str, flo
             "bytes": found["ram"]["transferred"],
         }
     finally:
-        for side in sides:
-            side.kill()
-            side.wait()
+        for process in sides:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def turn(machine: Machine, clock: int) -> float:
     exits, began = vcpu.exit_counts()["io"], time.clock_gettime_ns(clock)
     time.sleep(TURN)
     done, ended = vcpu.exit_counts()["io"], time.clock_gettime_ns(clock)
-    return (ended - began) / max(done - exits, 1)
+    return float((ended - began) / max(done - exits, 1))
 
 
 def middle(values: list[float]) -> str:

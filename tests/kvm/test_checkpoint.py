@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import select
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -105,7 +105,7 @@ def test_a_machine_that_runs_goes_on_from_the_checkpoint(flat: Callable[..., Mac
 
 def test_checkpoints_are_gone_back_to_in_any_order(flat: Callable[..., Machine]) -> None:
     machine = flat(EXIT)
-    made = {}
+    made: dict[Any, Any] = {}
     image = bytearray(64 * 4096)
     choose = random.Random(5)
     machine.load()

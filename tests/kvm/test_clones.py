@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -263,7 +263,7 @@ def test_an_address_that_is_given_is_the_clones(flat: Callable[..., Machine], tm
 
 
 def test_who_restores_says_whether_there_may_be_two(flat: Callable[..., Machine], tmp_path: Path) -> None:
-    link = {"nets": Net("socket", socket=str(tmp_path / "link"))}
+    link: dict[str, Any] = {"nets": Net("socket", socket=str(tmp_path / "link"))}
     machine = flat(HALT, **link)
     machine.snapshot(tmp_path / "snap").close()
     was = machine.generation_id.value, machine.virtio[0].config(0, 6)

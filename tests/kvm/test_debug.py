@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -40,7 +40,8 @@ def symbols_of(path: str) -> dict[str, int]:
 
     with open(path, "rb") as file:
         return {
-            symbol.name: symbol["st_value"] for symbol in ELFFile(file).get_section_by_name(".symtab").iter_symbols()
+            symbol.name: symbol["st_value"]
+            for symbol in cast("Any", ELFFile(file).get_section_by_name(".symtab")).iter_symbols()
         }
 
 

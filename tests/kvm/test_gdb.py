@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -40,7 +40,7 @@ def gdb(server: GdbServer, image: str, *commands: str) -> str:
 
 
 @contextlib.contextmanager
-def debugged(image: str, **fields: object) -> Iterator[tuple[Machine, GdbServer]]:
+def debugged(image: str, **fields: Any) -> Iterator[tuple[Machine, GdbServer]]:
     """A machine that stands before its first instruction, with a stub on any port."""
     settings = {"kernel": image, "memory": "16M", **fields}
     with Machine(**settings) as machine, GdbServer(machine, "127.0.0.1:0", wait=True) as server:

@@ -9,6 +9,7 @@ import pytest
 from vmm import layout
 from vmm.devices.device import Device
 from vmm.errors import BusError, ConfigError
+from vmm.hooks import Access
 from vmm.machine import Machine
 
 if TYPE_CHECKING:
@@ -125,7 +126,12 @@ def test_an_access_that_only_touches_the_hooked_byte_is_seen_whole(flat: Any) ->
 def test_an_address_nobody_claims_can_be_hooked_and_answered(flat: Any) -> None:
     machine = flat(READ_DEVICE_AND_EXIT)
     values = []
-    machine.on_access(DEVICE, lambda access: values.append(access.value) or 0x21)
+
+    def note(access: Access) -> int:
+        values.append(access.value)
+        return 0x21
+
+    machine.on_access(DEVICE, note)
     assert machine.run(timeout=10).code == 0x21
     assert values == [0xFFFFFFFF]
 

@@ -48,7 +48,22 @@ def with_part(value: Any, way: Way, part: Any) -> Any:
 
 
 NUMBERS = [-1, 0, 1, 2, 255, 1 << 16, (1 << 32) - 1, 1 << 32, 1 << 63, (1 << 64) - 1, 1 << 64, 1 << 200]
-OTHERS = [None, True, b"", b"\xff" * 7, b"x" * 100_000, "", "x", "a\0b", "/dev/zero", [], [1], [[]], ["ab"], [{}]]
+OTHERS: list[Any] = [
+    None,
+    True,
+    b"",
+    b"\xff" * 7,
+    b"x" * 100_000,
+    "",
+    "x",
+    "a\0b",
+    "/dev/zero",
+    [],
+    [1],
+    [[]],
+    ["ab"],
+    [{}],
+]
 DICTS: list[Any] = [{}, {"version": 1}, {1: 2}]
 
 

@@ -160,6 +160,7 @@ def test_a_cancelled_machine_goes_on_here(running: Callable[..., Machine], tmp_p
 
     def cancel(progress: migrate.Progress) -> None:
         if progress.sent > 1 << 20:
+            assert machine.migration is not None
             threading.Thread(target=machine.migration.cancel).start()
 
     with pytest.raises(MigrationError, match="cancelled"):

@@ -238,7 +238,7 @@ def test_a_side_is_killed_at_every_step(
 @pytest.mark.timeout(900)
 def test_a_side_is_killed_at_random_moments(guest: Callable[[str], str], tmp_path: Path) -> None:
     choose = random.Random(5)
-    seen = set()
+    seen: set[Any] = set()
     for number in range(5 * TRIES):  # how soon a move is over is the host's affair
         if number >= TRIES and {OFFERED, TAKEN} <= seen:
             break

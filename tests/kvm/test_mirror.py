@@ -239,7 +239,7 @@ def test_a_destination_that_is_full_says_so_and_leaves_nothing(
         return pwrite(fd, data, at)
 
     with monkeypatch.context() as patched:
-        patched.setattr(mirror.os, "pwrite", filling)
+        patched.setattr("os.pwrite", filling)
         why = r"other side says: disk .*disk0.img cannot be written \(No space left on device\): make room"
         refused(machine, tmp_path, why, disks_in=directory)
     assert os.listdir(directory) == []
@@ -284,6 +284,7 @@ def test_a_cancelled_machine_goes_on_here_and_leaves_nothing_there(
         with pytest.raises(StateError, match="a migration holds the disk at its size"):
             machine.disks[0].resize()
         if progress.sent > share * (2 << 20):
+            assert machine.migration is not None
             threading.Thread(target=machine.migration.cancel).start()
 
     with pytest.raises(MigrationError, match="cancelled"):

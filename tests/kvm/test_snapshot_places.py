@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -68,6 +69,10 @@ def evil(tmp_path: Path, flat: Callable[..., Machine]) -> Iterator[Evil]:
     made = Evil(tmp_path, flat)
     yield made
     assert made.as_it_was()
+
+
+def _with_files(state: dict[str, Any], files: list[dict[str, Any]], version: int) -> None:
+    state["disks"][0].update(files=files, version=version)
 
 
 def given(evil: Evil, folder: Path) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def test_a_record_of_a_disk_names_no_file(evil: Evil, tmp_path: Path, files: lis
         if "path" in file:
             file["path"] = str(evil.precious)
     for version in (1, 2):
-        evil.write(lambda state, version=version: state["disks"][0].update(files=files, version=version))
+        evil.write(partial(_with_files, files=files, version=version))
         with pytest.raises(ConfigError):
             Machine.restore(evil.path, check=False, **given(evil, tmp_path))
 

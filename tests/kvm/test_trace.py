@@ -208,8 +208,8 @@ def test_a_capacity_that_no_ring_can_have_is_refused(traced: Any) -> None:
 def test_virtio_s_doorbells_requests_and_interrupts_are_named(guest: GuestPath, transport: str) -> None:
     places = f"virtio_mmio.device=4K@{layout.VIRTIO_MMIO_START:#x}:{layout.VIRTIO_MMIO_GSIS[0]}"
     words = places if transport == "mmio" else "msix=1"
-    fields = {"append": words, "memory": "16M", "virtio": transport}
-    with Machine(kernel=guest("virtio_irq"), **fields) as machine, machine.trace() as trace:
+    settings: dict[str, Any] = {"append": words, "memory": "16M", "virtio": transport}
+    with Machine(kernel=guest("virtio_irq"), **settings) as machine, machine.trace() as trace:
         assert machine.run(timeout=20).code == 0x10
         machine.pause()  # the guest may be quicker than the I/O thread, which writes an event behind the act
     said = {kind: [trace.describe(e) for e in trace.events if e["reason"] == kind]

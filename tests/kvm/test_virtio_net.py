@@ -12,10 +12,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.effort import examples
 from vmm import Machine
 from vmm.devices.virtio.net import Net
 from vmm.errors import ConfigError, HostError

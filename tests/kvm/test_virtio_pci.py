@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from effort import examples
@@ -162,7 +162,7 @@ ACCESSES = st.lists(
 @pytest.mark.hypothesis
 @settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(accesses=ACCESSES)
-def test_no_access_of_one_device_s_registers_harms_it_or_another(machine: Machine, accesses: list) -> None:
+def test_no_access_of_one_device_s_registers_harms_it_or_another(machine: Machine, accesses: list[Any]) -> None:
     hostile = transport(machine, 2)
     function = PciFunction(machine.bus, host(machine).ecam, 2)
     for where, offset, size, value in accesses:

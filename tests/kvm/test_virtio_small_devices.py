@@ -247,9 +247,9 @@ def test_what_is_in_the_way_is_said_in_a_sentence(rig: Rig, tmp_path: Path) -> N
         ({"path": str(tmp_path / "v"), "cid": 2}, "not a guest's context id"),
     ):
         with pytest.raises(ConfigError, match=said):
-            Vsock(vm, **wrong)  # type: ignore[arg-type]
+            Vsock(vm, **wrong)
     with pytest.raises(ConfigError, match="No such file or directory"):
-        Vsock(vm, path=str(tmp_path / "none" / "v"))  # type: ignore[arg-type]
+        Vsock(vm, path=str(tmp_path / "none" / "v"))
 
 
 def test_a_socket_nobody_listens_on_is_replaced(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -86,7 +87,7 @@ class Journey:
     """A device that is driven in one place after another."""
 
     def __init__(self, transport: str, make: Callable[[Any], VirtioDevice], **how: Any) -> None:
-        self._make = lambda: Place(transport, make)
+        self._make = partial(Place, transport, make)
         self.place = self._make()
         self.driver = VirtioDriver.of(self.place.machine, self.place.device, arena=ARENA)
         self.driver.start(**how)
@@ -322,7 +323,7 @@ def test_page_numbers_of_a_balloon(transport: str, packed: bool, acts: list[str]
         counted += device.counters()["inflated"] // 4096
 
     journey = Journey(transport, Balloon, packed=packed)
-    move, journey.move = journey.move, lambda: move(count)  # type: ignore[method-assign]
+    move, journey.move = journey.move, lambda *_: move(count)  # type: ignore[method-assign]
     try:
         pages = 0
         answers = travel(journey, 0, acts, lambda n: ([struct.pack("<I", 0x100 + n) * sizes[n]], ()))
@@ -355,7 +356,7 @@ def console_of(vm: Any, made: list[Console]) -> VirtioConsole:
 def test_bytes_to_a_console(transport: str, packed: bool, acts: list[str], made: list[Console]) -> None:
     output: list[bytes] = []
     journey = Journey(transport, lambda vm: console_of(vm, made), packed=packed)
-    move, journey.move = journey.move, lambda: move(lambda _: output.append(made[-1].transcript))  # type: ignore[method-assign]
+    move, journey.move = journey.move, lambda *_: move(lambda _: output.append(made[-1].transcript))  # type: ignore[method-assign]
     try:
         answers = travel(journey, 1, acts, lambda n: ([b"%02d" % n * 70, b"." * n], ()))
         whole = b"".join(output) + made[-1].transcript

@@ -28,10 +28,10 @@ _REST = "kill $(cat /tmp/busy); echo written > /dev/vda; sync; dmesg | grep -ci 
 def moved(machine: Machine, address: str, there: dict[str, Any] | None = None, **how: bool) -> Machine:
     came: list[Machine] = []
     with migrate.Receiver(address, **(there or {})) as receiver:
-        there = threading.Thread(target=lambda: came.append(receiver.receive(60)))
-        there.start()
+        destination = threading.Thread(target=lambda: came.append(receiver.receive(60)))
+        destination.start()
         machine.migrate(address, **how)
-        there.join()
+        destination.join()
     assert machine.wait().reason == "migrated"
     machine.close()
     return came[0]

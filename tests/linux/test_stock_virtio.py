@@ -127,6 +127,11 @@ read -r line </dev/hvc0
 """
 
 
+def _send(end: socket.socket) -> None:
+    end.sendall(STREAM)
+    end.shutdown(socket.SHUT_WR)
+
+
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
 def test_every_device_is_bound_and_works(cloud_kernel: debian.StockKernel, transport: str, tmp_path: Path) -> None:
     try:
@@ -162,7 +167,7 @@ def test_every_device_is_bound_and_works(cloud_kernel: debian.StockKernel, trans
             end = listener.accept()[0]
             end.settimeout(300)
             with end:
-                writer = threading.Thread(target=lambda: (end.sendall(STREAM), end.shutdown(socket.SHUT_WR)))
+                writer = threading.Thread(target=_send, args=(end,))
                 writer.start()
                 got = bytearray()
                 while part := end.recv(1 << 16):

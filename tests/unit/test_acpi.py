@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Guest:
         assert len(table) >= 36 and sum(table) % 256 == 0
         return table
 
-    def madt_entries(self):  # type: ignore[no-untyped-def]
+    def madt_entries(self) -> Iterator[tuple[int, bytes]]:
         rest = self.tables[b"APIC"][44:]
         while rest:
             assert 2 <= rest[1] <= len(rest)

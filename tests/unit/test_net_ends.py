@@ -102,7 +102,7 @@ def test_two_that_name_one_path_meet_whoever_is_first(path: str, stop: int) -> N
 
 @pytest.mark.parametrize("leaver", [0, 1], ids=["the-listener", "who-connected"])
 def test_who_remains_meets_who_returns(path: str, stop: int, leaver: int) -> None:
-    ends = [opened(path), opened(path)]
+    ends = (opened(path), opened(path))
     sockets = meet(*ends, stop)
     identity = ends[leaver].identity()
     for sock in sockets:

@@ -29,8 +29,8 @@ BASE = 0xFFFFFFFF81000000
 ORDERS = ("before", "sequences", "after")
 
 
-def pad(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 8)
+def pad(data: bytes | bytearray) -> bytes:
+    return bytes(data) + bytes(-len(data) % 8)
 
 
 def tables(symbols: list[tuple[int, str, str]], order: str, *, percpu: bool = True) -> bytes:

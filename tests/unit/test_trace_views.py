@@ -151,7 +151,7 @@ def test_the_page_has_every_event_with_its_names(page: tuple[Page, str]) -> None
     assert data["rows"] == ["vCPU 0", "vCPU 1", "I/O and devices"]
 
     def column(name: str, kind: str) -> list[Any]:
-        return np.frombuffer(base64.b64decode(data[name]), kind).tolist()
+        return list(np.frombuffer(base64.b64decode(data[name]), kind))
 
     assert column("time", "<f8") == [0, 1000, 2000, 3000]
     assert column("duration", "<f4") == [100, 300, 0, 50]

@@ -25,8 +25,11 @@ class Load(NamedTuple):
 def note(name: bytes, kind: int, desc: bytes) -> bytes:
     """One ELF note, padded to 4 bytes."""
     name += b"\0"
-    pad = lambda data: data + bytes(-len(data) % 4)  # noqa: E731
-    return struct.pack("<3I", len(name), len(desc), kind) + pad(name) + pad(desc)
+    return struct.pack("<3I", len(name), len(desc), kind) + _padded(name) + _padded(desc)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
 
 
 LINUX_NOTE = note(b"Linux", 0x100, b"salt")

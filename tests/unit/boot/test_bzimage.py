@@ -242,6 +242,7 @@ def test_the_page_tables_map_the_first_4_gib_to_themselves_in_2_mib_pages() -> N
 
     def translate(address: int) -> int:
         table = entry.cr3
+        item: int
         for shift in (39, 30):
             (item,) = struct.unpack("<Q", ram.read(table + (address >> shift & 511) * 8, 8))
             assert item & 0x83 == 0x03, "present, writable, and no 1 GiB page"

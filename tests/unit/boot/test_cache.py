@@ -12,6 +12,7 @@ from boot_memory import FakeMemory
 
 from vmm import boot
 from vmm.boot import cache, payload
+from vmm.errors import ImageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,7 +96,8 @@ def test_a_damaged_entry_is_thrown_away(damage: str, kernel: Path, kernel_cache:
     (entry,) = kernel_cache.glob("*.elf")
     content = bytearray(entry.read_bytes())
     content[len(content) // 2] ^= 1
-    entry.write_bytes({"flip": content, "truncate": content[:-1], "empty": b""}[damage])
+    damaged: dict[str, bytes | bytearray] = {"flip": content, "truncate": content[:-1], "empty": b""}
+    entry.write_bytes(damaged[damage])
     load(kernel)
     assert len(unpackings) == 2
     assert entry.read_bytes() == ELF
@@ -164,7 +166,7 @@ def test_what_is_cached_is_still_bounded_by_what_the_kernel_says(kernel: Path) -
     kernel.write_bytes(bzimage(gzip.compress(ELF, mtime=0)))
     image = bzimage(gzip.compress(ELF, mtime=0))
     boot.load(FakeMemory(64 * MIB), image=image)
-    with pytest.raises(boot.loader.ImageError, match="claims to unpack"):
+    with pytest.raises(ImageError, match="claims to unpack"):
         boot.load(FakeMemory(64 * MIB), image=bzimage(gzip.compress(ELF, mtime=0), init_size=0x200))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from boot_images import LINUX_NOTE, MIB, Load, bzimage, elf, multiboot_header
@@ -74,7 +74,7 @@ def test_an_address_makes_an_unknown_image_flat() -> None:
         ({"kind": "flat", "initrds": [("i", b"")]}, "i: the image is empty"),
     ],
 )
-def test_a_wrong_request_is_one_clear_sentence(how: dict[str, object], why: str) -> None:
+def test_a_wrong_request_is_one_clear_sentence(how: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         load(**how)
 

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -35,7 +36,7 @@ def lz4_legacy(content: bytes, block: int = 8 << 20) -> bytes:
 def zstd(content: bytes) -> bytes:
     # No content size in the frame, as when zstd reads from a pipe.
     packer = pytest.importorskip("zstandard").ZstdCompressor(write_content_size=False)
-    return packer.compress(content)
+    return bytes(packer.compress(content))
 
 
 def lzop(content: bytes) -> bytes:
@@ -44,7 +45,7 @@ def lzop(content: bytes) -> bytes:
     return subprocess.run(["lzop", "-9"], input=content, stdout=subprocess.PIPE, check=True).stdout
 
 
-PACKERS = {
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "bzip2": bz2.compress,
     "xz": lambda content: lzma.compress(content, check=lzma.CHECK_CRC32),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -192,7 +193,7 @@ def test_i8042_a20_is_harmless_and_the_output_port_can_reset() -> None:
 def test_s5_powers_off_however_wide_the_write() -> None:
     for accesses in ([(4, 2, 0x3400)], [(4, 1, 0x00), (5, 1, 0x34)], [(4, 4, 0x3401)]):
         offs: list[int] = []
-        power = PowerManagement(lambda offs=offs: offs.append(1), s5=(0, 5))
+        power = PowerManagement(partial(offs.append, 1), s5=(0, 5))
         for offset, size, value in accesses:
             power.write(offset, size, value)
         assert offs == [1]

@@ -174,7 +174,7 @@ def test_a_header_is_consistent_or_refused(numbers: tuple[int, ...], version: in
     except ValueError as error:
         assert str(error).startswith(("is of version", "has a header that contradicts itself"))
         return
-    assert layout == Layout(*numbers, 7) and version == 1
+    assert layout == Layout._make((*numbers, 7)) and version == 1
     assert 0 < layout.base_size <= layout.size <= layout.bitmap_size * 8 * CLUSTER or layout.base_size == 0
     assert layout.bitmap_at >= CLUSTER and layout.bitmap_at + layout.bitmap_size <= layout.data_at
     assert not (layout.bitmap_at | layout.bitmap_size | layout.data_at) % CLUSTER

@@ -22,6 +22,7 @@ from vmm.migrate import fence as fences
 from vmm.migrate.address import Address, Listener, connect
 from vmm.migrate.fence import Fence
 from vmm.migrate.wire import Channel, Kind, LinkLost
+from vmm.snapshot import cbor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def test_data_come_as_they_were_sent(data: bytes, address: int) -> None:
     out.send_value(Kind.STATE, {"a": [1, data]})
     assert into.receive(Kind.PAGES)[:3] == (Kind.PAGES, address, data)
     assert into.receive(Kind.STATE).value == {"a": [1, data]}
-    assert out.sent == 2 * 24 + len(data) + len(wire.cbor.encode({"a": [1, data]}))
+    assert out.sent == 2 * 24 + len(data) + len(cbor.encode({"a": [1, data]}))
     out.close()
     into.close()
 
@@ -124,8 +125,8 @@ def test_a_flipped_bit_is_found(flip: int) -> None:
         (struct.pack("<IIQII", Kind.TAKEN, 1, 0, 0, 0), "TAKEN of 1 bytes"),
         (frame(Kind.STATE, b"\xff"), "holds no value"),
         (frame(Kind.TAKEN, b""), "only READY can come"),
-        (frame(Kind.REFUSE, wire.cbor.encode("no \x1b[2J room")), r"other side says: no \?\[2J room"),
-        (frame(Kind.ABORT, wire.cbor.encode([1])), "it gave no reason"),
+        (frame(Kind.REFUSE, cbor.encode("no \x1b[2J room")), r"other side says: no \?\[2J room"),
+        (frame(Kind.ABORT, cbor.encode([1])), "it gave no reason"),
     ],
 )
 def test_what_breaks_a_rule_is_refused_by_name(sent: bytes, why: str) -> None:
@@ -220,8 +221,8 @@ def test_a_greeting_that_comes_byte_by_byte_has_one_deadline_and_the_next_is_tak
     hurry: None, tmp_path: Path, place: str, at_once: bytes, dripped: bytes
 ) -> None:
     refused: list[str] = []
-    how = {"on_refused": refused.append}
-    with Receiver(f"unix:{tmp_path}/s" if place == "unix" else "tcp:127.0.0.1:0", **how) as receiver:
+    where = f"unix:{tmp_path}/s" if place == "unix" else "tcp:127.0.0.1:0"
+    with Receiver(where, on_refused=refused.append) as receiver:
         there = receiver.listener.address
         first = socket.socket(socket.AF_UNIX) if place == "unix" else socket.socket()
         first.connect(there.host if place == "unix" else (there.host, there.port))
@@ -288,7 +289,9 @@ def test_a_descriptor_comes_along_and_the_socket_is_the_users_alone(tmp_path: Pa
     assert os.read(r, 1) == b"x"
     for end in (r, w, fd):
         os.close(end)
-    connection.close(), accepted.close(), listener.close()
+    connection.close()
+    accepted.close()
+    listener.close()
     assert not (tmp_path / "s").exists()
 
 

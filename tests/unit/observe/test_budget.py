@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from vmm.observe import budget as budgets
 from vmm.observe.budget import Budget, Spent
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     now = type("Clock", (), {"at": 100.0, "pace": 1.0})()
-    monkeypatch.setattr(budgets.time, "thread_time", lambda: now.at)
-    monkeypatch.setattr(budgets.time, "monotonic", lambda: now.at * now.pace)
+    monkeypatch.setattr("time.thread_time", lambda: now.at)
+    monkeypatch.setattr("time.monotonic", lambda: now.at * now.pace)
     return now
 
 

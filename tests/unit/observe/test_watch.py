@@ -84,7 +84,7 @@ class Machine:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     now = type("Clock", (), {"at": 100.0})()
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now.at)
+    monkeypatch.setattr("time.monotonic", lambda: now.at)
     return now
 
 

@@ -270,7 +270,9 @@ def test_another_format_version_is_refused_with_both_numbers(small: Path) -> Non
 
 
 NUMBERS = st.sampled_from([-1, 0, 1, 4095, 4096, 1 << 32, 1 << 52, 1 << 64, 1 << 70])
-ODD = NUMBERS | st.none() | st.binary(max_size=40) | st.lists(NUMBERS, max_size=3) | st.just({}) | st.text(max_size=3)
+ODD: st.SearchStrategy[Any] = (
+    NUMBERS | st.none() | st.binary(max_size=40) | st.lists(NUMBERS, max_size=3) | st.just({}) | st.text(max_size=3)
+)
 
 
 @given(st.data())
@@ -339,11 +341,12 @@ def test_a_chain_that_is_moved_as_a_whole_stays_one(memory: Memory, tmp_path: Pa
 
 def test_what_cannot_be_a_differential_is_refused(memory: Memory, tmp_path: Path) -> None:
     with write(tmp_path / "base", memory) as base:
-        for more, why in [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"parent": base}, "both its parent"),
             ({"dirty": []}, "both its parent"),
             ({"parent": base, "dirty": [(1 << 40, PAGE)]}, "lies outside memory"),
-        ]:
+        ]
+        for more, why in cases:
             with pytest.raises(SnapshotError, match=why):
                 write(tmp_path / "diff", memory, **more)
         with pytest.raises(SnapshotError, match="replace a snapshot that it is built on"):

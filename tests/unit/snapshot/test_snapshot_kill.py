@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,7 +62,7 @@ class Killer:
         return still
 
 
-def partial(folder: Path) -> int:
+def leftovers(folder: Path) -> int:
     return sum(name.endswith(PARTIAL) for name in os.listdir(folder))
 
 
@@ -80,8 +81,8 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_snapshot(tmp_path: Path)
     seen, during, left = set(), 0, 0
     for n in range(TRIES):
         before = _state(path)
-        during += killer.kill(lambda to=1 - before: write(to))
-        left += partial(tmp_path)
+        during += killer.kill(partial(write, 1 - before))
+        left += leftovers(tmp_path)
         with snapshot.read(path) as found:
             found.check()
             assert content_of(found) == contents[found.state], f"try {n}"
