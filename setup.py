@@ -32,5 +32,7 @@ setup(
     package_data={"vmm": ["py.typed"], "vmm.observe": ["*.html"], "vmm.linux": ["*.config", "init*", "*.sh", "data/*"]},
     cffi_modules=["vmm/_ffi/build.py:builder"],
     cmdclass={"build_ext": BuildNativeFirst},
+    # cffi compiles the extension against the limited API: one wheel is for Python 3.11 and every later one.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     zip_safe=False,
 )
