@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def _is_tcg() -> bool:
+def is_tcg() -> bool:
+    """Whether it is QEMU's TCG."""
     return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
@@ -14,10 +15,10 @@ def traps_left_out() -> str:
 
     Without #AC, and with an error code of vector * 16 where the IDT ends in long mode (SDM vol. 3, 6.13 has * 8).
     """
-    return "ac=0 idt_shift=4" if _is_tcg() else ""
+    return "ac=0 idt_shift=4" if is_tcg() else ""
 
 
 def takes_any_lstar() -> bool:
     """Whether WRMSR sets LSTAR to an address that is not canonical, which is #GP (SDM vol. 2, WRMSR): QEMU's TCG does,
     and kvm-amd leaves that MSR to the processor."""
-    return _is_tcg()
+    return is_tcg()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+PATIENCE = 120.0  # seconds for what takes one on an idle host
 LOOP = bytes.fromhex("ebfe")
 CHECKING = "pages=512 ballast=1024 rate=20000 tsc_jump=20000 jump=20000"
 
@@ -27,7 +28,7 @@ CHECKING = "pages=512 ballast=1024 rate=20000 tsc_jump=20000 jump=20000"
 class Arriving:
     """A machine awaited on a thread of its own."""
 
-    def __init__(self, address: str, patience: float = 30, **how: Any) -> None:
+    def __init__(self, address: str, patience: float = PATIENCE, **how: Any) -> None:
         self._patience = patience
         self.receiver = migrate.Receiver(address, **how)
         self.address = self.receiver.address
@@ -43,7 +44,7 @@ class Arriving:
             self._came.append(error)
 
     def result(self) -> Machine | BaseException:
-        self._thread.join(40)
+        self._thread.join(PATIENCE + 10)
         return self._came[0]
 
     def machine(self) -> Machine:
@@ -63,7 +64,7 @@ def running(guest: Callable[[str], str]) -> Iterator[Callable[..., Machine]]:
                 Machine(**{"kernel": guest("self_check"), "memory": "64M", "append": words, **fields})
             )
             machine.start()
-            machine.console.expect(rb"round 2\n", 30)
+            machine.console.expect(rb"round 2\n", PATIENCE)
             return machine
 
         yield make
@@ -72,7 +73,7 @@ def running(guest: Callable[[str], str]) -> Iterator[Callable[..., Machine]]:
 def has_passed(machine: Machine) -> bool:
     """Tell the guest to end; whether it found nothing wrong."""
     machine.console.send(b"q")
-    outcome = machine.wait(30)
+    outcome = machine.wait(PATIENCE)
     return outcome.code == 0x10 and machine.console.tail().endswith(b"PASS\n")
 
 
@@ -324,11 +325,11 @@ def test_pages_come_after_the_link_was_cut(
         time.sleep(0.02)
         link.cut()
         cuts += 1
-    moving.join(60)
+    moving.join(PATIENCE)
     assert cuts and not moving.is_alive()
     assert machine.wait().reason == "migrated"
     with moved:
-        assert moved.lazy is not None and moved.lazy.wait(30)
+        assert moved.lazy is not None and moved.lazy.wait(PATIENCE)
         assert has_passed(moved)
     link.close()
 
