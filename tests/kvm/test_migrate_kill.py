@@ -194,7 +194,7 @@ class Try:
             try:
                 while pipe.poll():
                     said[-1] = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # the latter of one that did not read that word
                 pass
             pipe.close()
         record = self.fence.read_bytes() if self.fence.exists() else b""
