@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from vmm.lazy_names import imported_when_used
 
+if TYPE_CHECKING:
     from vmm.config import MachineConfig as MachineConfig
     from vmm.console import Console as Console
     from vmm.cpu.vcpu import Vcpu as Vcpu
@@ -60,21 +60,6 @@ _HOME = {
 }
 
 __all__ = sorted([*_HOME, "__version__"])
-
-
-def imported_when_used(package: str, home: Mapping[str, str]) -> Callable[[str], object]:
-    """The ``__getattr__`` of a package whose names are in other modules: ``home`` has the module of each."""
-
-    def get(name: str) -> object:
-        if name not in home:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        from importlib import import_module
-
-        value = getattr(import_module(home[name]), name)
-        setattr(import_module(package), name, value)  # found there the next time
-        return value
-
-    return get
 
 
 __getattr__ = imported_when_used(__name__, _HOME)

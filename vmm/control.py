@@ -148,7 +148,7 @@ class Control:
             return {"id": snapshot.id.hex(), "pages": sum(region.pages_held for region in snapshot.regions)}
 
     def _migrate(self, progress: Callable[[dict[str, Any]], None], to: str, **how: Any) -> dict[str, Any]:
-        from vmm.migrate.address import Tls
+        from vmm.migrate.tls import Tls
 
         files = [how.pop(name, None) for name in ("certificate", "key", "authority")]
         if any(files) and not all(files):

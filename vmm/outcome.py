@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.cpu.vcpu import Exit
-    from vmm.observe.diagnose import Diagnosis
-    from vmm.observe.replay import Replayed
+    from vmm.observe.verdict import Diagnosis
 
 # reason -> (exit status of `pyvmm boot`, one sentence). A debug exit's status is (value << 1) | 1, always odd, as
 # QEMU's isa-debug-exit has it; so pyvmm's own are even wherever no older convention fixes them.
@@ -38,6 +37,15 @@ REASONS: dict[str, tuple[int, str]] = {
 KVM_EMULATION = 1  # the code of an "emulation-failure" that is one (KVM_INTERNAL_ERROR_EMULATION)
 
 GOOD_ENDS = frozenset({"power-off", "reset", "debug-exit", "stopped", "migrated"})
+
+
+class Replayed(NamedTuple):
+    """The dying instruction, and the registers before it; or ``why`` that was not found."""
+
+    registers: dict[str, int] = {}
+    bits: int = 64
+    instruction: bytes = b""
+    why: str = ""
 
 
 class Outcome:

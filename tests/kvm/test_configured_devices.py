@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmm import ConfigError, Machine
+from vmm import ConfigError, Machine, MachineConfig
+from vmm.boot.acpi import Tables
+from vmm.host import Remedies
+from vmm.machine.firmware import command_line
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+NATIVE = Remedies(None, "off")  # of a host that needs none
 
 
 @pytest.mark.parametrize("transport", ["pci", "mmio"])
@@ -41,14 +46,10 @@ def test_devices_that_are_not_asked_for_are_not_there() -> None:
         assert (machine.pci is None) == (machine.config.virtio == "mmio")
 
 
-def test_linux_is_told_of_the_console_it_has(tmp_path: Path) -> None:
-    from vmm.boot.acpi import Tables
-    from vmm.platform import command_line
-
+def test_linux_is_told_of_the_console_it_has() -> None:
     for device, tty in (("uart", "ttyS0"), ("virtio", "hvc0")):
-        with Machine(memory="16M", console_device=device, rng=False) as machine:
-            machine.kind = "bzimage"
-            assert f"console={tty}" in command_line(machine, Tables(), 2047).split()
+        config = MachineConfig(memory="16M", console_device=device)
+        assert f"console={tty}" in command_line(config, "bzimage", NATIVE, Tables(), 2047, ticks=False).split()
 
 
 @pytest.mark.parametrize(
@@ -64,37 +65,26 @@ def test_linux_is_told_of_the_console_it_has(tmp_path: Path) -> None:
 def test_only_what_the_kernel_itself_is_told_keeps_words_from_being_added(
     append: str, kept: list[str], dropped: list[str]
 ) -> None:
-    from vmm.boot.acpi import Tables
-    from vmm.platform import command_line
-
-    with Machine(memory="16M", rng=False, append=append) as machine:
-        machine.kind, machine.merge_ticks, machine.host.tsc_fixed = "bzimage", True, True
-        line = command_line(machine, Tables(), 2047)
-        assert line.endswith(append)
-        added = line.removesuffix(append).split()
-        assert set(kept) <= set(added) and not set(dropped) & set(added)
+    remedies = Remedies(None, "off")
+    remedies.tsc_fixed = True
+    line = command_line(MachineConfig(memory="16M", append=append), "bzimage", remedies, Tables(), 2047, ticks=True)
+    assert line.endswith(append)
+    added = line.removesuffix(append).split()
+    assert set(kept) <= set(added) and not set(dropped) & set(added)
 
 
 @pytest.mark.parametrize(("append", "listed"), [("acpi=off", True), ("-- acpi=off", False), ('x="a acpi=off"', False)])
 def test_virtio_mmio_devices_are_listed_for_a_kernel_without_acpi_alone(append: str, listed: bool) -> None:
-    from vmm.boot.acpi import Tables
-    from vmm.platform import command_line
-
-    with Machine(memory="16M", rng=False, append=append) as machine:
-        machine.kind = "bzimage"
-        tables = Tables()
-        tables.virtio_mmio.append("virtio_mmio.device=4K@0xc0000000:5")
-        assert (tables.virtio_mmio[0] in command_line(machine, tables, 2047)) == listed
+    tables = Tables()
+    tables.virtio_mmio.append("virtio_mmio.device=4K@0xc0000000:5")
+    line = command_line(MachineConfig(memory="16M", append=append), "bzimage", NATIVE, tables, 2047, ticks=False)
+    assert (tables.virtio_mmio[0] in line) == listed
 
 
-def test_an_image_that_takes_a_short_line_is_told_what_it_needs(tmp_path: Path) -> None:
-    from vmm.boot.acpi import Tables
-    from vmm.platform import command_line
-
-    with Machine(memory="16M", rng=False, append="quiet") as machine:
-        machine.kind, machine.merge_ticks = "bzimage", True  # as where kernel code is emulated
-        whole, short = (command_line(machine, Tables(), room).split() for room in (2047, 120))
-        assert set(short) < set(whole) and {"console=ttyS0", "panic=-1", "quiet"} <= set(short)
+def test_an_image_that_takes_a_short_line_is_told_what_it_needs() -> None:
+    config = MachineConfig(memory="16M", append="quiet")
+    whole, short = (command_line(config, "bzimage", NATIVE, Tables(), room, ticks=True).split() for room in (2047, 120))
+    assert set(short) < set(whole) and {"console=ttyS0", "panic=-1", "quiet"} <= set(short)
 
 
 def test_a_disk_that_is_not_there_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -20,15 +20,16 @@ from vmm.cpu import internal_error
 from vmm.errors import ImageError
 from vmm.machine import Machine
 from vmm.observe import linux, waiting
-from vmm.observe.diagnose import CAUSES, diagnose
+from vmm.observe.diagnose import diagnose
 from vmm.observe.postmortem import report
-from vmm.observe.watch import Sample
+from vmm.observe.samples import Sample
+from vmm.observe.verdict import CAUSES
 from vmm.outcome import KVM_EMULATION, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.observe.diagnose import Diagnosis
+    from vmm.observe.verdict import Diagnosis
 
     GuestPath = Callable[[str], str]
 

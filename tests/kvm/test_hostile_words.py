@@ -172,7 +172,7 @@ def dead(tmp_path: Path) -> Any:
     """A machine that has printed, and died at a place with a name of its own choosing."""
     path = kernel(tmp_path, printing(OBEYED) + DIE)
     with Machine(kernel=path, kind="linux64", memory="128M", rng=False) as machine:
-        machine._symbols = Symbols([(ENTRY, 0, NAME)], "the guest")
+        machine.view.symbols = Symbols([(ENTRY, 0, NAME)], "the guest")
         machine.run(timeout=60)
         yield machine
 
@@ -214,7 +214,7 @@ def test_traces_and_profiles_are_harmless(tmp_path: Path) -> None:
 
     path = kernel(tmp_path, printing(OBEYED) + DIE)
     with Machine(kernel=path, kind="linux64", memory="128M", rng=False) as machine:
-        machine._symbols = Symbols([(ENTRY, 0, NAME)], "the guest")
+        machine.view.symbols = Symbols([(ENTRY, 0, NAME)], "the guest")
         with machine.profile(hz=1000) as profile, machine.trace() as trace:
             machine.run(timeout=60)
         trace.save(str(tmp_path / "saved"))

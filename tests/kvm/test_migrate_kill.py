@@ -40,7 +40,9 @@ BUSY = 120.0  # seconds for what takes one on an idle host
 STRIDE, TRIES = (5, 12) if is_tcg() else (1, 60)
 SWEEP = 150  # more steps than either side takes
 _SPAWN = multiprocessing.get_context("forkserver")
-_SPAWN.set_forkserver_preload(["vmm.machine", "vmm.migrate.source", "vmm.migrate.destination", "vmm.platform"])
+_SPAWN.set_forkserver_preload(
+    ["vmm.machine", "vmm.migrate.source", "vmm.migrate.destination", "vmm.machine.standard_devices"]
+)
 
 
 def die_at(step: int | None) -> None:

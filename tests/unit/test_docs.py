@@ -10,7 +10,7 @@ import pytest
 
 from vmm.cli import merge, migrate, profile, receive, restore, serve, snapshot, standby, trace
 from vmm.cli.boot import FLAGS
-from vmm.observe.diagnose import CAUSES
+from vmm.observe.verdict import CAUSES
 from vmm.outcome import REASONS
 
 ROOT = Path(__file__).resolve().parents[2]

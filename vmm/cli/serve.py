@@ -27,13 +27,13 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Serve; answers the exit status."""
     from vmm import snapshot
-    from vmm.snapshot.serving import Door
+    from vmm.snapshot.serving import PageListener
 
     given = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the socket is removed then as well
     with snapshot.read(given.directory) as served:
         served.check()
-        with Door(served, given.path) as door, contextlib.suppress(KeyboardInterrupt):
+        with PageListener(served, given.path) as listener, contextlib.suppress(KeyboardInterrupt):
             print(f"{given.directory} is at unix:{given.path}", flush=True)
-            door.serve()
+            listener.serve()
     return 0

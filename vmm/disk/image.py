@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
 """First bytes of images that are not raw, and what ``qemu-img`` calls them."""
+OVERLAY_MAGIC = b"PYVMMOVL"
+"""First bytes of an overlay file (docs/disk-overlay.md)."""
 
 
 class Image:
@@ -102,8 +104,6 @@ def whole_sectors(size: int, sector: int) -> int:
 
 def refuse_formats(image: Image) -> None:
     """Refuse what is known not to be raw. It is opened as what the user said it is, never as what it says it is."""
-    from vmm.disk.overlay import MAGIC
-
     head = _first_bytes(image.fd, 8, image.alignment)
     for magic, name in FORMATS.items():
         if head.startswith(magic):
@@ -111,7 +111,7 @@ def refuse_formats(image: Image) -> None:
                 f"disk {image.path} is a {name} image: convert it with "
                 f"'qemu-img convert -O raw {image.path} {os.path.splitext(image.path)[0]}.img'"
             )
-    if head == MAGIC:
+    if head == OVERLAY_MAGIC:
         raise ConfigError(f"disk {image.path} is an overlay: give its base, as in --disk BASE,overlay={image.path}")
 
 

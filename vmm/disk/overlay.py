@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm.disk.image import OVERLAY_MAGIC as MAGIC
 from vmm.disk.image import Image, read_page, refuse_formats, whole_sectors
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAGIC = b"PYVMMOVL"
 VERSION = 1
 CLUSTER = 4096
 _HEADER = "<8sIIQQQQQI"  # magic, version, cluster; then Layout; its CRC-32 follows

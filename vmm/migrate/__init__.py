@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm import imported_when_used
+from vmm.lazy_names import imported_when_used
 
 if TYPE_CHECKING:
     from vmm.errors import MigrationError as MigrationError
-    from vmm.migrate.address import Tls as Tls
     from vmm.migrate.destination import Receiver as Receiver
     from vmm.migrate.destination import receive as receive
     from vmm.migrate.source import Migrated as Migrated
     from vmm.migrate.source import Migration as Migration
     from vmm.migrate.source import Progress as Progress
+    from vmm.migrate.tls import Tls as Tls
 
 _HOME = {
     "Migrated": "vmm.migrate.source",
@@ -28,7 +28,7 @@ _HOME = {
     "MigrationError": "vmm.errors",
     "Progress": "vmm.migrate.source",
     "Receiver": "vmm.migrate.destination",
-    "Tls": "vmm.migrate.address",
+    "Tls": "vmm.migrate.tls",
     "receive": "vmm.migrate.destination",
 }
 

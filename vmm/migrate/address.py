@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vmm import deadline
 from vmm.deadline import Deadline
 from vmm.errors import ConfigError, MigrationError
+from vmm.migrate.tls import CONNECT_SECONDS, Tls
 from vmm.private_socket import PrivateSocket
 
-if TYPE_CHECKING:
-    import ssl
-
 PREFACE = b"PYVMM MIGRATION\n"  # in the clear, before TLS: who listens for something else finds it out at once
-CONNECT_SECONDS = 10.0
 GREETING_SECONDS = 10.0  # for all that a stranger says before it is known what for: preface, TLS handshake, HELLO
-
-
-class Tls(NamedTuple):
-    """Files in PEM: this side's ``certificate`` and ``key``, and the ``authority`` that the other side's must be of.
-
-    Both sides show a certificate. What it is issued for is not compared with a host's name: the authority is to
-    certify those who may have machines, and nobody else.
-    """
-
-    certificate: str
-    key: str
-    authority: str
-
-    def context(self, *, server: bool) -> ssl.SSLContext:
-        """For one side. Raises :class:`~vmm.errors.ConfigError` for files that cannot be used."""
-        import ssl
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-            context.load_verify_locations(self.authority)
-        except OSError as error:  # ssl.SSLError is one
-            raise ConfigError(f"TLS: {error}: give certificate, key and authority in PEM that fit") from error
-        return context
 
 
 class Address(NamedTuple):

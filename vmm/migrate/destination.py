@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.errors import ConfigError, MigrationError, VmmError
 from vmm.migrate import mirror, postcopy, standby, wire
-from vmm.migrate.address import Address, Listener, Tls
+from vmm.migrate.address import Address, Listener
 from vmm.migrate.fence import TOKEN, Fence
+from vmm.migrate.tls import Tls
 from vmm.migrate.wire import Channel, Kind, LinkLost
 from vmm.snapshot.clock import advances
 from vmm.snapshot.origin import Origin
@@ -243,7 +244,7 @@ class Arrival:
             if self._how == "postcopy":
                 self._pages = postcopy.await_pages(self._receiver.listener, self._token)
             state, later = self._fill()
-            tending = self._expect(machine, later)
+            page_watch = self._expect(machine, later)
             assert self._images is not None
             self._images.finish()  # stable before the machine can be ours, and its own before it opens them
             machine.arrive(state)
@@ -253,20 +254,20 @@ class Arrival:
             machine.start()
         with contextlib.suppress(MigrationError):  # it is ours, whether the other side hears of it or not
             self._channel.send(Kind.TAKEN)
-        if tending is None:
+        if page_watch is None:
             self._close()
         else:
-            tending.taken()
+            page_watch.taken()
         return machine
 
-    def _expect(self, machine: Machine, later: Any) -> postcopy.Tending | None:
+    def _expect(self, machine: Machine, later: Any) -> postcopy.PageWatch | None:
         """Have the rest of its memory come, if it was not here before its state."""
         if self._pages is None:
             return None
         with self._pages as connection:
             machine.lazy = postcopy.expect(machine, later, connection)
         listener = self._receiver.hand_over()
-        return postcopy.Tending(
+        return postcopy.PageWatch(
             machine, machine.lazy, self._channel, listener, self._fence, self._token, self._patience
         )
 

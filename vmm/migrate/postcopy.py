@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.errors import MigrationError, VmmError
 from vmm.migrate import wire
-from vmm.migrate.address import Address, Listener, Tls, connect
+from vmm.migrate.address import Address, Listener, connect
+from vmm.migrate.tls import Tls
 from vmm.migrate.wire import Channel, Kind, LinkLost
 from vmm.snapshot.regions import Region, bitmap_size, pages_in
 from vmm.snapshot.serving import answer_requests, answer_with
 
 if TYPE_CHECKING:
-    from vmm.machine import Machine
     from vmm.memory import DirtyLog, GuestMemory
     from vmm.migrate.fence import Fence
+    from vmm.migrate.subject import Arriving
     from vmm.snapshot.lazy import LazyMemory
 
 _AGAIN = 0.5  # seconds between two attempts to connect
@@ -174,7 +175,7 @@ def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socke
     return str(hello["how"]), connection
 
 
-def expect(machine: Machine, bitmaps: Any, connection: socket.socket) -> LazyMemory:
+def expect(machine: Arriving, bitmaps: Any, connection: socket.socket) -> LazyMemory:
     """Have the machine's memory come from ``connection``: the pages of ``bitmaps``, one for each region."""
     from vmm.snapshot.lazy import LazyMemory
 
@@ -193,7 +194,7 @@ def expect(machine: Machine, bitmaps: Any, connection: socket.socket) -> LazyMem
     return lazy
 
 
-class Tending:
+class PageWatch:
     """Watches over a machine whose memory is partly elsewhere, until all of it is here; ``channel`` is told then.
 
     It begins before the machine is :meth:`taken`: devices and processors that become what they were touch memory. A
@@ -203,7 +204,7 @@ class Tending:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Arriving,
         lazy: LazyMemory,
         channel: Channel,
         listener: Listener,
@@ -222,7 +223,7 @@ class Tending:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._tend, name="memory to come", daemon=True)
         self._thread.start()
-        machine.attendants.append(self)
+        machine.run_beside(self)
         machine.on_close(listener.end_relays)  # native code has closed its connection by then
 
     def taken(self) -> None:

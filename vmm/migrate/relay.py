@@ -16,7 +16,7 @@ import sys
 import threading
 
 from vmm.errors import ConfigError
-from vmm.migrate.address import CONNECT_SECONDS, Tls
+from vmm.migrate.tls import CONNECT_SECONDS, Tls
 
 _ROOM = 1 << 20  # bytes on their way in one direction; who sends more waits
 _PIECE = 1 << 16

@@ -14,19 +14,19 @@ from vmm.errors import MigrationError, StateError, VmmError
 from vmm.memory import runs_of
 from vmm.migrate import fence as record
 from vmm.migrate import wire
-from vmm.migrate.address import Address, Tls, connect
+from vmm.migrate.address import Address, connect
 from vmm.migrate.fence import TOKEN, Fence
+from vmm.migrate.tls import Tls
 from vmm.migrate.wire import Channel, Kind
-from vmm.snapshot.origin import describe
 from vmm.snapshot.regions import Ram, pages_not_zero
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vmm.devices.device import State
-    from vmm.machine import Machine
     from vmm.memory import DirtyLog, GuestMemory
     from vmm.migrate.mirror import MirroredDisk
+    from vmm.migrate.subject import Mover
 
     Runs = Iterable[tuple[int, int]]
 
@@ -78,7 +78,7 @@ class Migration:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Mover,
         destination: str,
         *,
         postcopy: bool = False,
@@ -203,7 +203,7 @@ class Migration:
                 channel.send_value(Kind.STATE, {"machine": state, "later": None})
 
             downtime = self._hand_over(last_of_all)
-        self._machine.left()
+        self._machine.end_migrated()
         return rounds, downtime
 
     def _send_running(self, parts: Sequence[Part]) -> int:
@@ -234,7 +234,7 @@ class Migration:
             try:
                 postcopy.await_all(channel, self._fence, self._address, self._tls, self._token)
             finally:
-                self._machine.left()  # it is lost where it went, if anywhere
+                self._machine.end_migrated()  # it is lost where it went, if anywhere
         channel.sent += pages.sent
         return rounds, downtime
 
@@ -337,11 +337,11 @@ class Migration:
         )
 
 
-def hello(machine: Machine, how: str, token: bytes, *, fence: bool) -> State:
+def hello(machine: Mover, how: str, token: bytes, *, fence: bool) -> State:
     """The first thing the other side is told; ``fence``: whether there is one that it has to open by its path there."""
     return {
         "version": wire.VERSION,
-        "description": describe(machine),
+        "description": machine.describe(),
         "regions": [list(region) for region in machine.memory.regions],
         "how": how,
         "token": token,
@@ -350,7 +350,7 @@ def hello(machine: Machine, how: str, token: bytes, *, fence: bool) -> State:
     }
 
 
-def has_ended(machine: Machine) -> bool:
+def has_ended(machine: Mover) -> bool:
     """Whether its guest has ended, or somebody stopped it."""
     return bool(select.select([machine.stop_fd], [], [], 0)[0])
 
@@ -449,7 +449,7 @@ class _Rounds:
 class Brake:
     """Holds a guest back that writes faster than the link takes it: it stands for a part of every slice of time."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Mover) -> None:
         self._machine = machine
         self.share = 1.0
         self._end = threading.Event()
@@ -480,7 +480,7 @@ class Brake:
             self._thread.join()
 
 
-def open_log(machine: Machine) -> DirtyLog:
+def open_log(machine: Mover) -> DirtyLog:
     """What is written from now on, of a machine that may run: it is held for that."""
     machine.pause()
     try:

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 
 from vmm.errors import ConfigError, MigrationError, StateError, VmmError
 from vmm.migrate import wire
-from vmm.migrate.address import Address, Tls, connect
+from vmm.migrate.address import Address, connect
 from vmm.migrate.fence import Fence
 from vmm.migrate.mirror import MirroredDisk
 from vmm.migrate.source import has_ended, hello, open_log, resident, send_runs
+from vmm.migrate.tls import Tls
 from vmm.migrate.wire import Channel, Kind, LinkLost, cleared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.machine import Machine
     from vmm.memory import DirtyLog
     from vmm.migrate.mirror import Images
+    from vmm.migrate.subject import Arriving, Mover
 
 ROUNDS_MAX = 10  # over disks, before the first state
 LITTLE = 16 << 20  # bytes of disks that the machine may be held for
@@ -46,7 +47,7 @@ class Shadow:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Mover,
         address: str,
         every: float,
         *,
@@ -164,7 +165,7 @@ class Shadow:
             self._thread.join()
 
 
-def follow(machine: Machine, channel: Channel, fence: Fence | None, images: Images, patience: float) -> None:
+def follow(machine: Arriving, channel: Channel, fence: Fence | None, images: Images, patience: float) -> None:
     """The other side: keep up until the machine is to go on here, and have it become its last state.
 
     Raises :class:`~vmm.migrate.wire.LinkLost` where it runs on without us, :class:`~vmm.errors.MigrationError` where it

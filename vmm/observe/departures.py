@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from vmm.observe.diagnose import Diagnosis, place, say
 from vmm.observe.processor import Processor
+from vmm.observe.verdict import Diagnosis, place, say
 
 if TYPE_CHECKING:
-    from vmm.machine import Machine
-    from vmm.observe.watch import Sample
+    from vmm.observe.samples import Sample
+    from vmm.observe.subject import Ended
 
 _VECTORS = 1024  # bytes of real mode's interrupt vector table, which is at 0
 _CR0_PG, _EFER_LME = 1 << 31, 1 << 8
@@ -21,7 +21,7 @@ _INT = 0xCD
 _DOCTOR = "see pyvmm doctor"
 
 
-def of(machine: Machine, cpu: Processor, code: bytes) -> Diagnosis | None:
+def of(machine: Ended, cpu: Processor, code: bytes) -> Diagnosis | None:
     """Why the guest died at the instruction ``code`` at RIP, if that is something this host cannot do."""
     from vmm.observe.faults import decode
 
@@ -31,7 +31,7 @@ def of(machine: Machine, cpu: Processor, code: bytes) -> Diagnosis | None:
     return _paging_32(machine, cpu, insn) or _int_n(machine, cpu, insn)
 
 
-def _paging_32(machine: Machine, cpu: Processor, insn: Any) -> Diagnosis | None:
+def _paging_32(machine: Ended, cpu: Processor, insn: Any) -> Diagnosis | None:
     """MOV CR0 with PG outside long mode: this KVM has no 32-bit page tables, with PAE or without."""
     if insn.mnemonic != "mov" or insn.op_str.partition(",")[0] != "cr0" or cpu.registers["efer"] & _EFER_LME:
         return None
@@ -44,7 +44,7 @@ def _paging_32(machine: Machine, cpu: Processor, insn: Any) -> Diagnosis | None:
                f"kernel runs here only without paging; {_DOCTOR}")  # fmt: skip
 
 
-def _int_n(machine: Machine, cpu: Processor, insn: Any) -> Diagnosis | None:
+def _int_n(machine: Ended, cpu: Processor, insn: Any) -> Diagnosis | None:
     """INT n at CPL 3, which is run natively there and ends in an exception that no repair takes for it."""
     if insn.mnemonic != "int" or cpu.cpl != 3:
         return None
@@ -52,7 +52,7 @@ def _int_n(machine: Machine, cpu: Processor, insn: Any) -> Diagnosis | None:
                f"code: this host's KVM delivers it only to a 64-bit kernel that has set LSTAR; {_DOCTOR}")  # fmt: skip
 
 
-def hypercall(machine: Machine, cpu: Processor, insn: Any, samples: list[Sample]) -> Diagnosis | None:
+def hypercall(machine: Ended, cpu: Processor, insn: Any, samples: list[Sample]) -> Diagnosis | None:
     """Whether a vCPU is at a hypercall, and stays there, on a host whose hypercalls never return."""
     if insn is None or insn.mnemonic not in ("vmcall", "vmmcall") or not _hypercalls_loop(machine):
         return None
@@ -62,7 +62,7 @@ def hypercall(machine: Machine, cpu: Processor, insn: Any, samples: list[Sample]
     return say("hypercall", f"{text}; {_DOCTOR}", ["Linux makes none where CPUID offers none: see --compat"])
 
 
-def _hypercalls_loop(machine: Machine) -> bool:
+def _hypercalls_loop(machine: Ended) -> bool:
     if machine.config.compat != "off":
         return machine.host.vmcall_loops
     from vmm import host

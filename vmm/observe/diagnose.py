@@ -8,94 +8,29 @@ cause is "unknown".
 
 from __future__ import annotations
 
-from os.path import getsize, isfile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from vmm.observe.verdict import TEXT_MAX, Diagnosis, place, say
 from vmm.outcome import KVM_EMULATION
 from vmm.printable import printable
 
 if TYPE_CHECKING:
-    from vmm.machine import Machine
     from vmm.observe.faults import Fault
     from vmm.observe.processor import Processor
+    from vmm.observe.subject import Ended
     from vmm.outcome import Outcome
 
-# cause -> how a sentence about it begins
-CAUSES: dict[str, str] = {
-    # an exception that could not be delivered
-    "missing-idt": "exception without an IDT",
-    "bad-idt": "exception that the IDT could not deliver",
-    "page-fault": "page fault",
-    "reserved-bit": "page fault on a reserved bit",
-    "non-canonical-jump": "jump to a non-canonical address",
-    "non-canonical-address": "general protection: non-canonical address",
-    "stack-overflow": "stack overflow",
-    "bad-segment": "general protection: bad segment",
-    "bad-msr": "general protection: bad MSR",
-    "privileged": "general protection: privileged instruction",
-    "invalid-opcode": "invalid opcode",
-    "device-not-available": "device not available",
-    "divide-error": "divide error",
-    "software-interrupt": "software interrupt",
-    "zeroes": "jump into zeroes",
-    "no-code": "jump out of RAM",
-    "wrong-image": "wrong or truncated image",
-    "not-emulated": "instruction that KVM does not emulate",
-    "no-bios": "no BIOS",
-    # what this host or this machine has not
-    "hypercall": "hypercall that never returns on this host",
-    "no-legacy-paging": "32-bit paging, which this host's KVM cannot do",
-    "no-int-n": "software interrupt that this host's KVM cannot deliver",
-    "empty-vectors": "empty interrupt vector table",
-    # nothing moves
-    "halt-interrupts-off": "HLT with interrupts off",
-    "no-wakeup": "waiting for an interrupt that nothing can raise",
-    "waiting-for-device": "waiting for a device",
-    "idle": "idle",
-    "endless-loop": "endless loop",
-    "running": "running",
-    # Linux, in its own words or for want of them
-    "no-console": "no console",
-    "no-root": "unable to mount root",
-    "missing-init": "missing init",
-    "init-ended": "init ended",
-    "kernel-panic": "kernel panic",
-    "bad-initrd": "wrong or truncated initrd",
-    "no-driver": "no driver",
-    # and the rest
-    "orderly-end": "orderly end",
-    "unknown": "unknown",
-}
-
 ENDED_FROM_OUTSIDE = frozenset({"timeout", "stalled", "halt", "stopped", "interrupted", "terminated"})
-_EVIDENCE_MAX = 12
-_TEXT_MAX = 1000  # of a sentence, and of a line of evidence
-_LINES_MAX = 64 << 20  # bytes of an ELF file whose line tables are read: a kernel's full ones would take minutes
 
 
-class Diagnosis(NamedTuple):
-    """``cause``: a key of :data:`CAUSES`, for programs. ``sentence`` names it for people; ``evidence`` are lines that
-    show it."""
-
-    cause: str
-    sentence: str
-    evidence: tuple[str, ...] = ()
-
-
-def say(cause: str, text: str, evidence: list[str] | tuple[str, ...] = ()) -> Diagnosis:
-    """A diagnosis whose sentence begins as :data:`CAUSES` has it; what a guest wrote is made printable."""
-    shown = tuple(printable(line, _TEXT_MAX) for line in evidence[:_EVIDENCE_MAX])
-    return Diagnosis(cause, f"{CAUSES[cause]}: {printable(text, _TEXT_MAX)}", shown)
-
-
-def diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
+def diagnose(machine: Ended, outcome: Outcome) -> Diagnosis:
     """The diagnosis of an ended run; the machine must not be closed. What a guest wrote is printable in it, and of
     bounded length."""
     found = _diagnose(machine, outcome)
-    return found._replace(evidence=tuple(printable(line, _TEXT_MAX) for line in found.evidence))  # some is added late
+    return found._replace(evidence=tuple(printable(line, TEXT_MAX) for line in found.evidence))  # some is added late
 
 
-def _diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
+def _diagnose(machine: Ended, outcome: Outcome) -> Diagnosis:
     from vmm.observe import linux, waiting
 
     # A guest that powers itself off did not die of what it printed; a reset may be a panic's (panic=-1).
@@ -118,22 +53,10 @@ def _diagnose(machine: Machine, outcome: Outcome) -> Diagnosis:
     return found or say("unknown", outcome.sentence)
 
 
-def place(machine: Machine, address: int) -> str:
-    """An address as sentences show it: with its symbol, and the source line where that is known."""
-    name = machine.symbols.name(address)
-    if not name:
-        return f"{address:#x}"
-    path, where = machine.symbols.path, None
-    if path and isfile(path) and getsize(path) <= _LINES_MAX:
-        with machine.looking() as budget:
-            where = machine.symbols.line(address, budget)
-    return f"{address:#x} <{name}>" + (f" ({where[0]}:{where[1]})" if where else "")
-
-
 # ---- a fault ----
 
 
-def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
+def _fault(machine: Ended, outcome: Outcome) -> Diagnosis | None:
     from vmm.observe import departures, faults
     from vmm.observe.descriptors import VECTORS, delivery
     from vmm.observe.processor import Processor
@@ -169,7 +92,7 @@ def _fault(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     return say(fault.cause, text, evidence)
 
 
-def _nothing_at_entry(machine: Machine, cpu: Processor, fault: Fault) -> str:
+def _nothing_at_entry(machine: Ended, cpu: Processor, fault: Fault) -> str:
     """Whether there was no code where the image was entered, in words."""
     if machine.entry is None:
         return ""
@@ -182,7 +105,7 @@ def _nothing_at_entry(machine: Machine, cpu: Processor, fault: Fault) -> str:
     return ""
 
 
-def _not_emulated(machine: Machine, outcome: Outcome, cpu: Processor, fault: Fault | None) -> Diagnosis:
+def _not_emulated(machine: Ended, outcome: Outcome, cpu: Processor, fault: Fault | None) -> Diagnosis:
     if fault is not None and not fault.intended:
         if nothing := _nothing_at_entry(machine, cpu, fault):
             return say("wrong-image", f"{nothing}: {fault.text}")
@@ -194,7 +117,7 @@ def _not_emulated(machine: Machine, outcome: Outcome, cpu: Processor, fault: Fau
     return say("not-emulated", f"{shown} at {place(machine, cpu.rip)}; see pyvmm doctor, and --compat")
 
 
-def _undeliverable(machine: Machine, cpu: Processor) -> Diagnosis | None:
+def _undeliverable(machine: Ended, cpu: Processor) -> Diagnosis | None:
     """Nothing is wrong with the instruction: then it was an interrupt, or a fault while one was delivered."""
     from vmm.observe.descriptors import delivery
 
@@ -207,7 +130,7 @@ def _undeliverable(machine: Machine, cpu: Processor) -> Diagnosis | None:
     return None
 
 
-def _details(machine: Machine, cpu: Processor, fault: Fault) -> list[str]:
+def _details(machine: Ended, cpu: Processor, fault: Fault) -> list[str]:
     lines = []
     if fault.cause in ("page-fault", "reserved-bit", "stack-overflow"):
         lines.append(f"cr2 (the last page fault's address) is {cpu.registers['cr2']:#x}")
@@ -224,7 +147,7 @@ def _details(machine: Machine, cpu: Processor, fault: Fault) -> list[str]:
     return lines
 
 
-def _caller(machine: Machine, cpu: Processor) -> str:
+def _caller(machine: Ended, cpu: Processor) -> str:
     """Who called the address it is at, if the top of the stack is where a call returns to."""
     from vmm.observe.stack import follows_call
 
@@ -248,7 +171,7 @@ class _Memory:
         return data
 
 
-def _recursion(machine: Machine, cpu: Processor) -> list[str]:
+def _recursion(machine: Ended, cpu: Processor) -> list[str]:
     """The return address that fills the stack."""
     from collections import Counter
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from vmm.cpu.debug import Point, Stop
     from vmm.cpu.vcpu import Vcpu
-    from vmm.machine import Machine
+    from vmm.observe.subject import Debugged
 
 DEFAULT_ADDRESS = "127.0.0.1:1234"
 
@@ -64,7 +64,7 @@ def _answer_at_once(client: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _is_wide(machine: Machine) -> bool:
+def _is_wide(machine: Debugged) -> bool:
     """Whether GDB is told of x86-64: the guest starts in long mode, or its image or its symbols are for that (ELF class
     2), as of a kernel that is entered in 32-bit mode and goes on in 64-bit mode."""
     if machine.load().mode == "long" or machine.config.kernel is None:
@@ -87,7 +87,7 @@ class GdbServer:
     """
 
     def __init__(
-        self, machine: Machine, address: str = DEFAULT_ADDRESS, *, wait: bool = False, wide: bool | None = None
+        self, machine: Debugged, address: str = DEFAULT_ADDRESS, *, wait: bool = False, wide: bool | None = None
     ) -> None:
         self._named = PrivateSocket(address, f"cannot listen for gdb on {address}", 1) if "/" in address else None
         self._listener = self._named.socket if self._named is not None else listen(address)
@@ -182,7 +182,7 @@ class GdbServer:
 class Session:
     """One client: what it has set, which vCPU it means, and the answers to its packets."""
 
-    def __init__(self, machine: Machine, registers: Registers, client: socket.socket) -> None:
+    def __init__(self, machine: Debugged, registers: Registers, client: socket.socket) -> None:
         self.standing = True
         self.over = False
         self._machine = machine

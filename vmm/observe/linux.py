@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vmm.boot.cmdline import CommandLine
 from vmm.config import LINUX_KINDS
 from vmm.observe.budget import Budget
-from vmm.observe.diagnose import Diagnosis, say
+from vmm.observe.verdict import Diagnosis, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmm.machine import Machine
     from vmm.memory import GuestMemory
+    from vmm.observe.subject import Ended
     from vmm.outcome import Outcome
 
 _STAMP = re.compile(r"^(?:<\d+>)?\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ")
@@ -66,7 +66,7 @@ class Guest(NamedTuple):
         return self.told.last(name)
 
 
-def guest_of(machine: Machine) -> Guest:
+def guest_of(machine: Ended) -> Guest:
     """The facts of a machine."""
     devices = [
         Virtio(
@@ -84,7 +84,7 @@ def guest_of(machine: Machine) -> Guest:
 # ---- asked by diagnose ----
 
 
-def told(machine: Machine, outcome: Outcome) -> Diagnosis | None:
+def told(machine: Ended, outcome: Outcome) -> Diagnosis | None:
     """What the kernel said it died of."""
     if machine.kind not in LINUX_KINDS:
         return None
@@ -101,7 +101,7 @@ def told(machine: Machine, outcome: Outcome) -> Diagnosis | None:
     return found
 
 
-def _named(machine: Machine, line: str) -> str:
+def _named(machine: Ended, line: str) -> str:
     """A line of a kernel without kallsyms, whose trace has addresses for names."""
 
     def name(match: re.Match[str]) -> str:
@@ -110,20 +110,20 @@ def _named(machine: Machine, line: str) -> str:
     return re.sub(r"0xffff[0-9a-f]{12}\b", name, line)
 
 
-def silent(machine: Machine) -> Diagnosis | None:
+def silent(machine: Ended) -> Diagnosis | None:
     """Why a Linux that runs, or ran, printed nothing."""
     if machine.kind not in LINUX_KINDS or machine.console.end:
         return None
     return unheard(log_of(machine), guest_of(machine))
 
 
-def unprinted(machine: Machine) -> list[str]:
+def unprinted(machine: Ended) -> list[str]:
     """The end of the log of a Linux that has printed nothing yet, as evidence."""
     silent = machine.kind in LINUX_KINDS and not machine.console.end
     return log_lines(log_of(machine)) if silent else []
 
 
-def undriven(machine: Machine) -> Diagnosis | None:
+def undriven(machine: Ended) -> Diagnosis | None:
     """Which of a Linux guest's virtio devices has no driver."""
     if machine.kind not in LINUX_KINDS:
         return None
@@ -132,14 +132,14 @@ def undriven(machine: Machine) -> Diagnosis | None:
     return say("no-driver", lines[0], lines[1:]) if lines else None
 
 
-def words(machine: Machine) -> str:
+def words(machine: Ended) -> str:
     """What the kernel printed, or logged where it printed nothing."""
     if machine.console.end:
         return machine.console.tail(1 << 16).decode(errors="replace")
     return log_of(machine)
 
 
-def log_of(machine: Machine) -> str:
+def log_of(machine: Ended) -> str:
     """The kernel's log in the memory of a machine that is looked at."""
     with machine.looking() as budget:
         return kernel_log(machine.memory, budget)

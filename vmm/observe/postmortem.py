@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.bus import MMIO, PIO
+from vmm.observe.exits import describe_exit, folded
 from vmm.outcome import KVM_EMULATION
 from vmm.printable import printable, printable_lines
 
 if TYPE_CHECKING:
-    from vmm.cpu.vcpu import Exit
-    from vmm.machine import Machine
     from vmm.observe.budget import Budget
-    from vmm.observe.diagnose import Diagnosis
+    from vmm.observe.subject import Ended
+    from vmm.observe.verdict import Diagnosis
     from vmm.outcome import Outcome
 
 EXITS_SHOWN = 8
@@ -20,31 +19,7 @@ FRAMES_SHOWN = 10
 CONSOLE_LINES = 8
 
 
-def describe_exit(machine: Machine, event: Exit) -> str:
-    """One exit in words: ``uart RBR/THR <- 0x48 'H'``."""
-    if event.reason not in ("io", "mmio"):
-        return f"{event.reason} {event.address:#x}"
-    space = PIO if event.reason == "io" else MMIO
-    attachment = machine.bus.find(space, event.address)
-    where = f"{attachment.name} {attachment.register(event.address)}" if attachment else "(unclaimed)"
-    arrow = "<-" if event.write else "->"
-    text = f" {chr(event.value)!r}" if event.size == 1 and 32 <= event.value < 127 else ""
-    times = f" x{event.count}" if event.count > 1 else ""
-    return f"{event.reason:4} {event.address:#x}/{event.size}  {where} {arrow} {event.value:#x}{text}{times}"
-
-
-def folded(events: list[str]) -> list[str]:
-    """Runs of the same line as one, with how often."""
-    lines: list[tuple[str, int]] = []
-    for line in events:
-        if lines and lines[-1][0] == line:
-            lines[-1] = (line, lines[-1][1] + 1)
-        else:
-            lines.append((line, 1))
-    return [line if n == 1 else f"{line}  ({n} times)" for line, n in lines]
-
-
-def report(machine: Machine, outcome: Outcome) -> str:
+def report(machine: Ended, outcome: Outcome) -> str:
     """The screen, as text ending in a newline. What the guest wrote is printable in it."""
     with machine.looking() as budget:
         lines = _report(machine, outcome)
@@ -59,15 +34,15 @@ def _notes(budget: Budget) -> list[str]:
     return [f"  ({note})" for note in budget.notes]
 
 
-def _text_screen(machine: Machine) -> list[str]:
+def _text_screen(machine: Ended) -> list[str]:
     from vmm.observe.screen import section
 
     return section(machine.screen()) if machine.screen() else []
 
 
-def _report(machine: Machine, outcome: Outcome) -> list[str]:
-    from vmm.observe.diagnose import place
+def _report(machine: Ended, outcome: Outcome) -> list[str]:
     from vmm.observe.disassembly import disassemble
+    from vmm.observe.verdict import place
 
     r = outcome.registers
     who = "" if outcome.vcpu is None else f" on vCPU {outcome.vcpu}"
@@ -94,7 +69,7 @@ def _report(machine: Machine, outcome: Outcome) -> list[str]:
         lines += ["  ..."] if len(shown) > FRAMES_SHOWN else []
     if outcome.last_exits:
         lines.append("last exits:")
-        shown = folded([describe_exit(machine, event) for event in outcome.last_exits])
+        shown = folded([describe_exit(machine.bus, event) for event in outcome.last_exits])
         lines += [f"  {line}" for line in shown[-EXITS_SHOWN:]]
     tail = [line.rstrip() for line in outcome.console.decode(errors="replace").splitlines() if line.strip()]
     if tail:
@@ -103,7 +78,7 @@ def _report(machine: Machine, outcome: Outcome) -> list[str]:
     return lines
 
 
-def brief(machine: Machine, outcome: Outcome) -> str:
+def brief(machine: Ended, outcome: Outcome) -> str:
     """What it was doing when it was ended from outside: the first lines of the screen."""
     with machine.looking() as budget:
         found = _diagnosis(machine.diagnose())

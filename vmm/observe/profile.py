@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vmm.cpu.paging import Paging
-    from vmm.machine import Machine
     from vmm.memory import GuestMemory
+    from vmm.observe.subject import Traced
 
 HZ_MAX = 10_000
 PLACES_MAX = 1 << 17  # different stacks that are told apart; more are counted as one
@@ -45,7 +45,7 @@ class Profile:
     still for them. Raises :class:`~vmm.errors.ConfigError` for a frequency that cannot be.
     """
 
-    def __init__(self, machine: Machine, hz: float = 100.0, *, stacks: bool = False) -> None:
+    def __init__(self, machine: Traced, hz: float = 100.0, *, stacks: bool = False) -> None:
         if not 0 < hz <= HZ_MAX:
             raise ConfigError(f"{hz:g} samples a second: give more than 0, {HZ_MAX} at most")
         self._machine = machine

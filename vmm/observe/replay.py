@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmm.errors import LinearMemoryError, VmmError
 from vmm.observe.processor import Processor
+from vmm.outcome import Replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vmm.cpu.debug import Followed, Stop
     from vmm.cpu.vcpu import Exit
-    from vmm.machine import Machine
     from vmm.memory import GuestMemory
+    from vmm.observe.subject import Replayable
 
 SECONDS, TIMES, SECONDS_MAX = 30.0, 4.0, 120.0  # for a replay: so many, and times the run's, and at most
 _STEPS_MAX = 1 << 40  # time is the bound
@@ -49,20 +50,11 @@ class Death(NamedTuple):
     memory: GuestMemory | None
 
 
-class Replayed(NamedTuple):
-    """The dying instruction, and the registers before it; or ``why`` that was not found."""
-
-    registers: dict[str, int] = {}
-    bits: int = 64
-    instruction: bytes = b""
-    why: str = ""
-
-
 class _Astray(Exception):
     """The replay does not do what the first run did."""
 
 
-def find(death: Death, make: Callable[[], Machine]) -> Replayed:
+def find(death: Death, make: Callable[[], Replayable]) -> Replayed:
     """Replay a death in the machine that ``make`` returns, which is closed afterwards."""
     deadline = time.monotonic() + min(SECONDS_MAX, SECONDS + TIMES * death.seconds)
     try:
@@ -75,7 +67,7 @@ def find(death: Death, make: Callable[[], Machine]) -> Replayed:
 class _Replay:
     """One replay. The machine is paused, but within the debugger's ``run`` and ``follow``."""
 
-    def __init__(self, machine: Machine, death: Death, deadline: float) -> None:
+    def __init__(self, machine: Replayable, death: Death, deadline: float) -> None:
         self.machine = machine
         self.death = death
         self.deadline = deadline
@@ -248,7 +240,7 @@ class _Replay:
         return Replayed(last.registers, last.bits, code)
 
 
-def _processor(machine: Machine, vcpu: Any, last: Followed) -> Processor:
+def _processor(machine: Replayable, vcpu: Any, last: Followed) -> Processor:
     return Processor(last.registers, last.bits, vcpu.paging(last.registers), machine.memory.read)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from vmm.machine import Machine
+    from vmm.observe.subject import Traced
     from vmm.trace_rings import TraceRings
 
 _NONE = (1 << 64) - 1  # register -1
@@ -45,7 +45,7 @@ class Trace(Recording):
     traps; the machine is paused for that moment, once a place.
     """
 
-    def __init__(self, machine: Machine, rings: TraceRings, *, capacity: int, keep: int, instructions: bool) -> None:
+    def __init__(self, machine: Traced, rings: TraceRings, *, capacity: int, keep: int, instructions: bool) -> None:
         super().__init__()
         self._machine = machine
         self._rings = rings
@@ -233,7 +233,7 @@ class Trace(Recording):
 class _CodeReader:
     """Reads a paused vCPU's code; its registers and page tables are looked at once."""
 
-    def __init__(self, machine: Machine, number: int) -> None:
+    def __init__(self, machine: Traced, number: int) -> None:
         from vmm.cpu.paging import LinearMemory
 
         vcpu = machine.vcpus[number]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vmm.observe.diagnose import Diagnosis, place, say
 from vmm.observe.processor import RFLAGS_IF, Processor
-from vmm.observe.watch import PLACE_BITS, by_vcpu, looping, narrow
+from vmm.observe.samples import PLACE_BITS, by_vcpu, looping, narrow
+from vmm.observe.verdict import Diagnosis, place, say
 
 if TYPE_CHECKING:
-    from vmm.machine import Machine
-    from vmm.observe.watch import Sample
+    from collections.abc import Sequence
+
+    from vmm.cpu.vcpu import Vcpu
+    from vmm.observe.samples import Sample
+    from vmm.observe.subject import Ended
     from vmm.outcome import Outcome
 
 _SAMPLES_ENOUGH = 8  # fewer show no loop
@@ -30,7 +33,7 @@ _ALL_LINES = 0xFFFF
 _SILENT = frozenset({"i8042", "acpi-pm", "rtc"})
 
 
-def why(machine: Machine, outcome: Outcome) -> Diagnosis:
+def why(machine: Ended, outcome: Outcome) -> Diagnosis:
     """What every started vCPU is doing, or where the one that ended the run was."""
     started = [vcpu for vcpu in machine.vcpus if vcpu.mp_state in ("runnable", "halted")]
     awake = [vcpu for vcpu in started if vcpu.mp_state == "runnable"]
@@ -42,7 +45,7 @@ def why(machine: Machine, outcome: Outcome) -> Diagnosis:
 # ---- halted ----
 
 
-def _halted(machine: Machine, vcpus: list[Any]) -> Diagnosis:
+def _halted(machine: Ended, vcpus: Sequence[Vcpu]) -> Diagnosis:
     from vmm.observe import departures
 
     r = vcpus[0].registers()
@@ -67,7 +70,7 @@ def _idle(devices: list[str]) -> list[str]:
     return [f"it also listens to {', '.join(devices)}"] if devices else []
 
 
-def _sources(machine: Machine, vcpus: list[Any]) -> tuple[list[str], list[str], list[str]]:
+def _sources(machine: Ended, vcpus: Sequence[Vcpu]) -> tuple[list[str], list[str], list[str]]:
     """Timers that run, devices whose interrupts would get through, and why the rest would not."""
     from vmm.irq import chips
 
@@ -107,7 +110,7 @@ class _LocalApic(NamedTuple):
     deadline: int  # IA32_TSC_DEADLINE
 
     @classmethod
-    def of(cls, vcpu: Any) -> _LocalApic:
+    def of(cls, vcpu: Vcpu) -> _LocalApic:
         deadline = vcpu.msr(_TSC_DEADLINE_MSR) if vcpu.has_msr(_TSC_DEADLINE_MSR) else 0
         return cls(vcpu.local_apic(), vcpu.registers()["apic_base"], deadline)
 
@@ -148,7 +151,7 @@ def _unmasked_lines(state: dict[str, bytes]) -> int:
     return first & ~4 | (second << 8 if first & 4 else 0)
 
 
-def _pit_runs(machine: Machine, pit: bytes | None) -> bool:
+def _pit_runs(machine: Ended, pit: bytes | None) -> bool:
     """Whether channel 0 will fire: the in-kernel PIT's (struct kvm_pit_channel_state), or the user-space one's."""
     if pit is None:
         return any(getattr(device, "armed", False) for device in machine.devices if device.name == "pit")
@@ -161,7 +164,7 @@ def _pit_runs(machine: Machine, pit: bytes | None) -> bool:
     return mode != 0xFF and loaded_at + count * 1_000_000_000 // 1_193_182 > time.monotonic_ns()
 
 
-def _wires(machine: Machine) -> dict[int, str]:
+def _wires(machine: Ended) -> dict[int, str]:
     """Which device is on which global system interrupt."""
     found = {0: "pit"}
     for device in machine.devices:
@@ -174,7 +177,7 @@ def _wires(machine: Machine) -> dict[int, str]:
 # ---- running ----
 
 
-def _running(machine: Machine, vcpus: list[Any], outcome: Outcome) -> Diagnosis:
+def _running(machine: Ended, vcpus: Sequence[Vcpu], outcome: Outcome) -> Diagnosis:
     """What those of the started vCPUs do that are not halted: the worst if all of them are stuck, else what the first
     that is at work does. The others are evidence."""
     found = [_executing(machine, vcpu, outcome) for vcpu in vcpus]
@@ -185,7 +188,7 @@ def _running(machine: Machine, vcpus: list[Any], outcome: Outcome) -> Diagnosis:
     return first._replace(evidence=(*first.evidence, *others[:_VCPUS_SHOWN]))
 
 
-def _executing(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
+def _executing(machine: Ended, vcpu: Vcpu, outcome: Outcome) -> Diagnosis:
     from vmm.observe import departures, faults
 
     samples = [sample for sample in by_vcpu(machine.samples).get(vcpu.number, []) if not sample.halted]
@@ -218,7 +221,7 @@ def _executing(machine: Machine, vcpu: Any, outcome: Outcome) -> Diagnosis:
     return say("running", f"{seen} are in {len({s.rip for s in samples})} places: it was at work, not stuck", evidence)
 
 
-def _where(machine: Machine, samples: list[Sample]) -> str:
+def _where(machine: Ended, samples: list[Sample]) -> str:
     """The places of samples: one, a range where they are close together, else the most frequent."""
     low, high = min(s.rip for s in samples), max(s.rip for s in samples)
     if low == high:
@@ -229,18 +232,18 @@ def _where(machine: Machine, samples: list[Sample]) -> str:
     return ", ".join(place(machine, next(s.rip for s in samples if s.rip >> PLACE_BITS == block)) for block, _ in often)
 
 
-def _top(machine: Machine, samples: list[Sample]) -> list[str]:
+def _top(machine: Ended, samples: list[Sample]) -> list[str]:
     """Where most of the samples are, by function where there are names."""
     found = Counter((machine.symbols.name(s.rip) or f"{s.rip:#x}").split("+")[0] for s in samples)
     return [f"{times:3} of {len(samples)} in {name}" for name, times in found.most_common(_PLACES_SHOWN)]
 
 
-def _polled(machine: Machine, outcome: Outcome) -> list[str]:
+def _polled(machine: Ended, outcome: Outcome) -> list[str]:
     """The accesses it makes over and over, if its newest are few different ones."""
-    from vmm.observe.postmortem import describe_exit
+    from vmm.observe.exits import describe_exit
 
     accesses = [event for event in outcome.last_exits if event.reason in ("io", "mmio")][-_POLLS:]
-    found = Counter(describe_exit(machine, event) for event in accesses)
+    found = Counter(describe_exit(machine.bus, event) for event in accesses)
     if len(accesses) < _POLLS or len(found) > _POLLED_MAX:
         return []
     return ["its last device accesses, over and over: " + "; ".join(found)]

@@ -6,8 +6,8 @@ A guest is stalled when for so many seconds (``stall``; nobody is asked who did 
 - no virtio queue had a request or a doorbell;
 - no access to a device was one that had not been seen in that time already: polling a register that always answers
   the same is no progress, nor is reading a clock or programming a timer;
-- each vCPU, sampled :data:`ROUNDS` times, is in an endless loop (:func:`looping`), or was halted in at least a quarter
-  of the samples: idle, with ticks in between.
+- each vCPU, sampled :data:`ROUNDS` times, is in an endless loop (:func:`~vmm.observe.samples.looping`), or was halted
+  in at least a quarter of the samples: idle, with ticks in between.
 
 A loop that computes has other registers each time round: a counter, a pointer that moves. It is not endless for all
 that can be seen, and never a stall; the price is that a loop which counts up for ever is none either.
@@ -16,18 +16,16 @@ that can be seen, and never a stall; the price is that a loop which counts up fo
 from __future__ import annotations
 
 import time
-from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from vmm.bus import MMIO, PIO
+from vmm.observe.samples import Sample, by_vcpu, looping
 
 if TYPE_CHECKING:
     from vmm.cpu.vcpu import Exit
-    from vmm.machine import Machine
+    from vmm.observe.subject import Sampled
 
 ROUNDS = 32
-PLACE_BITS = 6  # a place is a block of 64 bytes of code
-_RAN = 0.01  # seconds of processor time that a jump to itself must have had
 _BEFORE_TIMEOUT = 4  # the samples of a time limit are of its last quarter
 
 _CLOCKS = frozenset({"pit", "pm-timer", "rtc"})
@@ -35,20 +33,7 @@ _CLOCKS = frozenset({"pit", "pm-timer", "rtc"})
 TIMEOUT, STALLED = 1, 4  # codes of Machine.interrupt
 
 
-class Sample(NamedTuple):
-    """One vCPU at one time (seconds, monotonic): its linear ``rip``, whether it is halted, a hash of all its registers,
-    the processor time (seconds) that its thread has had, and how many accesses to devices it has made."""
-
-    at: float
-    vcpu: int
-    rip: int
-    halted: bool
-    state: int = 0
-    ran: float = 0.0
-    accesses: int = 0
-
-
-def take(machine: Machine) -> list[Sample]:
+def take(machine: Sampled) -> list[Sample]:
     """A sample of each vCPU that has been started; they are held for it."""
     machine.pause()
     try:
@@ -67,42 +52,8 @@ def take(machine: Machine) -> list[Sample]:
         machine.resume()
 
 
-def narrow(samples: list[Sample]) -> bool:
-    """Whether samples of one vCPU stay within few places: a quarter as many as there are samples."""
-    return len({sample.rip >> PLACE_BITS for sample in samples}) <= max(1, len(samples) // 4)
-
-
-def looping(samples: list[Sample]) -> bool:
-    """Whether samples of one vCPU show a loop that leads back to where it was: few places, and a RIP at which all
-    registers were the same once more.
-
-    On a busy host a vCPU may not have run at all from one sample to the next. It has if there were other registers in
-    between, or else (a jump to itself; a poll that is always found at its access) by the processor time of its thread
-    or by its accesses. Processor time proves nothing by itself: where the host is a virtual machine, it counts what
-    others took from it. So more than half of the samples must be the same one after the other.
-    """
-    runs = [list(run) for _, run in groupby(samples, lambda sample: (sample.rip, sample.state))]
-    came_back = len({(run[0].rip, run[0].state) for run in runs}) < len(runs)
-    longest = max(runs, key=len, default=[])
-    stays = 2 * len(longest) > len(samples) and _ran(longest[0], longest[-1])
-    return narrow(samples) and (came_back or stays)
-
-
-def _ran(first: Sample, last: Sample) -> bool:
-    return last.ran - first.ran >= _RAN or last.accesses - first.accesses > 1
-
-
 def _idle(samples: list[Sample]) -> bool:
     return sum(sample.halted for sample in samples) >= len(samples) / 4
-
-
-def by_vcpu(rounds: list[list[Sample]]) -> dict[int, list[Sample]]:
-    """The samples of each vCPU, oldest first."""
-    found: dict[int, list[Sample]] = {}
-    for samples in rounds:
-        for sample in samples:
-            found.setdefault(sample.vcpu, []).append(sample)
-    return found
 
 
 class Watch:
@@ -111,7 +62,7 @@ class Watch:
     The caller waits :attr:`left` seconds at a time for the end, then calls :meth:`due`.
     """
 
-    def __init__(self, machine: Machine, timeout: float | None, stall: float | None) -> None:
+    def __init__(self, machine: Sampled, timeout: float | None, stall: float | None) -> None:
         self._machine = machine
         self._stall = stall
         now = time.monotonic()

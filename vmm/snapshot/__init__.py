@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm import imported_when_used
+from vmm.lazy_names import imported_when_used
 
 if TYPE_CHECKING:
     from vmm.errors import SnapshotError as SnapshotError

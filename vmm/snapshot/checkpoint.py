@@ -12,10 +12,11 @@ from vmm._ffi import check, ffi, lib
 from vmm.errors import StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from vmm.console import Console
     from vmm.devices.device import Device
-    from vmm.machine import Machine
 
 
 NOTHING = {"version": 1}  # what a device has to say that remembers nothing
@@ -25,23 +26,26 @@ class Checkpoint:
     """What :meth:`vmm.Machine.checkpoint` answers; :meth:`vmm.Machine.rollback` goes back to it, any number of times.
 
     It holds a copy of the memory the guest had touched: :meth:`close` it, or use it as a context manager. It ends with
-    its machine.
+    its machine. ``vm`` is the native machine, which is held; ``closed(checkpoint)`` is called by :meth:`close`.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine: Machine | None = machine
+    def __init__(
+        self, vm: Any, devices: Sequence[Device], console: Console, *, closed: Callable[[Checkpoint], None]
+    ) -> None:
+        self._when_closed: Callable[[Checkpoint], None] | None = closed
+        self._console = console
         self._native: Any = None
         self._disks: list[Any] = []
         self.pages = 0
         """Pages that the last roll-back copied."""
         try:
             # Devices finish what is in flight, and write memory for it: before anything else.
-            states = [(device, device.capture()) for device in machine.devices]
+            states = [(device, device.capture()) for device in devices]
             self._states: list[tuple[Device, Any]] = [(device, state) for device, state in states if state != NOTHING]
-            self._input = machine.console.pending()
-            self._disks = [undo for device in machine.devices if (undo := device.checkpoint()) is not None]
+            self._input = console.pending()
+            self._disks = [undo for device in devices if (undo := device.checkpoint()) is not None]
             out = ffi.new("vmm_checkpoint **")
-            check(lib.vmm_checkpoint_create(machine.native, out))
+            check(lib.vmm_checkpoint_create(vm, out))
             self._native = out[0]
         except BaseException:
             self.close()
@@ -49,7 +53,7 @@ class Checkpoint:
 
     def restore(self) -> None:
         """Put the machine, which does not run, back. For :meth:`vmm.Machine.rollback`."""
-        if self._native is None or self._machine is None:
+        if self._native is None:
             raise StateError("the checkpoint is closed: make another")
         # A device forgets what is in flight, which may still have written memory; it drives the lines of the chips.
         for device, state in self._states:
@@ -57,7 +61,7 @@ class Checkpoint:
         self.pages = check(lib.vmm_checkpoint_restore_memory(self._native))
         for undo in self._disks:
             undo.rollback()
-        self._machine.console.rewind(self._input)
+        self._console.rewind(self._input)
         check(lib.vmm_checkpoint_restore_processors(self._native))
 
     @property
@@ -73,9 +77,9 @@ class Checkpoint:
         disks, self._disks = self._disks, []
         for undo in disks:
             undo.close()
-        if self._machine is not None:
-            self._machine.forget(self)
-            self._machine = None
+        when_closed, self._when_closed = self._when_closed, None
+        if when_closed is not None:
+            when_closed(self)
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -8,14 +8,14 @@ file, which they share: whichever takes less memory.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmm._ffi import check, ffi, lib
 from vmm.errors import ConfigError, StateError
 from vmm.memory import runs_of
 from vmm.snapshot import clock as clocks
 from vmm.snapshot import identity
-from vmm.snapshot.origin import Origin, describe
+from vmm.snapshot.origin import Origin
 from vmm.snapshot.regions import PAGE, Ram, bitmap_size, checksums_size, pages_not_zero, words
 
 if TYPE_CHECKING:
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vmm.config import MachineConfig
-    from vmm.machine import Machine
     from vmm.memory import GuestMemory
     from vmm.parts import Net
+    from vmm.snapshot.subject import Restorable, Stateful
+
+if TYPE_CHECKING:
+    M = TypeVar("M", bound=Restorable)
 
 # How it is used that goes for a clone as well; a debugger's port and the console's place are the original's.
 _USES = ("timeout", "stall", "symbols", "screen", "reboot")
@@ -33,11 +36,11 @@ _USES = ("timeout", "stall", "symbols", "screen", "reboot")
 _AT_ONCE = 4  # more gain nothing: the state of a machine is taken up by Python
 
 
-class Mould:
+class CloneSource:
     """A machine as it is now, which is held meanwhile, for ``n`` clones: ``origin`` and :meth:`config` for each, then
     :meth:`finish`. :meth:`close` it when they are made. Raises StateError for a machine that cannot be cloned."""
 
-    def __init__(self, machine: Machine, n: int, clock: str) -> None:
+    def __init__(self, machine: Stateful, symbols: str | None, n: int, clock: str) -> None:
         clocks.advances(clock)
         self._clock = clock
         if n < 1:
@@ -50,8 +53,8 @@ class Mould:
         self._state = machine.save()  # before memory: devices let go of what they have in flight
         try:
             files, self._changed = self._share(machine.memory, n)
-            self.origin = Origin(describe(machine), files=files)
-            self.origin.symbols = machine.entry.symbols if machine.entry else None
+            self.origin = Origin(machine.describe(), files=files)
+            self.origin.symbols = symbols
             if machine.config.disks:
                 from vmm.snapshot.disks import FrozenDisks
 
@@ -73,13 +76,13 @@ class Mould:
             config = config.with_(vsock=config.vsock.with_(path=f"{config.vsock.path}.{config.vsock.cid}"))
         return config
 
-    def finish(self, clone: Machine, *, renew: bool = True) -> None:
+    def finish(self, clone: Restorable, *, renew: bool = True) -> None:
         """Have a machine that was made with ``origin`` take up the rest; it is closed when it cannot. ``renew``: it is
         another machine to its guest."""
         try:
             for gpa, data in self._changed:
                 clone.memory.write(gpa, data)
-            clone.load_state(self._state, clock=self._clock)
+            clone.timeline.load(self._state, clock=self._clock)
             if renew:
                 identity.renew(clone)
         except ValueError as error:
@@ -114,7 +117,7 @@ class Mould:
         if self._disks is not None:
             self._disks.close()
 
-    def __enter__(self) -> Mould:
+    def __enter__(self) -> CloneSource:
         return self
 
     def __exit__(
@@ -123,7 +126,7 @@ class Mould:
         self.close()
 
 
-def make_together(make: Callable[[int], Machine], n: int) -> list[Machine]:
+def make_together(make: Callable[[int], M], n: int) -> list[M]:
     """``n`` machines, some at a time: most of what one takes is waiting, for grace periods of the kernel's. All or
     none: raises what ``make`` raised first."""
     from concurrent.futures import ThreadPoolExecutor

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.config import MachineConfig
-    from vmm.machine import Machine
+    from vmm.snapshot.subject import Restorable
 
 KINDS = ("new", "same")
 
@@ -40,7 +40,7 @@ def another(config: MachineConfig, given: Mapping[str, Any]) -> MachineConfig:
     return config.with_(nets=nets, vsock=vsock)
 
 
-def renew(machine: Machine) -> None:
+def renew(machine: Restorable) -> None:
     """Let a machine that has taken up another's state, and does not run yet, be the one its configuration names.
 
     A socket device sees to itself: it compares its context id with the one it finds in the state.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vmm.errors import ConfigError, VmmError
 from vmm.snapshot.replacement import remove
@@ -20,7 +20,16 @@ from vmm.snapshot.series import Series
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.machine import Machine
+    from vmm.snapshot.reading import Snapshot
+    from vmm.snapshot.subject import Stateful
+
+    class Snapshotted(Stateful, Protocol):
+        """A machine of which snapshots are written."""
+
+        def snapshot(
+            self, path: str | os.PathLike[str], *, differential: bool, series: Series | None = None
+        ) -> Snapshot: ...
+
 
 _DIGITS = 8
 
@@ -33,16 +42,20 @@ class Keeper:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Snapshotted,
+        stop_fd: int,
         directory: str | os.PathLike[str],
         every: float,
         retain: int,
         tell: Callable[[str], object],
+        migrating: Callable[[], bool],
     ) -> None:
         if not 0 < every < 1e9 or retain < 1:
             raise ConfigError(f"a snapshot every {every} s, {retain} of them kept: give numbers greater than 0")
         self._machine = machine
+        self._stop_fd = stop_fd
         self._tell = tell
+        self._migrating = migrating
         self.directory = os.path.abspath(directory)
         self._every = every
         self._retain = retain
@@ -60,9 +73,9 @@ class Keeper:
 
     def _run(self) -> None:
         while not self._over.wait(self._every):
-            if select.select([self._machine.stop_fd], [], [], 0)[0]:
+            if select.select([self._stop_fd], [], [], 0)[0]:
                 return  # it has ended
-            if self._machine.migration is not None:
+            if self._migrating():
                 continue
             try:
                 self.take()
@@ -94,7 +107,7 @@ class Keeper:
                 remove(os.path.join(self.directory, name))
 
     def stop(self) -> None:
-        """No more; those there are stay. Twice is fine."""
+        """Stop and wait for the thread; the snapshots stay. Idempotent."""
         self._over.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()

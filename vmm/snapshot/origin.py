@@ -11,9 +11,10 @@ from vmm.snapshot import description as descriptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from vmm.cpu.cpuid import CpuidTable
     from vmm.devices.device import State
-    from vmm.machine import Machine
     from vmm.parts import Disk
+    from vmm.snapshot.subject import Bootable
 
 VERSION = 2
 
@@ -105,18 +106,20 @@ class Origin:
         return self._was.with_(**{**given, **self.described.place(given, ready or {}, based or {}, why)})
 
 
-def describe(machine: Machine) -> State:
-    """What must be the same for the guest wherever the machine goes on, as a plain value."""
-    machine.load()
-    assert machine.entry is not None
+def describe(config: MachineConfig, booted: Bootable, disk_sizes: list[int], cpuid: CpuidTable) -> State:
+    """Return what must be the same for the guest wherever the machine goes on, as a plain value.
+
+    ``disk_sizes`` are in bytes. An image that is not loaded yet is loaded: the command line is known only then.
+    """
+    entry = booted.load()
     return {
         "version": VERSION,
-        **descriptions.describe(machine.config, [disk.size for disk in machine.disks]),
-        "kind": machine.kind,
-        "merge_ticks": machine.merge_ticks,
-        "command_line": machine.command_line,
-        "mode": machine.entry.mode,
-        "cpuid": machine.cpuid.value(),
+        **descriptions.describe(config, disk_sizes),
+        "kind": booted.kind,
+        "merge_ticks": booted.merge_ticks,
+        "command_line": booted.command_line,
+        "mode": entry.mode,
+        "cpuid": cpuid.value(),
     }
 
 

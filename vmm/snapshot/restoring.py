@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vmm.config import MachineConfig
-    from vmm.machine import Attendant, Machine
     from vmm.snapshot.disks import SavedDisks
     from vmm.snapshot.lazy import LazyMemory
+    from vmm.snapshot.subject import BackgroundTask, Restorable
 
 SERVED = "unix:"  # begins the name of a socket in place of a directory
 
@@ -45,7 +45,7 @@ class Prepared:
         """
         return self.origin.config(given)
 
-    def finish(self, machine: Machine, clock: str) -> LazyMemory | None:
+    def finish(self, machine: Restorable, clock: str) -> LazyMemory | None:
         """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot, or must not.
 
         Answers its memory, where that is still to come.
@@ -54,7 +54,7 @@ class Prepared:
             if self._saved is not None:
                 self._saved.verify(machine.config.disks, machine.disks)
             later = self.fill(machine)
-            machine.load_state(self._machine_state, clock=clock)
+            machine.timeline.load(self._machine_state, clock=clock)
         except ValueError as error:
             machine.close()
             raise SnapshotError(f"{self._name} does not fit: {error}") from None
@@ -63,11 +63,11 @@ class Prepared:
             raise
         return later
 
-    def fill(self, machine: Machine) -> LazyMemory | None:
+    def fill(self, machine: Restorable) -> LazyMemory | None:
         """Bring the memory, or have it come."""
         raise NotImplementedError
 
-    def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> Attendant | None:
+    def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> BackgroundTask | None:
         """Who is to look after the memory that :meth:`finish` answered; ``tell`` is told what a person should know."""
         return None
 
@@ -127,7 +127,7 @@ class _Local(Prepared):
             raise SnapshotError(f"{self._name}: {error}") from None
         return self.origin.config(given, ready=saved.ready, based=saved.based)
 
-    def finish(self, machine: Machine, clock: str) -> LazyMemory | None:
+    def finish(self, machine: Restorable, clock: str) -> LazyMemory | None:
         try:
             memory = super().finish(machine, clock)
         except SnapshotError:
@@ -168,7 +168,7 @@ class _Mapped(_Local):
         fd = snapshot.layers[0].memory_fd
         super().__init__(snapshot, check, [(fd, region.offset) for region in snapshot.regions])
 
-    def fill(self, machine: Machine) -> None:
+    def fill(self, machine: Restorable) -> None:
         self._snapshot.overlay(machine.memory.view)
 
 
@@ -178,7 +178,7 @@ class _Later(_Local):
     def __init__(self, snapshot: Snapshot, check: bool) -> None:
         super().__init__(snapshot, check, None)
 
-    def fill(self, machine: Machine) -> LazyMemory:
+    def fill(self, machine: Restorable) -> LazyMemory:
         from vmm.snapshot import working_set
         from vmm.snapshot.lazy import LazyMemory
 
@@ -207,7 +207,7 @@ class _Remote(Prepared):
     def config(self, given: dict[str, Any]) -> MachineConfig:
         return self.origin.config(given, why="is not served, as only memory is,")
 
-    def fill(self, machine: Machine) -> LazyMemory:
+    def fill(self, machine: Restorable) -> LazyMemory:
         from vmm.snapshot.lazy import LazyMemory
 
         memory = LazyMemory(machine.native, machine.memory)
@@ -217,10 +217,10 @@ class _Remote(Prepared):
         memory.start()
         return memory
 
-    def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> Attendant | None:
-        from vmm.snapshot.serving import Regaining
+    def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> BackgroundTask | None:
+        from vmm.snapshot.serving import Reconnection
 
-        return Regaining(memory, self._path, self._what, tell) if memory and self._path else None
+        return Reconnection(memory, self._path, self._what, tell) if memory and self._path else None
 
     def close(self) -> None:
         if self._path:

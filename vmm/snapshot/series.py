@@ -7,15 +7,14 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from vmm.errors import SnapshotError
-from vmm.snapshot.origin import describe
 from vmm.snapshot.reading import Snapshot, read
 from vmm.snapshot.regions import Ram
 from vmm.snapshot.writing import beside, write
 
 if TYPE_CHECKING:
     from vmm.devices.device import State
-    from vmm.machine import Machine
     from vmm.memory import DirtyLog
+    from vmm.snapshot.subject import Stateful
 
 VERSION = 1
 
@@ -23,7 +22,7 @@ VERSION = 1
 class Series:
     """Writes snapshots of a machine, and knows which pages were written since the last that others may build on."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Stateful) -> None:
         self._machine = machine
         self._log: DirtyLog | None = None
         self._last: tuple[str, bytes] | None = None  # path and id
@@ -85,6 +84,6 @@ class Series:
             self._log = None
 
 
-def state_of(machine: Machine) -> State:
+def state_of(machine: Stateful) -> State:
     """What a snapshot has beside memory and disks, as a plain value."""
-    return {"version": VERSION, "description": describe(machine), "machine": machine.save(), "disks": []}
+    return {"version": VERSION, "description": machine.describe(), "machine": machine.save(), "disks": []}

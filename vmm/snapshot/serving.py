@@ -101,7 +101,7 @@ def _holder(regions: tuple[Region, ...], gpa: int) -> Region:
     raise ValueError(f"{gpa:#x} is not the address of a page")
 
 
-class Door:
+class PageListener:
     """A UNIX socket at ``path``, its owner's alone, where machines come for a snapshot. A context manager.
 
     Raises :class:`~vmm.errors.ConfigError` when it cannot be there.
@@ -130,7 +130,7 @@ class Door:
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._named.close()
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> PageListener:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,7 +141,7 @@ class Door:
 
 
 def connect(path: str) -> socket.socket:
-    """A connection to the :class:`Door` at ``path``. Raises :class:`~vmm.errors.SnapshotError`."""
+    """A connection to the :class:`PageListener` at ``path``. Raises :class:`~vmm.errors.SnapshotError`."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(_ANSWERS)
@@ -152,7 +152,7 @@ def connect(path: str) -> socket.socket:
     return connection
 
 
-class Regaining:
+class Reconnection:
     """Finds the server again when it is lost, as long as pages are to come: the guest waits meanwhile.
 
     ``what`` was received at first: another snapshot is not taken in its place. ``tell`` is told what a person should
@@ -197,7 +197,7 @@ class Regaining:
             self._tell(text)
 
     def stop(self) -> None:
-        """No more. Twice is fine."""
+        """Stop and wait for the thread. Idempotent."""
         os.eventfd_write(self._stop, 1)
         self._thread.join()
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmm.testing.ring import Bus, Ring
+    from vmm.testing.rings import Ring
+    from vmm.testing.transport import Bus
 
 _MMIO = 1
 COMMAND, CAPABILITIES, BAR0 = 0x04, 0x34, 0x10

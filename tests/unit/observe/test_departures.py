@@ -10,8 +10,8 @@ import pytest
 from vmm.cpu.paging import Paging
 from vmm.observe import departures
 from vmm.observe.processor import Processor
+from vmm.observe.samples import Sample
 from vmm.observe.symbols import Symbols
-from vmm.observe.watch import Sample
 
 AT = 0x1000
 REGISTERS = dict.fromkeys(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from vmm.cpu.paging import Paging
 from vmm.observe import faults
 from vmm.observe.descriptors import delivery
-from vmm.observe.diagnose import CAUSES
 from vmm.observe.processor import Processor
+from vmm.observe.verdict import CAUSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.observe import linux
-from vmm.observe.diagnose import CAUSES
 from vmm.observe.linux import Guest, Virtio
+from vmm.observe.verdict import CAUSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.observe.diagnose import Diagnosis
+    from vmm.observe.verdict import Diagnosis
 
 DISK = Virtio("virtio-blk0", 2, ("ACKNOWLEDGE", "DRIVER", "FEATURES_OK", "DRIVER_OK"), used=True)
 UNFOUND, UNTAKEN = DISK._replace(status=(), used=False), DISK._replace(status=("ACKNOWLEDGE",), used=False)

@@ -1,0 +1,77 @@
+"""What snapshots and clones need of a machine. :class:`vmm.Machine` has all of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmm.boot.entry import Entry
+    from vmm.config import MachineConfig
+    from vmm.devices.device import State
+    from vmm.devices.generation_id import GenerationId
+    from vmm.devices.virtio.blk import Blk
+    from vmm.devices.virtio.device import VirtioDevice
+    from vmm.memory import GuestMemory
+
+
+class Bootable(Protocol):
+    """What is known of how a machine was booted."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def merge_ticks(self) -> bool: ...
+    @property
+    def command_line(self) -> str: ...
+    def load(self) -> Entry: ...
+
+
+class Stateful(Protocol):
+    """A machine whose state is taken; it is held meanwhile."""
+
+    @property
+    def config(self) -> MachineConfig: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def disks(self) -> Sequence[Blk]: ...
+    def describe(self) -> State: ...
+    def save(self) -> State: ...
+
+
+class Loadable(Protocol):
+    """What puts a state into a machine."""
+
+    def load(self, state: State, *, clock: str) -> None: ...
+
+
+class Restorable(Protocol):
+    """A new machine that takes up a state, and does not run yet."""
+
+    @property
+    def config(self) -> MachineConfig: ...
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def disks(self) -> Sequence[Blk]: ...
+    @property
+    def virtio(self) -> Sequence[VirtioDevice]: ...
+    @property
+    def generation_id(self) -> GenerationId: ...
+    @property
+    def notes(self) -> list[str]: ...
+    @property
+    def native(self) -> Any: ...
+    @property
+    def timeline(self) -> Loadable: ...
+    def close(self) -> None: ...
+
+
+class BackgroundTask(Protocol):
+    """Something that runs beside a machine on a thread of its own."""
+
+    def stop(self) -> None:
+        """Stop and wait for the thread. Idempotent."""
+        ...
