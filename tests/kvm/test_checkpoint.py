@@ -162,14 +162,14 @@ def test_a_guest_that_ends_while_it_is_rolled_back_has_the_outcome_of_its_end(
     checkpoint = machine.checkpoint()
     start = machine.vcpus[0].registers()["rip"]
     machine.start()
-    pause = machine.pause
+    pause = machine.vm.pause
 
     def just_too_late() -> None:
         machine.memory.write(HEAP, b"\1")
         assert select.select([machine.stop_fd], [], [], 10)[0]
         pause()
 
-    monkeypatch.setattr(machine, "pause", just_too_late)
+    monkeypatch.setattr(machine.vm, "pause", just_too_late)
     machine.rollback(checkpoint)
     assert machine.outcome is not None
     assert machine.outcome.reason == "debug-exit"
@@ -256,7 +256,7 @@ def test_page_tables_that_went_back_are_those_the_guest_is_translated_by() -> No
     look = bytes.fromhex("8b06 8903 e610")  # mov eax, [rsi]; mov [rbx], eax; out 0x10, al
     remap = b"\x48\xc7\x04\x25" + table.to_bytes(4, "little") + (second | 7).to_bytes(4, "little")  # mov qword [table]
     guest = TinyGuest("/dev/kvm")
-    check(lib.vmm_compat_enable(guest.vm, host.check("/dev/kvm", MachineConfig()).remedies & host.SHADOW))
+    check(lib.vmm_compat_enable(guest.vm, host.check("/dev/kvm", MachineConfig()).remedies & lib.VMM_COMPAT_SHADOW))
     made = ffi.new("vmm_checkpoint **")
     try:
         for gpa, value in ((0x3008, table | 7), (table, first | 7), (first, 1), (second, 2)):

@@ -13,6 +13,7 @@ from test_migrate import Arriving
 from vmm._ffi import lib
 from vmm.errors import ConfigError, HostError
 from vmm.machine import Machine
+from vmm.machine.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,16 +103,16 @@ def running(guest: Callable[[str], str]) -> Iterator[Callable[..., Machine]]:
 @pytest.fixture
 def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Has :meth:`Machine.save` give a state whose clocks are so many seconds further than they were."""
-    real = Machine.save
+    real = Timeline.save
 
     def change(**seconds: int) -> None:
-        def save(machine: Machine) -> dict[str, Any]:
-            state = real(machine)
+        def save(timeline: Timeline) -> dict[str, Any]:
+            state = real(timeline)
             for name, more in seconds.items():
                 state["processors"]["chips"][name] += more * NS
             return state
 
-        monkeypatch.setattr(Machine, "save", save)
+        monkeypatch.setattr(Timeline, "save", save)
 
     return change
 

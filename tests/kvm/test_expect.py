@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vmm._ffi import lib
-from vmm.console import OVERLAP, Console, _Search
+from vmm.console.guest_end import OVERLAP, Console, _Search
 from vmm.errors import ConfigError, ConsoleTimeout, StateError
 from vmm.machine import Machine
 

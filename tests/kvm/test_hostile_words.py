@@ -150,12 +150,12 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_time_limit_holds_while_a_guest_that_has_ended_is_looked_at(tmp_path: Path) -> None:
-    from vmm.cli.boot import LOOKING_LEAST, Run
+    from vmm.cli.run_limits import LOOKING_LEAST, RunLimits
 
     with Machine(kernel=kernel(tmp_path, DIE), kind="linux64", memory="32M", rng=False) as machine:
         machine.run(timeout=60)
         for timeout, most in ((None, 40.0), (0.0, LOOKING_LEAST), (15.0, 15.0)):
-            with Run(timeout).looking(machine), machine.looking() as budget:
+            with RunLimits(timeout).looking(machine), machine.looking() as budget:
                 assert budget.within <= most
                 assert budget.within > most - 5
 
@@ -194,7 +194,7 @@ def test_screens_diagnoses_and_messages_are_harmless(dead: Machine) -> None:
     assert "evil" in found.sentence
     for text in (report(dead, dead.outcome), brief(dead, dead.outcome), found.sentence, *found.evidence):
         assert harmless(text), text
-    dead._message(f"a device says {NAME}")
+    dead.log.add(f"a device says {NAME}")
     assert "evil" in dead.messages[-1]
     assert harmless(dead.messages[-1])
 
@@ -246,7 +246,7 @@ def test_a_failed_test_s_report_is_harmless(dead: Machine) -> None:
 def test_errors_and_last_words_of_commands_are_harmless(capfd: pytest.CaptureFixture[str]) -> None:
     from vmm import slow_reader
     from vmm.cli import main
-    from vmm.console_host import HostEnd
+    from vmm.console.host_end import HostEnd
 
     HostEnd().say(NAME)
     slow_reader.report(f"pyvmm: {OBEYED.decode(errors='replace')}\n")

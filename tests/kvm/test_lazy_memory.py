@@ -244,7 +244,7 @@ def test_a_guest_waits_while_the_server_is_gone_and_goes_on_with_another(path: P
             time.sleep(0.05)
             assert memory.statistics()["missing"] == missing > 0
             with server(path / "top", path / "door"), call(path / "door") as again:
-                from vmm.snapshot.serving import receive
+                from vmm.snapshot.fetching import receive
 
                 receive(again)
                 memory.connect(again)

@@ -13,7 +13,7 @@ import pytest
 from vmm import migrate
 from vmm.errors import ConfigError, MigrationError, StateError
 from vmm.machine import Machine
-from vmm.migrate import source
+from vmm.migrate import precopy
 from vmm.testing.ring import VirtioDriver
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def test_only_pages_that_hold_something_are_sent(running: Callable[..., Machine]
 def test_a_guest_that_writes_faster_than_the_link_is_held_back(
     running: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "ROUNDS_MAX", 6)
+    monkeypatch.setattr(precopy, "ROUNDS_MAX", 6)
     machine = running("pages=64 tsc_jump=20000 jump=20000")
     there = Arriving(f"unix:{tmp_path}/there")
     shares: list[float] = []
@@ -140,18 +140,18 @@ def test_the_brake_leaves_a_guest_less_of_its_time_until_it_is_let_go(running: C
             enough.release()
             return super().wait(timeout)
 
-    with source.Brake(machine) as brake:
+    with precopy.Brake(machine) as brake:
         brake._end = End()
         for _ in range(30):
             brake.press()
-        assert brake.share == source.SHARE_MIN
+        assert brake.share == precopy.SHARE_MIN
         begun = len(waits)
         for _ in range(begun + 22):
             assert enough.acquire(timeout=30)
     assert not machine.paused
     last = waits[begun + 2 : begun + 22]  # ten slices of time since it was pressed to the end
     held, ran = (sum(seconds for stood, seconds in last if stood == which) for which in (True, False))
-    assert held / (held + ran) == pytest.approx(1 - source.SHARE_MIN)
+    assert held / (held + ran) == pytest.approx(1 - precopy.SHARE_MIN)
     assert has_passed(machine)
 
 

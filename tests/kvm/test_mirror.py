@@ -17,7 +17,7 @@ from vmm import migrate
 from vmm.devices.virtio.blk import Blk
 from vmm.errors import ConfigError, HostError, MigrationError, StateError
 from vmm.machine import Machine
-from vmm.migrate import mirror, source
+from vmm.migrate import mirror, precopy
 from vmm.parts import Disk
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def test_what_the_guest_sees_goes_over_whatever_the_disk_is_made_of(
 def test_a_guest_that_writes_faster_than_the_link_is_held_back(
     writing: Callable[..., Machine], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "ROUNDS_MAX", 6)
+    monkeypatch.setattr(precopy, "ROUNDS_MAX", 6)
     machine = writing(f"{image}")
     there = Arriving(f"unix:{tmp_path}/socket", disks_in=into(tmp_path))
     seen: list[migrate.Progress] = []

@@ -74,6 +74,7 @@ def test_a_machine_s_memory_is_read_through_the_tables_it_runs_on(guest: GuestPa
         vcpu = machine.vcpus[0]
         rip = vcpu.registers()["rip"]
         found = vcpu.memory.walk(rip, "fetch")
+        assert isinstance(found, Translation)
         assert [entry.level for entry in found.entries] == ["PML4E", "PDPTE", "PDE"]
         assert found.gpa == vcpu.translate(rip) == rip  # identity mapped
         assert vcpu.memory.read(rip, 16) == machine.memory.read(rip, 16)

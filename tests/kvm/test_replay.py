@@ -16,7 +16,7 @@ from vmm.machine import Machine
 from vmm.observe import replay
 from vmm.observe.diagnose import diagnose
 from vmm.observe.postmortem import report
-from vmm.outcome import Outcome
+from vmm.outcome import Outcome, Replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,9 +93,9 @@ def test_registers_are_found_after_the_machine_is_closed(guest: GuestPath) -> No
 def test_nothing_is_replayed_before_somebody_asks() -> None:
     asked = []
 
-    def ask() -> replay.Replayed:
+    def ask() -> Replayed:
         asked.append(1)
-        return replay.Replayed({"rip": 7}, 32, UD2)
+        return Replayed({"rip": 7}, 32, UD2)
 
     outcome = Outcome("triple-fault", registers={"rip": 0xFFF0}, bits=16)
     outcome.seek(ask)

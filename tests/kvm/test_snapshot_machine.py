@@ -127,9 +127,9 @@ def test_only_uses_and_places_are_given_anew(flat: Callable[..., Machine], tmp_p
 
 def test_features_this_host_lacks_are_named(flat: Callable[..., Machine], tmp_path: Path) -> None:
     machine = flat(EXIT)
-    from vmm.snapshot.origin import Origin, describe
+    from vmm.snapshot.origin import Origin
 
-    described = describe(machine)
+    described = machine.describe()
     leaf = next(row for row in described["cpuid"] if row[0] == 0x80000001)
     absent = next(bit for bit in range(32) if not leaf[5] >> bit & 1)
     leaf[5] |= 1 << absent

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmm import Machine
-from vmm.console import HIGH_WATER, Console
+from vmm.console.guest_end import HIGH_WATER, Console
 from vmm.devices.virtio.balloon import Balloon
 from vmm.devices.virtio.blk import Blk
 from vmm.devices.virtio.console import VirtioConsole

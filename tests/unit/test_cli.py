@@ -12,7 +12,7 @@ import pytest
 
 import vmm
 from vmm.cli import COMMANDS
-from vmm.cli.boot import DEFAULTS, FLAGS, _plain_arguments, arguments, configure, given_fields
+from vmm.cli.boot_arguments import DEFAULTS, FLAGS, _plain_arguments, arguments, configure, given_fields
 from vmm.config import FIELDS, MachineConfig
 from vmm.errors import ConfigError, HostError
 from vmm.machine import Machine
@@ -267,7 +267,7 @@ def test_a_machine_file_boots(files: Path) -> None:
     ],
 )
 def test_the_quick_reading_of_a_command_line_agrees_with_argparse(words: str) -> None:
-    from vmm.cli.boot import _parser
+    from vmm.cli.boot_arguments import _parser
 
     quick = _plain_arguments(words.split())
     assert quick is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmm.cli import merge, migrate, profile, receive, restore, serve, snapshot, standby, trace
-from vmm.cli.boot import FLAGS
+from vmm.cli.boot_arguments import FLAGS
 from vmm.observe.verdict import CAUSES
 from vmm.outcome import REASONS
 

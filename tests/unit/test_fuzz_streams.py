@@ -17,6 +17,7 @@ from mutation import mutated, replaced, run
 
 from vmm.config import MachineConfig
 from vmm.disk import overlay
+from vmm.disk.image import OVERLAY_MAGIC
 from vmm.errors import ConfigError, MigrationError, SnapshotError
 from vmm.migrate import destination, wire
 from vmm.migrate.wire import Channel, Kind
@@ -158,7 +159,7 @@ def test_any_bytes_are_frames_or_refused() -> None:
 
 def test_any_header_of_an_overlay_is_read_or_refused() -> None:
     def header(*numbers: int) -> bytes:
-        packed = struct.pack(overlay._HEADER, overlay.MAGIC, overlay.VERSION, overlay.CLUSTER, *numbers)
+        packed = struct.pack(overlay._HEADER, OVERLAY_MAGIC, overlay.VERSION, overlay.CLUSTER, *numbers)
         return packed + struct.pack("<I", zlib.crc32(packed)) + bytes(32)
 
     corpus = [

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmm import host
+from vmm.cache_root import cache_root
 from vmm.cpu.findings import Findings
+from vmm.host import known
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,13 +67,13 @@ def probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("PYVMM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("vmm.cpu.probe.probe", probe)
-    monkeypatch.setattr(host, "_known", {})
+    monkeypatch.setattr(known, "_known", {})
     return made
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be a new process."""
-    monkeypatch.setattr(host, "_known", {})
+    monkeypatch.setattr(known, "_known", {})
 
 
 def test_a_probe_is_made_once_for_one_kvm(probes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_another_kvm_is_probed(probes: list[str], monkeypatch: pytest.MonkeyPatc
     host.findings("/dev/null")
     for text in ("6.1.0 #2 kvm kvm_amd npt=N", "6.1.0 #2 kvm kvm_amd npt=Y"):
         forget(monkeypatch)
-        monkeypatch.setattr(host, "identity", lambda text=text: text)
+        monkeypatch.setattr(known, "identity", lambda text=text: text)
         host.findings("/dev/null")
         forget(monkeypatch)
         host.findings("/dev/null")
@@ -96,8 +98,8 @@ def test_another_kvm_is_probed(probes: list[str], monkeypatch: pytest.MonkeyPatc
 
 def test_a_damaged_cache_costs_a_probe(probes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     host.findings("/dev/null")
-    (file,) = os.listdir(host.cache_folder())
-    with open(os.path.join(host.cache_folder(), file), "w") as cache:
+    (file,) = os.listdir(cache_root())
+    with open(os.path.join(cache_root(), file), "w") as cache:
         cache.write(f"{host.identity()}\nnative=maybe")
     forget(monkeypatch)
     assert host.findings("/dev/null").missing == ["popcnt"]

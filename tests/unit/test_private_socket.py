@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vmm import console_host, control
+from vmm import control
+from vmm.console import host_end
 from vmm.devices.virtio import vsock
 from vmm.errors import ConfigError
 from vmm.migrate.address import Address, Listener
@@ -52,12 +53,12 @@ class _Snapshot:
 
 LISTENERS: dict[str, Callable[[str], Any]] = {
     "private": lambda path: PrivateSocket(path, "cannot listen"),
-    "console": console_host.Unix,
+    "console": host_end.Unix,
     "control": lambda path: control.Control(_Machine(), path),  # type: ignore[arg-type]
     "gdb": lambda path: GdbServer(_Machine(), path),  # type: ignore[arg-type]
     "migration": lambda path: Listener(Address.parse(f"unix:{path}"), None),
     "net": _link,
-    "serve": lambda path: serving.Door(_Snapshot(), path),  # type: ignore[arg-type]
+    "serve": lambda path: serving.PageListener(_Snapshot(), path),  # type: ignore[arg-type]
     "vsock": vsock._listen,
 }
 

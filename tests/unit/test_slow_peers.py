@@ -12,7 +12,7 @@ from vmm import control
 from vmm.control import CLIENTS_MAX, Control, ask
 from vmm.deadline import Deadline, receive, send
 from vmm.errors import SnapshotError
-from vmm.snapshot import records, serving
+from vmm.snapshot import fetching, records, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,15 +109,15 @@ def test_requests_may_come_together_and_be_cut_anywhere(listening: Control, path
 
 
 def test_a_server_that_sends_its_records_byte_by_byte_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_ANSWERS", 0.3)
-    monkeypatch.setattr(serving, "_SLOWEST", 1 << 40)
+    monkeypatch.setattr(fetching, "ANSWERS", 0.3)
+    monkeypatch.setattr(fetching, "SLOWEST", 1 << 40)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall((1 << 20).to_bytes(8, "little"))
         dripping = threading.Thread(target=drip_until_closed, args=(theirs, 10_000))
         dripping.start()
         with pytest.raises(SnapshotError, match="cannot be read"):
-            serving.receive(ours)
+            fetching.receive(ours)
         ours.close()
         dripping.join()
 
@@ -127,12 +127,12 @@ def test_a_server_that_announces_too_much_is_refused() -> None:
     with ours, theirs:
         theirs.sendall((records.SIZE_MAX + 1).to_bytes(8, "little"))
         with pytest.raises(SnapshotError, match="it serves no snapshot"):
-            serving.receive(ours)
+            fetching.receive(ours)
 
 
 def test_a_reader_of_pages_that_takes_them_byte_by_byte_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "_READER_SECONDS", 0.3)
-    monkeypatch.setattr(serving, "_SLOWEST", 1 << 40)
+    monkeypatch.setattr(serving, "SLOWEST", 1 << 40)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

@@ -17,6 +17,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vmm.boot.image import Image
+from vmm.cache_root import cache_root
 from vmm.errors import ImageError
 
 if TYPE_CHECKING:
@@ -32,12 +33,8 @@ _STALE_TEMPORARY_NS = 3600 * 1_000_000_000
 
 
 def directory() -> str:
-    """$PYVMM_CACHE, or pyvmm under $XDG_CACHE_HOME or ~/.cache; with the part of it that is ours."""
-    root = os.environ.get("PYVMM_CACHE")
-    if not root:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        root = os.path.join(base, "pyvmm")
-    return os.path.join(root, "kernels")
+    """Return the directory of unpacked kernels; it need not exist yet."""
+    return os.path.join(cache_root(), "kernels")
 
 
 def key_of_payload(data: BytesLike) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from vmm.console_host import HostEnd
+    from vmm.console.host_end import HostEnd
     from vmm.machine import Machine
 
 

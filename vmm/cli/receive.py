@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vmm.cli import boot, command_parser
+from vmm.cli.boot_arguments import DEFAULTS, FLAGS
 from vmm.cli.migrate import add_tls, tls_files
 from vmm.cli.restore import add_clock
 from vmm.config import FIELDS
@@ -28,7 +29,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     """For a command that waits for a machine."""
     parser = command_parser(name, description=description)
     parser.add_argument("listen", metavar="LISTEN", help="unix:PATH or tcp:HOST:PORT (0: any port)")
-    for flag, (name, how) in boot.FLAGS.items():
+    for flag, (name, how) in FLAGS.items():
         if name in (*USES, *PLACES) and name != "reboot":
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
     parser.add_argument("--fence", metavar="FILE", help="the source's fence, a file that both sides see")
@@ -49,7 +50,7 @@ def receive(given: dict[str, Any], *, standby: bool = False) -> int:
     from vmm.errors import ConfigError
     from vmm.migrate import Receiver, Tls
 
-    fields: dict[str, Any] = {**boot.DEFAULTS}
+    fields: dict[str, Any] = {**DEFAULTS}
     fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
     files = tls_files(given)
     if files and len(files) < 3:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm.cli import boot, command_parser
+from vmm.cli.boot_arguments import DEFAULTS, FLAGS
 from vmm.config import FIELDS
 from vmm.errors import ConfigError
 from vmm.snapshot import clock, identity
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="as --later, and keep in DIR which pages were touched first, for the next time",
     )
-    for flag, (name, how) in boot.FLAGS.items():
+    for flag, (name, how) in FLAGS.items():
         if name in (*USES, *PLACES) and name not in ("reboot", "huge_pages"):
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
     parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
@@ -76,7 +77,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError("--check and --record are for a snapshot's directory: use them where that is")
     if given["check"]:
         return _check(given["directory"])
-    fields: dict[str, Any] = {**boot.DEFAULTS}
+    fields: dict[str, Any] = {**DEFAULTS}
     fields.update((name, given[name]) for name in (*USES, *PLACES) if given.get(name) is not None)
     from vmm.machine import Machine
     from vmm.snapshot import read, working_set

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from vmm import slow_reader
 from vmm.boot.cmdline import CommandLine
 from vmm.cli import boot
+from vmm.cli.boot_arguments import arguments, given_fields
+from vmm.cli.run_limits import RunLimits
 from vmm.config import MachineConfig
-from vmm.console_host import Stdio
+from vmm.console.host_end import Stdio
 from vmm.errors import ConfigError
 from vmm.linux import initramfs
 
@@ -115,7 +117,7 @@ class CommandEnd(Stdio):
 
 def configure(given: dict[str, Any], command: list[str]) -> MachineConfig:
     """The machine that runs ``command``. Raises :class:`~vmm.errors.ConfigError` for options that make no sense."""
-    fields = boot.given_fields(given)
+    fields = given_fields(given)
     for name in _REFUSED:
         if fields.get(name):
             raise ConfigError(f"pyvmm run has no use for {name}: leave it out, or use pyvmm boot")
@@ -142,12 +144,12 @@ def run(argv: list[str]) -> int:
     if "-h" in options or "--help" in options:
         print(USAGE, end="")
         return 0
-    given = boot.arguments(options)
+    given = arguments(options)
     verbose = bool(given.get("verbose"))
     config = configure(given, command)
     end = CommandEnd(verbose)
     try:
-        with boot.Run(config.timeout) as limits:
+        with RunLimits(config.timeout) as limits:
             outcome, report = boot.once(config, end, verbose, None, limits)
         status = end.finish()
     finally:

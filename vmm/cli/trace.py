@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator
 
-    from vmm.console_host import HostEnd
+    from vmm.console.host_end import HostEnd
     from vmm.machine import Machine
     from vmm.observe.recording import Recording
     from vmm.observe.trace import Trace

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmm.disk.image import OVERLAY_MAGIC as MAGIC
-from vmm.disk.image import Image, read_page, refuse_formats, whole_sectors
+from vmm.disk.image import OVERLAY_MAGIC, Image, read_page, refuse_formats, whole_sectors
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ def _write(fd: int, layout: Layout, *, stable: bool = True) -> None:
     import struct
     import zlib
 
-    header = struct.pack(_HEADER, MAGIC, VERSION, CLUSTER, *layout)
+    header = struct.pack(_HEADER, OVERLAY_MAGIC, VERSION, CLUSTER, *layout)
     with mmap.mmap(-1, CLUSTER) as page:  # aligned, for O_DIRECT
         page[: len(header) + 4] = header + struct.pack("<I", zlib.crc32(header))
         os.pwrite(fd, page, 0)
@@ -207,7 +206,7 @@ def parse(head: bytes) -> Layout:
     import struct
     import zlib
 
-    if head[: len(MAGIC)] != MAGIC:
+    if head[: len(OVERLAY_MAGIC)] != OVERLAY_MAGIC:
         raise ValueError("is not an overlay")
     if len(head) < _HEADER_SIZE + 4 or zlib.crc32(head[:_HEADER_SIZE]) != int.from_bytes(head[60:64], "little"):
         raise ValueError("has a damaged header")

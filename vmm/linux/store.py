@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vmm.cache_root import cache_root
 from vmm.errors import HostError
 
 # Told of every step of something long: what is being done, how much of it is done, and of how much (bytes or
@@ -24,11 +25,8 @@ def quiet(stage: str, done: int, total: int | None) -> None:
 
 
 def root() -> Path:
-    """$PYVMM_CACHE, or pyvmm under $XDG_CACHE_HOME or ~/.cache. It need not exist yet."""
-    given = os.environ.get("PYVMM_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvmm"
+    """Return the cache's root as a Path; it need not exist yet."""
+    return Path(cache_root())
 
 
 def made(place: Path, make: Callable[[Path], None], progress: Progress = quiet) -> Path:

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from vmm.errors import MigrationError as MigrationError
     from vmm.migrate.destination import Receiver as Receiver
     from vmm.migrate.destination import receive as receive
+    from vmm.migrate.precopy import Progress as Progress
     from vmm.migrate.source import Migrated as Migrated
     from vmm.migrate.source import Migration as Migration
-    from vmm.migrate.source import Progress as Progress
     from vmm.migrate.tls import Tls as Tls
 
 _HOME = {
     "Migrated": "vmm.migrate.source",
     "Migration": "vmm.migrate.source",
     "MigrationError": "vmm.errors",
-    "Progress": "vmm.migrate.source",
+    "Progress": "vmm.migrate.precopy",
     "Receiver": "vmm.migrate.destination",
     "Tls": "vmm.migrate.tls",
     "receive": "vmm.migrate.destination",

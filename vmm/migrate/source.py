@@ -8,48 +8,25 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.errors import MigrationError, StateError, VmmError
-from vmm.memory import runs_of
 from vmm.migrate import fence as record
 from vmm.migrate import wire
 from vmm.migrate.address import Address, connect
 from vmm.migrate.fence import TOKEN, Fence
+from vmm.migrate.precopy import Brake, MemoryPart, Part, Progress, Rounds, open_log, send_rest
 from vmm.migrate.tls import Tls
 from vmm.migrate.wire import Channel, Kind
-from vmm.snapshot.regions import Ram, pages_not_zero
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vmm.devices.device import State
-    from vmm.memory import DirtyLog, GuestMemory
     from vmm.migrate.mirror import MirroredDisk
     from vmm.migrate.subject import Mover
 
     Runs = Iterable[tuple[int, int]]
-
-HANDOVER = 0.05  # seconds of a downtime that are not memory: the state, devices made there, three messages
-ROUNDS_MAX = 60  # rounds after which a guest that is held back ever more is held for good
-WORTH_IT = 0.7  # a round that leaves less than this of the last one's remainder gets on
-STEP = 0.2  # what the guest's share of time is cut by, of what it had
-SHARE_MIN = 0.02  # of its time is what the guest keeps in any case
-SLICE = 0.05  # seconds in which a guest that is held back runs and stands once
-_ZEROS = bytes(wire.DATA_MAX)
-
-
-class Progress(NamedTuple):
-    """How far it is. Bytes, bytes a second, seconds; ``share`` is what the guest has of its time."""
-
-    phase: str
-    round: int
-    sent: int
-    remaining: int
-    rate: float
-    dirty_rate: float
-    downtime: float
-    share: float
 
 
 class Migrated(NamedTuple):
@@ -195,7 +172,7 @@ class Migration:
         if self._postcopy:
             return self._go_ahead(self._channel)
         with contextlib.closing(open_log(self._machine)) as log:
-            parts: list[Part] = [_Memory(self._machine.memory, log), *self._disks]
+            parts: list[Part] = [MemoryPart(self._machine.memory, log), *self._disks]
             rounds = self._send_running(parts)
 
             def last_of_all(channel: Channel, state: State) -> None:
@@ -210,7 +187,7 @@ class Migration:
         """Send them while the guest writes, until little is left; answers how many rounds it took."""
         assert self._channel is not None
         with Brake(self._machine) as brake:
-            return _Rounds(self, self._channel, parts, brake).run()
+            return Rounds(self, self._downtime, self._channel, parts, brake).run()
 
     def _go_ahead(self, channel: Channel) -> tuple[int, float]:
         """The machine first, its memory behind it; its disks before it, of which nothing can follow."""
@@ -353,171 +330,6 @@ def hello(machine: Mover, how: str, token: bytes, *, fence: bool) -> State:
 def has_ended(machine: Mover) -> bool:
     """Whether its guest has ended, or somebody stopped it."""
     return bool(select.select([machine.stop_fd], [], [], 0)[0])
-
-
-class Part(Protocol):
-    """Something of a machine that goes over while the guest writes it."""
-
-    def remaining(self) -> int:
-        """Look what was written since it was sent last; bytes to send now, all of it at first."""
-        ...
-
-    def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
-        """Send that; ``each`` is called after every frame, with the bytes that it stood for."""
-        ...
-
-
-class _Memory:
-    """A machine's memory, as a :class:`Part`. ``log`` was opened before."""
-
-    def __init__(self, memory: GuestMemory, log: DirtyLog) -> None:
-        self._memory = memory
-        self._log = log
-        self._first: list[tuple[int, int]] | None = resident(memory)
-
-    def remaining(self) -> int:
-        return self._log.collect() * wire.PAGE if self._first is None else sum(size for _, size in self._first)
-
-    def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
-        runs, self._first = self._first, None
-        send_runs(channel, self._memory, self._log.take() if runs is None else runs, each)
-
-
-class _Rounds:
-    """Parts of a machine while its guest writes them: again and again what was written meanwhile, until little is
-    left."""
-
-    def __init__(self, migration: Migration, channel: Channel, parts: Sequence[Part], brake: Brake) -> None:
-        self.migration = migration
-        self.channel = channel
-        self.parts = parts
-        self.brake = brake
-        self.round = 0
-        self.rate = 0.0
-        self.dirty_rate = 0.0
-
-    def run(self) -> int:
-        """Answers how many rounds it took."""
-        remaining, before = self._remaining(), 0
-        while True:
-            self.round += 1
-            left_before, before = before, remaining
-            seconds = self._send(remaining)
-            remaining = self._remaining()
-            self.dirty_rate = remaining / seconds
-            self._show(remaining, always=True)
-            if self._expected(remaining) <= self.migration._downtime or self.round >= ROUNDS_MAX:
-                return self.round
-            if self.round > 1 and remaining > WORTH_IT * left_before:
-                self.brake.press()
-
-    def _remaining(self) -> int:
-        return sum(part.remaining() for part in self.parts)
-
-    def _expected(self, remaining: int) -> float:
-        return remaining / self.rate + HANDOVER if self.rate else 0.0
-
-    def _send(self, remaining: int) -> float:
-        began, sent = time.monotonic(), self.channel.sent
-
-        def each(n: int) -> None:
-            nonlocal remaining
-            remaining = max(remaining - n, 0)
-            self.migration.check()
-            self._show(remaining)
-
-        self.migration.check()
-        for part in self.parts:
-            part.send(self.channel, each)
-        self.channel.send(Kind.ROUND)
-        self.channel.receive(Kind.SEEN)  # it is there, not only in a buffer on the way
-        seconds = max(time.monotonic() - began, 1e-6)
-        if self.channel.sent - sent > wire.DATA_MAX or not self.rate:
-            self.rate = (self.channel.sent - sent) / seconds
-        return seconds
-
-    def _show(self, remaining: int, *, always: bool = False) -> None:
-        self.migration.show(
-            Progress(
-                "memory", self.round, self.channel.sent, remaining, self.rate, self.dirty_rate,
-                self._expected(remaining), self.brake.share,
-            ),
-            always=always,
-        )  # fmt: skip
-
-
-class Brake:
-    """Holds a guest back that writes faster than the link takes it: it stands for a part of every slice of time."""
-
-    def __init__(self, machine: Mover) -> None:
-        self._machine = machine
-        self.share = 1.0
-        self._end = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def press(self) -> None:
-        """Leave the guest less of its time."""
-        self.share = max(self.share * (1 - STEP), SHARE_MIN)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._hold, name="brake", daemon=True)
-            self._thread.start()
-
-    def _hold(self) -> None:
-        while not self._end.is_set():
-            self._machine.pause()
-            try:
-                self._end.wait(SLICE * (1 - self.share))
-            finally:
-                self._machine.resume()
-            self._end.wait(SLICE * self.share)
-
-    def __enter__(self) -> Brake:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._thread is not None:
-            self._thread.join()
-
-
-def open_log(machine: Mover) -> DirtyLog:
-    """What is written from now on, of a machine that may run: it is held for that."""
-    machine.pause()
-    try:
-        return machine.memory.dirty_log()
-    finally:
-        machine.resume()
-
-
-def resident(memory: GuestMemory) -> list[tuple[int, int]]:
-    """The runs ``(gpa, size)`` of pages that hold something. What was never touched is not touched now."""
-    runs = []
-    for region in memory.backing():
-        ram = Ram(*region)
-        bits = int.from_bytes(pages_not_zero(ram), "little")
-        runs += [(ram.gpa + first * wire.PAGE, n * wire.PAGE) for first, n in runs_of(bits)]
-    return runs
-
-
-def send_runs(channel: Channel, memory: GuestMemory, runs: Runs, each: Callable[[int], object] | None = None) -> None:
-    """Send these parts of memory; ``each`` is called after every frame, with its bytes of memory."""
-    for gpa, size in runs:
-        for at in range(gpa, gpa + size, wire.DATA_MAX):
-            # A copy: the guest writes meanwhile, and the checksum is to be of what is sent.
-            data = memory.read(at, min(wire.DATA_MAX, gpa + size - at))
-            if data == _ZEROS[: len(data)]:
-                channel.send(Kind.ZEROS, len(data).to_bytes(8, "little"), address=at)
-            else:
-                channel.send(Kind.PAGES, data, address=at)
-            if each:
-                each(len(data))
-
-
-def send_rest(channel: Channel, parts: Iterable[Part]) -> None:
-    """What was written since these were sent last, of a machine that is held."""
-    for part in parts:
-        part.remaining()
-        part.send(channel)
 
 
 def _undecided(text: str) -> MigrationError:

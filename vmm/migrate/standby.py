@@ -18,7 +18,8 @@ from vmm.migrate import wire
 from vmm.migrate.address import Address, connect
 from vmm.migrate.fence import Fence
 from vmm.migrate.mirror import MirroredDisk
-from vmm.migrate.source import has_ended, hello, open_log, resident, send_runs
+from vmm.migrate.precopy import open_log, resident, send_runs
+from vmm.migrate.source import has_ended, hello
 from vmm.migrate.tls import Tls
 from vmm.migrate.wire import Channel, Kind, LinkLost, cleared
 

@@ -196,7 +196,7 @@ class _Remote(Prepared):
     """
 
     def __init__(self, connection: socket.socket, path: str | None = None) -> None:
-        from vmm.snapshot.serving import receive
+        from vmm.snapshot.fetching import receive
 
         self._connection = connection
         self._path = path
@@ -218,7 +218,7 @@ class _Remote(Prepared):
         return memory
 
     def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> BackgroundTask | None:
-        from vmm.snapshot.serving import Reconnection
+        from vmm.snapshot.fetching import Reconnection
 
         return Reconnection(memory, self._path, self._what, tell) if memory and self._path else None
 
@@ -247,7 +247,7 @@ def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = Tru
 
 
 def _served(path: str) -> Prepared:
-    from vmm.snapshot.serving import connect
+    from vmm.snapshot.fetching import connect
 
     connection = connect(path)
     try:

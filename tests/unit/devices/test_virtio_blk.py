@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from overlay_reader import flattened
 
+from vmm.disk.image import OVERLAY_MAGIC as MAGIC
 from vmm.disk.image import Image, open_raw
-from vmm.disk.overlay import CLUSTER, MAGIC, Layout, Overlay, parse
+from vmm.disk.overlay import CLUSTER, Layout, Overlay, parse
 from vmm.errors import ConfigError
 
 MIB = 1 << 20

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vmm.observe import watch
+from vmm.observe.samples import Sample
 from vmm.observe.watch import STALLED, TIMEOUT, Watch
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Machine:
         self.console, self.bus = self.Console(), self.Bus()
         self.disk = self.Queues()
         self.virtio = [self.disk]
-        self.samples: list[list[watch.Sample]] = []
+        self.samples: list[list[Sample]] = []
         self.paused = False
 
     ran = 0.0
