@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _FUZZING = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 FUZZ_TIMES = 100
 
+PATIENCE = 120.0
+"""Seconds for what takes one on an idle host: only what hangs needs them."""
+
 
 def examples(usual: int, fuzzing: int = 0) -> int:
     """``usual``, or under `make fuzz` ``fuzzing``, without which a hundred times as many."""

@@ -150,6 +150,5 @@ static uint64_t run(uint64_t sectors)
 void guest_main(void)
 {
     cpu_init();
-    user_ports(true);
-    enter_user(run, argument_required("sectors"), RFLAGS_FIXED);
+    enter_user_with_ports(run, argument_required("sectors"));
 }

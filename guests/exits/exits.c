@@ -3,9 +3,8 @@
  * Exits by the thousand, for measuring them. Command line:
  *   pio=N     N one-byte writes to "port=P" (0x80)
  *   mmio=N    N four-byte reads of "addr=A" (0xd0000000)
- *   cpl=3     the loops run at CPL 3 rather than at CPL 0. (Their ports come from the TSS's map: IOPL 3 does
- * not survive the way to CPL 3 on every KVM.) Prints "go" before and the ticks of the time-stamp counter a
- * turn took after, then passes.
+ *   cpl=3     the loops run at CPL 3 rather than at CPL 0
+ * Prints "go" before and the ticks of the time-stamp counter a turn took after, then passes.
  */
 #include "cpu.h"
 
@@ -32,7 +31,7 @@ static void measure(const char *name, uint64_t (*loop)(uint64_t), uint64_t n, bo
     print("go\n");
     uint64_t start = rdtsc();
     if (user)
-        enter_user(loop, n, RFLAGS_FIXED);
+        enter_user_with_ports(loop, n);
     else
         loop(n);
     print("%s: %lu ticks\n", name, (rdtsc() - start) / n);
@@ -42,7 +41,6 @@ void guest_main(void)
 {
     cpu_init();
     bool user = argument("cpl", 0) == 3;
-    user_ports(user);
     port = (uint16_t)argument("port", PORT_POST);
     address = argument("addr", 0xd0000000);
     measure("pio", write_port, argument("pio", 0), user);

@@ -43,6 +43,12 @@ void user_ports(bool allowed)
     *(volatile uint16_t *)(tss + TSS_PORT_MAP) = allowed ? TSS_SIZE : 0xffff;
 }
 
+uint64_t enter_user_with_ports(uint64_t (*function)(uint64_t), uint64_t argument)
+{
+    user_ports(true);
+    return enter_user(function, argument, RFLAGS_FIXED | RFLAGS_IOPL3);
+}
+
 void cpu_init(void)
 {
     boot_info(); /* while the loader's memory is still what it was */

@@ -100,6 +100,12 @@ extern volatile uint64_t trap_resume, trap_stack;
 uint64_t enter_user(uint64_t (*function)(uint64_t), uint64_t argument, uint64_t rflags);
 /* Whether CPL 3 may use every port without IOPL 3: by the TSS's I/O permission map, which is all zeros. */
 void user_ports(bool allowed);
+/*
+ * enter_user() where every port may be used, by the TSS's map and by IOPL 3: kvm_pvm loses the latter on the way to
+ * CPL 3, and QEMU's TCG takes no map once a monitor has set TR (7.2: check_io wants a type that is not busy, and KVM
+ * gives the busy one), which a roll-back and a move do.
+ */
+uint64_t enter_user_with_ports(uint64_t (*function)(uint64_t), uint64_t argument);
 /* A handler for an exception expected at CPL 3: records it in `caught` and ends enter_user(). */
 void trap_user_exit(struct trap_frame *frame);
 

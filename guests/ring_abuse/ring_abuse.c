@@ -319,6 +319,5 @@ static uint64_t run(uint64_t packed)
 void guest_main(void)
 {
     cpu_init();
-    user_ports(true);
-    enter_user(run, argument("packed", 0), RFLAGS_FIXED);
+    enter_user_with_ports(run, argument("packed", 0));
 }

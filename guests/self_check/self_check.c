@@ -183,8 +183,5 @@ void guest_main(void)
     has_clock = find_clock();
     rate = has_clock ? rate : 0;
     print("clock %u\n", has_clock);
-    /* Ports by the TSS's map and by IOPL: kvm_pvm loses the latter, and QEMU's TCG takes no map once a monitor has set TR
-     * (7.2: check_io wants a type that is not busy, and KVM gives the busy one). */
-    user_ports(true);
-    enter_user(run, 0, RFLAGS_FIXED | RFLAGS_IOPL3);
+    enter_user_with_ports(run, 0);
 }

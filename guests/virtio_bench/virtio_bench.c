@@ -322,8 +322,7 @@ static uint64_t run(uint64_t unused)
 void guest_main(void)
 {
     cpu_init();
-    user_ports(true);
-    enter_user(run, 0, RFLAGS_FIXED);
+    enter_user_with_ports(run, 0);
     if (!argument("idle", 0))
         return;
     struct virtio_device rng;

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from effort import examples
+from effort import PATIENCE, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ PYVMM = [sys.executable, "-m", "vmm"]
 def machine(guest: Callable[[str], str]) -> Iterator[Machine]:
     with Machine(kernel=guest("self_check"), memory="32M", append="pages=64 tsc_jump=20000 jump=20000") as machine:
         machine.start()
-        machine.console.expect(rb"round 2\n", 30)
+        machine.console.expect(rb"round 2\n", PATIENCE)
         yield machine
 
 
@@ -58,7 +58,7 @@ def test_a_snapshot_by_command_can_be_restored(machine: Machine, tmp_path: Path)
         assert done.returncode == 0 and done.stdout.startswith("there: "), done.stderr
     with Machine.restore(tmp_path / "there") as restored:
         restored.start()
-        restored.console.expect(rb"round \d+\n", 30)
+        restored.console.expect(rb"round \d+\n", PATIENCE)
 
 
 def test_a_machine_moves_by_command(guest: Callable[[str], str], tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_machine_moves_by_command(guest: Callable[[str], str], tmp_path: Path)
             assert booted.poll() is None
         moved = subprocess.run([*PYVMM, "migrate", control, there], capture_output=True, text=True, timeout=60)
         assert moved.returncode == 0 and moved.stdout.startswith("moved: held for "), moved.stderr
-        assert booted.wait(30) == 0
+        assert booted.wait(PATIENCE) == 0
         output, _ = receiving.communicate(b"q", timeout=60)
         assert receiving.returncode == 33 and output.endswith(b"PASS\n")
     finally:

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import PATIENCE
 
 from vmm import migrate
 from vmm.errors import ConfigError, MigrationError, StateError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-PATIENCE = 120.0  # seconds for what takes one on an idle host
 LOOP = bytes.fromhex("ebfe")
 CHECKING = "pages=512 ballast=1024 rate=20000 tsc_jump=20000 jump=20000"
 

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import PATIENCE
 from test_migrate import Arriving
 
 from vmm import migrate
@@ -50,7 +51,7 @@ def writing(guest: Callable[[str], str]) -> Iterator[Callable[..., Machine]]:
                 Machine(**{"kernel": guest("blk_rw"), "memory": "16M", "append": words, "disks": [disk], **fields})
             )
             machine.start()
-            machine.console.expect(rb"round 0\n", 30)
+            machine.console.expect(rb"round 0\n", PATIENCE)
             return machine
 
         yield make
@@ -58,9 +59,9 @@ def writing(guest: Callable[[str], str]) -> Iterator[Callable[..., Machine]]:
 
 def final_round(machine: Machine) -> int:
     """Tell the guest to end; which round was its last, once it has found everything right."""
-    machine.console.expect(rb"round \d+\n", 30)  # it writes here too
+    machine.console.expect(rb"round \d+\n", PATIENCE)  # it writes here too
     machine.console.send(b"q")
-    assert machine.wait(30).code == PASSED, machine.console.tail()
+    assert machine.wait(PATIENCE).code == PASSED, machine.console.tail()
     return int(machine.console.tail().rpartition(b"round ")[2].split()[0])
 
 
@@ -151,7 +152,7 @@ def test_one_disk_goes_along_and_another_is_where_the_destination_says(
     disks = [str(image), str(shared), f"{copied},ro"]
     with Machine(kernel=guest("blk_rw"), memory="16M", append=WORDS, disks=disks) as machine:
         machine.start()
-        machine.console.expect(rb"round 0\n", 30)
+        machine.console.expect(rb"round 0\n", PATIENCE)
         with pytest.raises(ConfigError, match="has no disk 3 to go along: its 3 are numbered from 0"):
             machine.migrate(f"unix:{tmp_path}/socket", mirror=[3])
         there = Arriving(f"unix:{tmp_path}/socket", disks_in=into(tmp_path), disks=[str(shared)])

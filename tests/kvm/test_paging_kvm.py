@@ -35,6 +35,8 @@ def random_entry(rng: random.Random, size: int, reserved: bool) -> int:
         value |= 1 << 63
     if reserved and rng.random() < 0.1:
         value |= 1 << rng.randrange(12, size * 8)
+    if size == 4 and value & 0x80:
+        value &= ~(0xF << 17)  # bits 39:36 of an address, which KVM takes for reserved whatever MAXPHYADDR is
     return value
 
 

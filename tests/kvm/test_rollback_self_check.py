@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from effort import PATIENCE
 
 from vmm.machine import Machine
 
@@ -36,7 +37,7 @@ def test_a_thousand_rollbacks_from_random_moments(guest: Callable[[str], str], c
         kernel=guest("self_check"), memory="32M", cpus=cpus, append=f"pages=32 ballast=8 jump={JUMP} tsc_jump={JUMP}"
     ) as machine:
         machine.start()
-        machine.console.expect("clock 1\n.*round 0\n", timeout=20)
+        machine.console.expect("clock 1\n.*round 0\n", timeout=PATIENCE)
         checkpoints = [machine.checkpoint()]
         copied = 0
         for number in range(ROLLBACKS):
@@ -55,5 +56,5 @@ def test_a_thousand_rollbacks_from_random_moments(guest: Callable[[str], str], c
             assert not machine.console.closed, machine.stop().console
         assert copied > ROLLBACKS  # it did run in between
         machine.console.send(b"e")
-        outcome = machine.wait(20)
+        outcome = machine.wait(PATIENCE)
         assert (outcome.reason, outcome.status) == ("debug-exit", 33), outcome.console

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import PATIENCE
 from test_mirror import written_in
 
 from vmm import migrate, snapshot
@@ -30,13 +31,13 @@ _SPAWN = multiprocessing.get_context("forkserver")
 def machine(guest: Callable[[str], str]) -> Iterator[Machine]:
     with Machine(kernel=guest("self_check"), memory="32M", append=WORDS) as machine:
         machine.start()
-        machine.console.expect(rb"round 2\n", 30)
+        machine.console.expect(rb"round 2\n", PATIENCE)
         yield machine
 
 
 def has_passed(machine: Machine) -> bool:
     machine.console.send(b"q")
-    return machine.wait(30).code == 0x10
+    return machine.wait(PATIENCE).code == 0x10
 
 
 def test_the_last_snapshots_can_be_restored(machine: Machine, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def first(guest: Callable[[str], str], tmp_path: Path) -> Iterator[tuple[Followi
         pass
     yield following, process, ours
     process.kill()
-    following.thread.join(30)
+    following.thread.join(PATIENCE)
     assert not following.thread.is_alive()
 
 
@@ -118,7 +119,7 @@ def test_the_standby_takes_over_when_the_first_is_killed(first: tuple[Following,
     time.sleep(0.13)
     assert not following.came
     process.kill()
-    following.thread.join(30)
+    following.thread.join(PATIENCE)
     machine = following.came[0]
     assert isinstance(machine, Machine), machine
     with machine:
@@ -128,8 +129,8 @@ def test_the_standby_takes_over_when_the_first_is_killed(first: tuple[Following,
 def test_it_does_not_when_the_machine_ends_in_order(first: tuple[Following, Any, Any]) -> None:
     following, process, pipe = first
     pipe.send("end")
-    process.join(30)
-    following.thread.join(30)
+    process.join(PATIENCE)
+    following.thread.join(PATIENCE)
     assert isinstance(following.came[0], MigrationError)
     assert "ended" in str(following.came[0])
 
@@ -150,7 +151,7 @@ DISK_WORDS = f"sectors={SIZE // 512} rounds=0"
 def run_with_disks(pipe: Any, kernel: str, address: str, disks: list[str]) -> None:
     with Machine(kernel=kernel, memory="16M", append=DISK_WORDS, disks=disks) as machine:
         machine.start()
-        machine.console.expect(rb"round 0\n", 30)
+        machine.console.expect(rb"round 0\n", PATIENCE)
         shadow = machine.standby(address, every=0.1)
         while True:
             if pipe.poll(0.02):
@@ -180,7 +181,7 @@ def first_with_disks(
     theirs.close()
     yield following, process, ours
     process.kill()
-    following.thread.join(30)
+    following.thread.join(PATIENCE)
     assert not following.thread.is_alive()
 
 
@@ -192,7 +193,7 @@ def test_the_standby_has_the_disks_of_the_moment_that_it_goes_on_from(
     while pipe.recv() < states:
         pass
     process.kill()
-    following.thread.join(30)
+    following.thread.join(PATIENCE)
     machine = following.came[0]
     assert isinstance(machine, Machine), machine
     there = tmp_path / "there"
@@ -200,7 +201,7 @@ def test_the_standby_has_the_disks_of_the_moment_that_it_goes_on_from(
         assert [disk.path for disk in machine.config.disks] == [
             f"{there}/disk0.img", f"{there}/disk1.img", f"{tmp_path}/2.img",
         ]  # fmt: skip
-        machine.console.expect(rb"round \d+\n", 30)  # it reads what it wrote before, and writes here
+        machine.console.expect(rb"round \d+\n", PATIENCE)  # it reads what it wrote before, and writes here
         assert has_passed(machine), machine.console.tail()
         last = int(machine.console.tail().rpartition(b"round ")[2].split()[0])
     image, wanted = (there / "disk0.img").read_bytes(), bytearray(b"\1" * SIZE)
@@ -218,8 +219,8 @@ def test_a_machine_that_ends_in_order_leaves_no_disks_there(
     while pipe.recv() < 2:
         pass
     pipe.send("end")
-    process.join(30)
-    following.thread.join(30)
+    process.join(PATIENCE)
+    following.thread.join(PATIENCE)
     assert "ended" in str(following.came[0])
     assert list((tmp_path / "there").iterdir()) == []
 
