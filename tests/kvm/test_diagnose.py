@@ -19,7 +19,7 @@ from vmm import host
 from vmm.cpu import internal_error
 from vmm.errors import ImageError
 from vmm.machine import Machine
-from vmm.observe import linux, waiting
+from vmm.observe import kernel_words, waiting
 from vmm.observe.diagnose import diagnose
 from vmm.observe.postmortem import report
 from vmm.observe.samples import Sample
@@ -150,12 +150,12 @@ def test_what_a_driver_made_of_each_virtio_device_is_seen(guest: GuestPath, tmp_
     disk.write_bytes(bytes(1 << 20))
     with Machine(kernel=guest("hello"), memory="16M", disks=[str(disk)]) as machine:
         machine.run(timeout=20)
-        seen = linux.guest_of(machine)
+        seen = kernel_words.guest_of(machine)
     assert [(device.name, device.status, device.used) for device in seen.virtio] == [
         ("virtio-blk0", (), False),
         ("virtio-rng0", (), False),
     ]
-    assert "virtio-blk0 was never looked at" in linux.no_drivers(seen)[0]
+    assert "virtio-blk0 was never looked at" in kernel_words.no_drivers(seen)[0]
 
 
 # ---- guests that go on for ever ----

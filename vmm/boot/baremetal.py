@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.boot import layout, startinfo
+from vmm.boot import places, startinfo
 from vmm.boot.entry import flat_mode, real_mode
 from vmm.errors import ConfigError, ImageError
 
@@ -27,7 +27,7 @@ def load_elf(request: Request, elf: Elf) -> Entry:
     rip = elf.physical_entry()
     elf.load(request.claims)
     mode, kind = ("long", "elf64") if elf.bits == 64 else ("protected", "elf32")
-    if rip >= layout.FOUR_GIB:
+    if rip >= places.FOUR_GIB:
         raise ImageError(
             f"{elf.image.name}: entry point {rip:#x} is above 4 GiB, where nothing is mapped; link it lower"
         )
@@ -55,8 +55,8 @@ def load_flat(request: Request, address: int | None, mode: str) -> Entry:
         raise ConfigError("a flat binary takes no command line; use an ELF, PVH or multiboot image for one")
     claims, image = request.claims, request.image
     if address is None:
-        address = layout.FLAT_REAL if mode == "real" else layout.FLAT_HIGH
-    if address < 0 or address >= (_REAL_MAX if mode == "real" else layout.FOUR_GIB):
+        address = places.FLAT_REAL if mode == "real" else places.FLAT_HIGH
+    if address < 0 or address >= (_REAL_MAX if mode == "real" else places.FOUR_GIB):
         raise ConfigError(f"load address {address:#x} cannot be reached in {mode} mode; choose a lower one")
     claims.claim(address, image.size, "the flat image")
     claims.read(image, 0, address, image.size)
@@ -66,13 +66,13 @@ def load_flat(request: Request, address: int | None, mode: str) -> Entry:
         _give_stack(request, entry)
         return entry
     entry = real_mode("flat", *((0, address) if address < 0x10000 else (address >> 4, address & 0xF)))
-    entry.registers["rsp"] = address & ~0xF if layout.PAGE <= address < 0x10000 else layout.FLAT_REAL
-    if address < layout.PAGE:
+    entry.registers["rsp"] = address & ~0xF if places.PAGE <= address < 0x10000 else places.FLAT_REAL
+    if address < places.PAGE:
         entry.registers["rsp"] = 0xFFF0
     entry.registers["rdx"] = 0x80
     return entry
 
 
 def _give_stack(request: Request, entry: Entry) -> None:
-    size = layout.STACK_TOP - layout.STACK_END
-    entry.registers["rsp"] = request.claims.place(layout.STACK_END, size, "the stack") + size
+    size = places.STACK_TOP - places.STACK_END
+    entry.registers["rsp"] = request.claims.place(places.STACK_END, size, "the stack") + size

@@ -20,7 +20,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import layout
+from vmm.boot import places
 from vmm.layout import BIOS, COM1, NO_BIOS
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ VECTOR_SIZE = 4
 STUBS, STUB_SIZE = BIOS, 4
 _SEGMENT = 0xF000
 _STUB = bytes((0xE6, NO_BIOS, 0xCF, 0x90))  # out NO_BIOS, al; iret; nop
-_WORDS = {0x400: COM1, 0x40E: layout.EBDA >> 4, 0x413: layout.EBDA >> 10}
+_WORDS = {0x400: COM1, 0x40E: places.EBDA >> 4, 0x413: places.EBDA >> 10}
 
 
 def leave(claims: Claims, *, vectors: bool) -> None:

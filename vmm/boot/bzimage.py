@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import elf, layout, payload, zeropage
+from vmm.boot import elf, payload, places, zeropage
 from vmm.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class SetupHeader:
         if not self.loadflags & _LOADED_HIGH:
             raise ImageError(f"{name}: a zImage (loaded low); only bzImages can be booted")
         align = self.kernel_alignment
-        if self.relocatable_kernel and (align == 0 or align & (align - 1) or align > layout.GIB):
+        if self.relocatable_kernel and (align == 0 or align & (align - 1) or align > places.GIB):
             raise ImageError(
                 f"{name}: kernel alignment {align:#x} is no power of two up to 1 GiB; the image is damaged"
             )
@@ -139,9 +139,9 @@ class SetupHeader:
                 "or multiboot image"
             )
         for field, address in (("pref_address", self.pref_address), ("code32_start", self.code32_start)):
-            if not layout.HIGH_RAM <= address < layout.HOLE:
+            if not places.HIGH_RAM <= address < places.HOLE:
                 raise ImageError(f"{name}: {field} {address:#x} is outside 1 MiB..3 GiB; the image is damaged")
-        if self.initrd_addr_max < layout.HIGH_RAM:
+        if self.initrd_addr_max < places.HIGH_RAM:
             raise ImageError(f"{name}: initrd_addr_max {self.initrd_addr_max:#x} is below 1 MiB; the image is damaged")
 
     def _read_release(self, image: Image) -> str:

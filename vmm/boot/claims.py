@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.boot import layout
+from vmm.boot import places
 from vmm.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def mib(size: int) -> str:
     """``size`` bytes, rounded up to what a person would put after ``--mem``."""
-    return f"{-(-size // layout.MIB)}M"
+    return f"{-(-size // places.MIB)}M"
 
 
 class Claims:
@@ -78,20 +78,20 @@ class Claims:
 
         Returns the address. ImageError: no room.
         """
-        gpa = wanted if self.is_free(wanted, size) else self._highest_free(size, layout.PAGE, layout.EBDA)
+        gpa = wanted if self.is_free(wanted, size) else self._highest_free(size, places.PAGE, places.EBDA)
         if gpa is None:
-            return self.claim_top(size, layout.HOLE, what)
+            return self.claim_top(size, places.HOLE, what)
         self.claim(gpa, size, what)
         return gpa
 
     def _highest_free(self, size: int, low: int, high: int) -> int | None:
         """The highest page-aligned piece of low RAM in [low, high) that nobody has."""
-        gpa = (min(high, self.low_end) - size) & -layout.PAGE
+        gpa = (min(high, self.low_end) - size) & -places.PAGE
         while gpa >= low:  # each round goes below a claim that was above before, so it ends
             taken = self._in_the_way(gpa, size)
             if taken is None:
                 return gpa
-            gpa = (taken[0] - size) & -layout.PAGE
+            gpa = (taken[0] - size) & -places.PAGE
         return None
 
     def _in_the_way(self, gpa: int, size: int) -> tuple[int, int, str] | None:
@@ -121,12 +121,12 @@ class Claims:
 
         Returns its address. ImageError: no room; says how much memory there would have to be.
         """
-        gpa = self._highest_free(size, layout.HIGH_RAM, limit)
+        gpa = self._highest_free(size, places.HIGH_RAM, limit)
         if gpa is not None:
             self.claim(gpa, size, what)
             return gpa
-        needed = max(layout.HIGH_RAM, *(stop for _, stop, _ in self._taken)) + size + layout.PAGE
-        advice = f"give the guest at least {mib(needed)}" if needed <= min(limit, layout.HOLE) else "make it smaller"
+        needed = max(places.HIGH_RAM, *(stop for _, stop, _ in self._taken)) + size + places.PAGE
+        advice = f"give the guest at least {mib(needed)}" if needed <= min(limit, places.HOLE) else "make it smaller"
         raise ImageError(
             f"{what} of {size} bytes ({mib(size)}) does not fit into guest memory beside what is loaded "
             f"already: RAM for it ends at {min(limit, self.low_end):#x}; {advice}"
@@ -138,7 +138,7 @@ class Claims:
         if size == 0 or any(start <= gpa and end <= stop for start, stop in self._regions):
             return
         where = f"{self.name}: {what} needs guest memory {gpa:#x}..{end:#x}"
-        if end <= layout.HOLE:
+        if end <= places.HOLE:
             raise ImageError(f"{where}, but RAM ends at {self.low_end:#x}; give the guest at least {mib(end)}")
         if end > 1 << 64:
             raise ImageError(f"{where}, which wraps around the address space; the image is damaged")

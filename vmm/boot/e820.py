@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.boot import layout
+from vmm.boot import places
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ ENTRIES_MAX = 128
 
 
 _LEGACY = (
-    (layout.EBDA, layout.VIDEO - layout.EBDA, RESERVED),
-    (layout.VIDEO, layout.HIGH_RAM - layout.VIDEO, RESERVED),
+    (places.EBDA, places.VIDEO - places.EBDA, RESERVED),
+    (places.VIDEO, places.HIGH_RAM - places.VIDEO, RESERVED),
 )
 
 

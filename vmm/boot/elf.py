@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import layout
+from vmm.boot import places
 from vmm.errors import ImageError
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ def parse(image: Image) -> Elf:
                 f"{name}: ELF segments at {before.paddr:#x}+{before.memsz:#x} and {after.paddr:#x} overlap; "
                 "check the linker script's physical addresses"
             )
-    if elf.position_independent and elf.low < layout.HIGH_RAM:
-        elf.move(layout.ET_DYN_BASE)
+    if elf.position_independent and elf.low < places.HIGH_RAM:
+        elf.move(places.ET_DYN_BASE)
     return elf
 
 

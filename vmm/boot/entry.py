@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import layout
+from vmm.boot import places
 
 if TYPE_CHECKING:
     from vmm.boot.claims import Claims
@@ -26,7 +26,7 @@ _TSS = 0x00008B0000000067
 _PRESENT_WRITABLE = 0x3
 _LARGE_PAGE = 0x80
 _DIRECTORIES = 4  # one per GiB: the first 4 GiB
-_PAGE_TABLES_SIZE = (2 + _DIRECTORIES) * layout.PAGE
+_PAGE_TABLES_SIZE = (2 + _DIRECTORIES) * places.PAGE
 
 
 class Entry:
@@ -89,23 +89,23 @@ def flat_mode(claims: Claims, mode: str, kind: str, rip: int) -> Entry:
     """An Entry in "protected" or "long" mode; writes the GDT and, for long mode, the identity page tables."""
     entry = Entry(mode, kind, rip)
     gdt = struct.pack("<6Q", 0, 0, _CODE64 if mode == "long" else _CODE32, _DATA, _TSS, 0)
-    entry.gdt_base = claims.place(layout.GDT, len(gdt), "the GDT")
+    entry.gdt_base = claims.place(places.GDT, len(gdt), "the GDT")
     claims.memory.write(entry.gdt_base, gdt)
     entry.gdt_limit = len(gdt) - 1
     entry.cs, entry.ds, entry.ss, entry.tr = BOOT_CS, BOOT_DS, BOOT_DS, BOOT_TSS
     if mode == "long":
-        entry.cr3 = claims.place(layout.PAGE_TABLES, _PAGE_TABLES_SIZE, "the page tables")
+        entry.cr3 = claims.place(places.PAGE_TABLES, _PAGE_TABLES_SIZE, "the page tables")
         claims.memory.write(entry.cr3, _identity_map(entry.cr3))
     return entry
 
 
 def _identity_map(base: int) -> bytes:
     """PML4, PDPT and page directories of 2 MiB pages, to lie at ``base`` (1 GiB pages are not everywhere)."""
-    pdpt = base + layout.PAGE
-    directories = pdpt + layout.PAGE
-    top = struct.pack("<Q", pdpt | _PRESENT_WRITABLE).ljust(layout.PAGE, b"\0")
+    pdpt = base + places.PAGE
+    directories = pdpt + places.PAGE
+    top = struct.pack("<Q", pdpt | _PRESENT_WRITABLE).ljust(places.PAGE, b"\0")
     middle = struct.pack(
-        f"<{_DIRECTORIES}Q", *(directories + n * layout.PAGE | _PRESENT_WRITABLE for n in range(_DIRECTORIES))
-    ).ljust(layout.PAGE, b"\0")
-    pages = range(0, _DIRECTORIES * layout.GIB, 2 * layout.MIB)
+        f"<{_DIRECTORIES}Q", *(directories + n * places.PAGE | _PRESENT_WRITABLE for n in range(_DIRECTORIES))
+    ).ljust(places.PAGE, b"\0")
+    pages = range(0, _DIRECTORIES * places.GIB, 2 * places.MIB)
     return top + middle + struct.pack(f"<{len(pages)}Q", *(page | _LARGE_PAGE | _PRESENT_WRITABLE for page in pages))

@@ -63,9 +63,9 @@ def _identify_elf(program: elf.Elf) -> str:
 
 def command_line_room(image: Image, kind: str) -> int:
     """Bytes of a command line that the image takes; what :func:`load` refuses is longer."""
-    from vmm.boot import layout
+    from vmm.boot import places
 
-    room = layout.CMDLINE_ROOM - 1
+    room = places.CMDLINE_ROOM - 1
     if kind != "bzimage":
         return room
     from vmm.boot.bzimage import SetupHeader

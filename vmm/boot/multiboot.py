@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import e820, elf, initrd, layout
+from vmm.boot import e820, elf, initrd, places
 from vmm.boot.entry import flat_mode
 from vmm.errors import ImageError
 
@@ -101,7 +101,7 @@ def load(request: Request) -> Entry:
         program = elf.parse(image)
         rip = program.physical_entry()
         program.load(request.claims)
-    if rip >= layout.FOUR_GIB:
+    if rip >= places.FOUR_GIB:
         raise ImageError(
             f"{image.name}: entry point {rip:#x} is above 4 GiB, out of reach of 32-bit mode; link it lower"
         )
@@ -146,7 +146,7 @@ def _write_information(request: Request) -> int:
     claims = request.claims
     # As QEMU and GRUB legacy have it, the image's name is the first word.
     name = request.image.name.rsplit("/", 1)[-1].encode("utf-8", "surrogateescape").replace(b"\0", b"?")
-    cmdline = request.put_cmdline((name + b" " + request.cmdline).rstrip(), layout.CMDLINE_ROOM - 1)
+    cmdline = request.put_cmdline((name + b" " + request.cmdline).rstrip(), places.CMDLINE_ROOM - 1)
     start, mmap = request.place_start_info("the multiboot information")
     modules = initrd.place_modules(request)
 
@@ -163,8 +163,8 @@ def _write_information(request: Request) -> int:
         names += initrd.module_name(module)
     claims.memory.write(mmap, tables + names)
 
-    upper = next((size for gpa, size, kind in request.memory_map if gpa == layout.HIGH_RAM and kind == e820.RAM), 0)
-    lower = min(layout.EBDA, claims.low_end)
+    upper = next((size for gpa, size, kind in request.memory_map if gpa == places.HIGH_RAM and kind == e820.RAM), 0)
+    lower = min(places.EBDA, claims.low_end)
     info = bytearray(_INFO_SIZE)
     flags = _INFO_MEMORY | _INFO_CMDLINE | _INFO_MODULES | _INFO_MMAP | _INFO_LOADER
     struct.pack_into("<III", info, 0, flags, lower >> 10, upper >> 10)

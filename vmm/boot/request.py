@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.boot import e820, layout
+from vmm.boot import e820, places
 from vmm.boot.claims import Claims
 from vmm.errors import ConfigError
 
@@ -47,17 +47,17 @@ class Request:
 
     def put_cmdline(self, text: bytes, limit: int) -> int:
         """Write the command line and a NUL; returns its address. ConfigError: longer than ``limit`` bytes."""
-        limit = min(limit, layout.CMDLINE_ROOM - 1)
+        limit = min(limit, places.CMDLINE_ROOM - 1)
         if len(text) > limit:
             raise ConfigError(
                 f"the kernel command line is {len(text)} bytes long, more than the {limit} that "
                 f"{self.image.name} takes; shorten it"
             )
-        gpa = self.claims.place(layout.CMDLINE, len(text) + 1, "the command line")
+        gpa = self.claims.place(places.CMDLINE, len(text) + 1, "the command line")
         self.claims.memory.write(gpa, text + b"\0")
         return gpa
 
     def place_start_info(self, what: str) -> tuple[int, int]:
         """Room for the start information of a boot protocol, a page, and after it for its tables; both addresses."""
-        gpa = self.claims.place(layout.START_INFO, layout.START_TABLES_END - layout.START_INFO, what)
-        return gpa, gpa + layout.START_TABLES - layout.START_INFO
+        gpa = self.claims.place(places.START_INFO, places.START_TABLES_END - places.START_INFO, what)
+        return gpa, gpa + places.START_TABLES - places.START_INFO

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import initrd, layout
+from vmm.boot import initrd, places
 
 if TYPE_CHECKING:
     from vmm.boot.request import Request
@@ -20,7 +20,7 @@ def write(request: Request) -> int:
     The image must be in place, so that modules keep clear of it.
     """
     claims = request.claims
-    cmdline = request.put_cmdline(request.cmdline, layout.CMDLINE_ROOM - 1)
+    cmdline = request.put_cmdline(request.cmdline, places.CMDLINE_ROOM - 1)
     start, memmap = request.place_start_info("the start info")
     modules = initrd.place_modules(request)
 

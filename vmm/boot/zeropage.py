@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from vmm.boot import initrd, layout
+from vmm.boot import initrd, places
 from vmm.boot.entry import flat_mode
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def enter_linux(
     """
     entry = flat_mode(request.claims, "long", kind, rip)
     cmdline = request.put_cmdline(request.cmdline, cmdline_max)
-    zero_page = request.claims.place(layout.START_INFO, layout.PAGE, "the zero page")
+    zero_page = request.claims.place(places.START_INFO, places.PAGE, "the zero page")
     ramdisk, ramdisk_size = initrd.place_concatenated(request, initrd_addr_max)
 
-    page = bytearray(layout.PAGE)
+    page = bytearray(places.PAGE)
     page[HEADER : HEADER + len(header)] = header
     struct.pack_into("<Q", page, _ACPI_RSDP, request.acpi_rsdp)
     struct.pack_into("<H", page, _VID_MODE, _VIDEO_NORMAL)

@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,13 +109,13 @@ class PowerManagement(Device):
         s = checked(self.name, state, dict.fromkeys(("status", "enable", "control"), 0xFFFF))
         if s["status"] & ~STATUS_BITS or s["enable"] & ~ENABLE_BITS or s["control"] & ~CONTROL_BITS | ~s["control"] & 1:
             raise ValueError("acpi-pm: bits are set that these registers do not have, or SCI_EN is clear")
-        self.restore((s["status"], s["enable"], s["control"]))
+        self.roll_back((s["status"], s["enable"], s["control"]))
 
     def capture(self) -> Any:
         """The same as they are kept."""
         return self._status, self._enable, self._control
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become that again."""
         self._status, self._enable, self._control = captured
         self._update_line()
@@ -159,7 +159,7 @@ class PmTimer(Device):
         """Nanoseconds since it was zero."""
         return self._clock() - self._zero
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Go on counting from there."""
         self._zero = self._clock() - int(captured)
 

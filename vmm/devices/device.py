@@ -87,10 +87,10 @@ class Device:
         return None
 
     def capture(self) -> Any:
-        """What :meth:`save` would answer, in whatever form is quickest: for :meth:`restore` of this very device."""
+        """What :meth:`save` would answer, in whatever form is quickest: for :meth:`roll_back` of this very device."""
         return self.save()
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become what :meth:`capture` recorded, as often as one likes."""
         self.load(captured)
 

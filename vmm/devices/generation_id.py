@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from typing import Protocol

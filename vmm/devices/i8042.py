@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,7 +148,7 @@ class I8042(Device):
         """The same as it is kept."""
         return bytes(self._ram), self._output_port, self._output, self._status, self._expects
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become that again."""
         ram, self._output_port, self._output, self._status, self._expects = captured
         self._ram = bytearray(ram)

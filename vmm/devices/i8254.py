@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from vmm.devices.device import State

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from vmm.console import Console
@@ -72,7 +72,7 @@ class NativeUart(Device):
         lib.vmm_uart_save(self._uart, state)
         return state
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become that again."""
         check(lib.vmm_uart_load(self._uart, captured))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vmm._ffi import check, ffi, lib
 from vmm.bus import MMIO, Attachment
 from vmm.devices.device import Device
-from vmm.devices.state import accept, checked, listed
+from vmm.devices.saved_state import accept, checked, listed
 
 if TYPE_CHECKING:
     from vmm.boot.acpi import Tables
@@ -108,7 +108,7 @@ class PciHost(Device):
         lib.vmm_pci_host_save(self.host, s)
         return s
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become what it says."""
         check(lib.vmm_pci_host_load(self.host, captured))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from vmm.devices.device import Device
 from vmm.devices.i8254 import NS, Channel
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable

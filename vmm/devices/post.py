@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,12 +57,12 @@ class Post(Device):
 
     def load(self, state: State) -> None:
         """Become what :meth:`save` recorded. Raises ``ValueError`` for more codes than are kept."""
-        self.restore(checked(self.name, state, {}, {"codes": self._kept})["codes"])
+        self.roll_back(checked(self.name, state, {}, {"codes": self._kept})["codes"])
 
     def capture(self) -> Any:
         """The codes."""
         return bytes(self.codes)
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Have them again."""
         self.codes = bytearray(captured)

@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,7 +180,7 @@ class Rtc(Device):
         """Memory and index, and the time."""
         return self._index, bytes(self._cmos), self._now()
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become that again, and go on from the time of then."""
         self._index, cmos, now = captured
         self._cmos = bytearray(cmos)

@@ -23,7 +23,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm.devices.acpi_pm import SLP_EN, ResetRegister
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,6 +136,6 @@ class BochsShutdown(Device):
         """Letters heard."""
         return self._heard
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """As many again."""
         self._heard = captured

@@ -56,7 +56,7 @@ class Builder:
         """Run all steps; for an ``arriving`` origin those that need nothing its source still has, a disk or a tap."""
         first = STEPS
         if self._origin is not None and self._origin.arriving:
-            from vmm.cpu import state  # noqa: F401 - its import takes longer than loading one, while the guest stands
+            from vmm.cpu import processor_state  # noqa: F401 - its import takes longer than loading one, while the guest stands
 
             config = self._config
             held = bool(config.disks or config.nets or config.shares or config.vsock)

@@ -88,7 +88,7 @@ class Timeline:
 
     def save(self) -> State:
         """Return everything but memory and the contents of disks, as a plain value. The machine is held meanwhile."""
-        from vmm.cpu import state as processors
+        from vmm.cpu import processor_state
 
         with self.hold.still():
             self._firmware.load()
@@ -96,14 +96,14 @@ class Timeline:
             devices = {device.name: device.save() for device in self._board.devices}
             return {
                 "version": 1,
-                "processors": processors.save(self._vm.handle, self._vcpus),
+                "processors": processor_state.save(self._vm.handle, self._vcpus),
                 "devices": devices,
                 "input": self._console.pending(),
             }
 
     def load(self, state: State, *, clock: str) -> None:
         """Load what :meth:`save` returned; ``clock``: see :meth:`vmm.Machine.load_state`. Raises ``ValueError``."""
-        from vmm.cpu import state as processors
+        from vmm.cpu import processor_state
         from vmm.snapshot.clock import advances
 
         ahead = advances(clock)
@@ -119,8 +119,8 @@ class Timeline:
             for name, device in devices.items():
                 device.load(state["devices"][name])
             self._console.rewind(state["input"])
-            processors.load(self._vm.handle, self._vcpus, state["processors"], ahead=ahead)
-            passed = processors.passed_since(state["processors"])
+            processor_state.load(self._vm.handle, self._vcpus, state["processors"], ahead=ahead)
+            passed = processor_state.passed_since(state["processors"])
             if not ahead or passed < 0:  # a host whose clock was set back: the guest's does not follow
                 for device in devices.values():
                     device.set_back(passed)
@@ -144,7 +144,7 @@ class Timeline:
         if checkpoint not in self._checkpoints:
             raise StateError("that is no checkpoint of this machine, or it was closed")
         with self.hold.still():
-            checkpoint.restore()
+            checkpoint.roll_back()
             self.course, self._from_boot = course_from(checkpoint, self._vcpus, self._console), None
 
     def _closed(self, checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 What can be known is worked out, never guessed: registers, page tables and descriptors after a fault
 (:mod:`~vmm.observe.faults`), interrupt controllers and samples of RIP where nothing moves
-(:mod:`~vmm.observe.waiting`), a Linux kernel's own words (:mod:`~vmm.observe.linux`). Where nothing is found the
+(:mod:`~vmm.observe.waiting`), a Linux kernel's own words (:mod:`~vmm.observe.kernel_words`). Where nothing is found the
 cause is "unknown".
 """
 
@@ -31,25 +31,25 @@ def diagnose(machine: Ended, outcome: Outcome) -> Diagnosis:
 
 
 def _diagnose(machine: Ended, outcome: Outcome) -> Diagnosis:
-    from vmm.observe import linux, waiting
+    from vmm.observe import kernel_words, waiting
 
     # A guest that powers itself off did not die of what it printed; a reset may be a panic's (panic=-1).
-    found = None if outcome.ok and outcome.reason != "reset" else linux.told(machine, outcome)
+    found = None if outcome.ok and outcome.reason != "reset" else kernel_words.told(machine, outcome)
     if found is None and outcome.reason in ("triple-fault", "emulation-failure"):
         found = _fault(machine, outcome)
     if found is None and outcome.reason in ENDED_FROM_OUTSIDE:
-        found = linux.silent(machine)
+        found = kernel_words.silent(machine)
         if found is None:
             found = waiting.why(machine, outcome)
-            found = found._replace(evidence=(*found.evidence, *linux.unprinted(machine)))
-        if found.cause in ("idle", "waiting-for-device") and (undriven := linux.undriven(machine)):
+            found = found._replace(evidence=(*found.evidence, *kernel_words.unprinted(machine)))
+        if found.cause in ("idle", "waiting-for-device") and (undriven := kernel_words.undriven(machine)):
             found = undriven._replace(evidence=(*undriven.evidence, found.sentence))
     if found is None and outcome.reason == "no-bios":
         found = say("no-bios", outcome.sentence)
     if found is None and outcome.reason == "panic":
         found = say("kernel-panic", "the guest reported it through pvpanic")
     if found is None and outcome.ok:
-        found = linux.undriven(machine) or say("orderly-end", outcome.sentence)
+        found = kernel_words.undriven(machine) or say("orderly-end", outcome.sentence)
     return found or say("unknown", outcome.sentence)
 
 

@@ -51,13 +51,13 @@ class Checkpoint:
             self.close()
             raise
 
-    def restore(self) -> None:
+    def roll_back(self) -> None:
         """Put the machine, which does not run, back. For :meth:`vmm.Machine.rollback`."""
         if self._native is None:
             raise StateError("the checkpoint is closed: make another")
         # A device forgets what is in flight, which may still have written memory; it drives the lines of the chips.
         for device, state in self._states:
-            device.restore(state)
+            device.roll_back(state)
         self.pages = check(lib.vmm_checkpoint_restore_memory(self._native))
         for undo in self._disks:
             undo.rollback()

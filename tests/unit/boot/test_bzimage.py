@@ -11,7 +11,7 @@ from boot_images import INIT_SIZE, KERNEL_AT, LINUX_NOTE, MIB, STUB, Load, bzima
 from boot_memory import FakeMemory
 
 from vmm import boot
-from vmm.boot import layout
+from vmm.boot import places
 from vmm.boot.bzimage import SetupHeader
 from vmm.errors import ConfigError, ImageError
 
@@ -253,4 +253,4 @@ def test_the_page_tables_map_the_first_4_gib_to_themselves_in_2_mib_pages() -> N
 
     for address in (0, 0x1FFFFF, 0x200000, KERNEL_AT + 5, (1 << 30) - 1, 1 << 30, 0xC0000000, 0xFFFFFFFF):
         assert translate(address) == address
-    assert layout.PAGE_TABLES + 6 * 4096 <= layout.START_INFO
+    assert places.PAGE_TABLES + 6 * 4096 <= places.START_INFO

@@ -79,7 +79,7 @@ def test_rtc_goes_by_the_host_when_loaded_and_on_from_then_when_restored_or_set_
     assert cmos(rtc, 0) == 0x58
     state, captured = rtc.save(), rtc.capture()
     now[0] += 3600.5
-    rtc.restore(captured)
+    rtc.roll_back(captured)
     assert (cmos(rtc, 4), cmos(rtc, 0)) == (0x23, 0x58)
     now[0] += 0.75  # its seconds are whole where they were, not where the host's are
     assert cmos(rtc, 0) == 0x59

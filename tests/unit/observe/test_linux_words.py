@@ -10,8 +10,8 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmm.observe import linux
-from vmm.observe.linux import Guest, Virtio
+from vmm.observe import kernel_words
+from vmm.observe.kernel_words import Guest, Virtio
 from vmm.observe.verdict import CAUSES
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ NO_FILESYSTEM = """\
 
 
 def read(text: str, guest: Guest | None = None) -> Diagnosis:
-    found = linux.read(text, guest or Guest())
+    found = kernel_words.read(text, guest or Guest())
     assert found is not None
     assert found.cause in CAUSES
     assert found.sentence.startswith(CAUSES[found.cause])
@@ -187,14 +187,14 @@ def test_an_initrd_that_cannot_be_unpacked_is_said() -> None:
 
 
 def test_a_boot_that_went_well_has_no_last_words() -> None:
-    assert linux.read("[    0.5] Run /init as init process\nhello\n", Guest()) is None
+    assert kernel_words.read("[    0.5] Run /init as init process\nhello\n", Guest()) is None
 
 
 # ---- silence ----
 
 
 def test_a_console_that_this_machine_has_not_is_named() -> None:
-    found = linux.unheard(
+    found = kernel_words.unheard(
         "[    0.0] Linux version 6.1\n[    0.1] Booting\n", Guest("console=ttyS1,115200 console=tty0")
     )
     assert found is not None
@@ -205,25 +205,25 @@ def test_a_console_that_this_machine_has_not_is_named() -> None:
 
 def test_a_kernel_that_logs_and_prints_nothing_lacks_the_consoles_driver() -> None:
     log = "[    0.0] Linux version 6.1\n[    0.5] Run /init as init process\n"
-    found = linux.unheard(log, Guest("console=hvc0", console="hvc0"))
+    found = kernel_words.unheard(log, Guest("console=hvc0", console="hvc0"))
     assert found is not None
     assert "is CONFIG_VIRTIO_CONSOLE=y?" in found.sentence
-    assert linux.unheard(log, Guest("quiet console=hvc0", console="hvc0")) is None
-    panic = linux.unheard(log + "Kernel panic - not syncing: no\n", Guest("quiet console=hvc0", console="hvc0"))
+    assert kernel_words.unheard(log, Guest("quiet console=hvc0", console="hvc0")) is None
+    panic = kernel_words.unheard(log + "Kernel panic - not syncing: no\n", Guest("quiet console=hvc0", console="hvc0"))
     assert panic is not None
     assert panic.cause == "no-console"
 
 
 def test_a_kernel_whose_consoles_are_still_to_come_is_not_blamed_either() -> None:
     log = "[    0.0] Linux version 6.1\n[    0.1] ACPI: Interpreter enabled\n"
-    assert linux.unheard(log, Guest("console=ttyS0")) is None
-    assert linux.log_lines(log) == [
+    assert kernel_words.unheard(log, Guest("console=ttyS0")) is None
+    assert kernel_words.log_lines(log) == [
         "its log, found in memory, has 2 lines; the last:", "Linux version 6.1", "ACPI: Interpreter enabled",
     ]  # fmt: skip
 
 
 def test_a_kernel_that_has_not_logged_yet_is_not_blamed_on_the_console() -> None:
-    assert linux.unheard("", Guest("console=ttyS0")) is None
+    assert kernel_words.unheard("", Guest("console=ttyS0")) is None
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_kernel_that_has_not_logged_yet_is_not_blamed_on_the_console() -> None
 )
 def test_how_far_a_driver_came(status: tuple[str, ...], text: str) -> None:
     rng = Virtio("virtio-rng0", 4, (), used=False)
-    lines = linux.no_drivers(Guest(virtio=[rng, DISK, DISK._replace(status=status, used=False)]))
+    lines = kernel_words.no_drivers(Guest(virtio=[rng, DISK, DISK._replace(status=status, used=False)]))
     assert len(lines) == 2
     assert text in lines[0]
     assert "CONFIG_HW_RANDOM_VIRTIO" in lines[1]
@@ -285,19 +285,20 @@ def test_the_log_is_found_in_memory_and_ends_where_it_ends() -> None:
     decoy = b"Linux version 6.1.192 (gcc)\n\0"  # linux_banner in .rodata
     data = decoy.ljust(64, b"\0") + ring(lines, (1 << 64) - 0x20000) + bytes(mmap.PAGESIZE)
     memory: Any = Memory(data)
-    assert linux.kernel_log(memory).splitlines() == [line.removesuffix("\x01c") for line in lines]
+    assert kernel_words.kernel_log(memory).splitlines() == [line.removesuffix("\x01c") for line in lines]
 
 
 @settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(
-        st.sampled_from([linux._BANNER, b"\n", b"\0" * 8, b"\1" + bytes(7), b"\2" + bytes(7), b"text"]), max_size=200
+        st.sampled_from([kernel_words._BANNER, b"\n", b"\0" * 8, b"\1" + bytes(7), b"\2" + bytes(7), b"text"]),
+        max_size=200,
     )
 )
 @pytest.mark.hypothesis
 def test_any_memory_has_a_log_or_none(parts: list[bytes]) -> None:
     memory: Any = Memory(b"".join(parts))
-    assert isinstance(linux.kernel_log(memory), str)
+    assert isinstance(kernel_words.kernel_log(memory), str)
 
 
 WORDS = st.sampled_from(
@@ -312,13 +313,13 @@ WORDS = st.sampled_from(
 @given(st.lists(st.one_of(WORDS, st.text(max_size=10)), max_size=60))
 @pytest.mark.hypothesis
 def test_whatever_a_guest_prints_is_read_to_the_end(parts: list[str]) -> None:
-    found = linux.read("".join(parts), Guest("root=/dev/vda init=/x", virtio=[UNFOUND]))
+    found = kernel_words.read("".join(parts), Guest("root=/dev/vda init=/x", virtio=[UNFOUND]))
     assert found is None or found.cause in CAUSES
 
 
 def test_only_the_options_of_the_kernel_itself_say_where_its_console_is() -> None:
     log = "[    0.0] Linux version 6.1\n[    0.5] Run /init as init process\n"
     for line in ("-- console=ttyS1 quiet", 'dyndbg="quiet console=ttyS1"'):
-        found = linux.unheard(log, Guest(line))
+        found = kernel_words.unheard(log, Guest(line))
         assert found is not None and "is CONFIG_SERIAL_8250_CONSOLE=y?" in found.sentence
     assert Guest("loglevel=3 -- loglevel=7").option("loglevel") == "3"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.state import accept, checked, listed
+from vmm.devices.saved_state import accept, checked, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,13 +137,13 @@ class VirtioDevice:
         accept(lib.vmm_virtio_load(self.virtio, s))
 
     def capture(self) -> Any:
-        """What :meth:`save_driven` and :meth:`save` would answer, for :meth:`restore` in this process: quicker."""
+        """What :meth:`save_driven` and :meth:`save` would answer, for :meth:`roll_back` in this process: quicker."""
         driven, own = ffi.new("vmm_virtio_state *"), ffi.new("uint64_t[]", lib.VMM_VIRTIO_OWN)
         check(lib.vmm_virtio_save(self.virtio, driven))
         lib.vmm_virtio_save_own(self.virtio, own)
         return driven, own
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become what :meth:`capture` recorded."""
         driven, own = captured
         check(lib.vmm_virtio_load(self.virtio, driven))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
-from vmm.devices.state import accept, checked
+from vmm.devices.saved_state import accept, checked
 from vmm.devices.virtio.transport import VirtioTransport
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class VirtioMmio(VirtioTransport):
         lib.vmm_virtio_mmio_save(self._transport, s)
         return s
 
-    def restore_transport(self, captured: Any) -> None:
+    def roll_back_transport(self, captured: Any) -> None:
         """Become what it says."""
         check(lib.vmm_virtio_mmio_load(self._transport, captured))
 

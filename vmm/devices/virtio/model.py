@@ -167,10 +167,10 @@ class VirtioModel(VirtioDevice):
         """With what the subclass saves."""
         return super().capture(), self.save()
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become what :meth:`capture` recorded."""
         native, state = captured
-        super().restore(native)
+        super().roll_back(native)
         self.load(state)
 
     def _start(self) -> None:

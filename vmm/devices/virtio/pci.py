@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.pci import BarAttachment
-from vmm.devices.state import accept, checked
+from vmm.devices.saved_state import accept, checked
 from vmm.devices.virtio.transport import VirtioTransport
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class VirtioPci(VirtioTransport):
         lib.vmm_virtio_pci_save(self._transport, s)
         return s
 
-    def restore_transport(self, captured: Any) -> None:
+    def roll_back_transport(self, captured: Any) -> None:
         """Become what it says."""
         check(lib.vmm_virtio_pci_load(self._transport, captured))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import lib
 from vmm.devices.device import Device
-from vmm.devices.state import checked
+from vmm.devices.saved_state import checked
 
 if TYPE_CHECKING:
     from vmm.devices.device import State
@@ -47,16 +47,16 @@ class VirtioTransport(Device):
             lib.vmm_virtio_release(self.device.virtio)
 
     def capture(self) -> Any:
-        """:meth:`save`, for :meth:`restore` in this process alone: quicker."""
+        """:meth:`save`, for :meth:`roll_back` in this process alone: quicker."""
         return self.device.capture(), self.capture_transport()
 
-    def restore(self, captured: Any) -> None:
+    def roll_back(self, captured: Any) -> None:
         """Become what :meth:`capture` recorded: after the PCI host, before the interrupt controllers."""
         device, transport = captured
         lib.vmm_virtio_hold(self.device.virtio)
         try:
-            self.device.restore(device)
-            self.restore_transport(transport)
+            self.device.roll_back(device)
+            self.roll_back_transport(transport)
         finally:
             lib.vmm_virtio_release(self.device.virtio)
 
@@ -72,6 +72,6 @@ class VirtioTransport(Device):
         """:meth:`save_transport` as a native record."""
         raise NotImplementedError
 
-    def restore_transport(self, captured: Any) -> None:
+    def roll_back_transport(self, captured: Any) -> None:
         """Become what :meth:`capture_transport` recorded."""
         raise NotImplementedError
