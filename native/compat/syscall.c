@@ -20,7 +20,6 @@
 #include <errno.h>
 #include <linux/kvm_para.h>
 #include <string.h>
-#include <sys/ioctl.h>
 
 #define MSR_STAR 0xc0000081u
 #define MSR_LSTAR 0xc0000082u
@@ -307,7 +306,7 @@ int syscall_repair_enable(struct vmm_vm *vm)
         return vmm_error_set(-ENOTSUP, "the SYSCALL repair needs KVM_CAP_SET_GUEST_DEBUG");
     if (vmm_vm_enable_cap(vm, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, 0, 0, 0) != 0)
         return vmm_error_set(-ENOTSUP, "the SYSCALL repair needs KVM_CAP_X86_USER_SPACE_MSR");
-    if (ioctl(vm->fd, KVM_X86_SET_MSR_FILTER, &filter) != 0)
+    if (vm->engine->ops->filter_msrs(vm->engine, &filter) != 0)
         return vmm_error_set(-ENOTSUP, "the SYSCALL repair needs KVM_CAP_X86_MSR_FILTER");
     vm->debug.reserved = VMM_DEBUG_RESERVED;
     return 0;

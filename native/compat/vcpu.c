@@ -5,27 +5,26 @@
 #include <errno.h>
 #include <stddef.h>
 #include <string.h>
-#include <sys/ioctl.h>
 
 enum { DR6_BS = 0x4000 };
 
 static bool load_xsave(void *opaque, void *area)
 {
     struct compat_vcpu *compat = opaque;
-    return ioctl(compat->vcpu->fd, KVM_GET_XSAVE, area) == 0;
+    return vmm_engine_get(compat->vcpu->engine, VMM_STATE_XSAVE, area) == 0;
 }
 
 static bool store_xsave(void *opaque, const void *area)
 {
     struct compat_vcpu *compat = opaque;
-    return ioctl(compat->vcpu->fd, KVM_SET_XSAVE, area) == 0;
+    return vmm_engine_set(compat->vcpu->engine, VMM_STATE_XSAVE, area) == 0;
 }
 
 static bool load_xcr0(void *opaque, uint64_t *xcr0)
 {
     struct compat_vcpu *compat = opaque;
     struct kvm_xcrs xcrs;
-    if (ioctl(compat->vcpu->fd, KVM_GET_XCRS, &xcrs) != 0)
+    if (vmm_engine_get(compat->vcpu->engine, VMM_STATE_XCRS, &xcrs) != 0)
         return false;
     for (uint32_t i = 0; i < xcrs.nr_xcrs && i < KVM_MAX_XCRS; i++)
         if (xcrs.xcrs[i].xcr == 0) {
@@ -47,11 +46,11 @@ static bool flush_tlb(void *opaque)
 {
     struct compat_vcpu *compat = opaque;
     struct kvm_sregs sregs;
-    if (ioctl(compat->vcpu->fd, KVM_GET_SREGS, &sregs) != 0)
+    if (vmm_engine_get(compat->vcpu->engine, VMM_STATE_SREGS, &sregs) != 0)
         return false;
     for (int i = 0; i < 2; i++) {
         sregs.cr4 ^= CR4_PGE;
-        if (ioctl(compat->vcpu->fd, KVM_SET_SREGS, &sregs) != 0)
+        if (vmm_engine_set(compat->vcpu->engine, VMM_STATE_SREGS, &sregs) != 0)
             return false;
     }
     return true;
@@ -101,7 +100,7 @@ static bool learn_cpuid(struct compat_vcpu *compat)
         struct kvm_cpuid2 head;
         struct kvm_cpuid_entry2 entries[MOST];
     } list = {.head.nent = MOST};
-    if (ioctl(compat->vcpu->fd, KVM_GET_CPUID2, &list) != 0)
+    if (compat->vcpu->engine->ops->get_cpuid(compat->vcpu->engine, &list.head) != 0)
         return false;
     for (uint32_t i = 0; i < list.head.nent && i < MOST; i++)
         for (unsigned w = 0; w < N_CPUID_WORDS; w++)
@@ -125,7 +124,7 @@ bool completion_load(struct compat_vcpu *compat, struct completion *c)
     uint64_t valid = run->kvm_valid_regs; /* a trace has registers copied out as well */
     run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
     __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    bool stayed_out = ioctl(compat->vcpu->fd, KVM_RUN, 0) != 0 && errno == EINTR;
+    bool stayed_out = compat->vcpu->engine->ops->run(compat->vcpu->engine) == -EINTR;
     __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
     run->kvm_valid_regs = valid;
     run->exit_reason = exit_reason;
@@ -171,11 +170,11 @@ static void queue_event(const struct completion *c, struct kvm_vcpu_events *even
 static bool single_step_trap(struct compat_vcpu *compat, struct completion *c)
 {
     struct kvm_debugregs debug;
-    if (ioctl(compat->vcpu->fd, KVM_GET_DEBUGREGS, &debug) != 0)
+    if (vmm_engine_get(compat->vcpu->engine, VMM_STATE_DEBUGREGS, &debug) != 0)
         return false;
     debug.dr6 |= DR6_BS;
     c->event.vector = V_DB;
-    return ioctl(compat->vcpu->fd, KVM_SET_DEBUGREGS, &debug) == 0;
+    return vmm_engine_set(compat->vcpu->engine, VMM_STATE_DEBUGREGS, &debug) == 0;
 }
 
 bool completion_store(struct compat_vcpu *compat, struct completion *c, enum outcome outcome)

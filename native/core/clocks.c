@@ -13,7 +13,6 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <time.h>
 
 #include <x86intrin.h>
@@ -43,30 +42,19 @@ static uint64_t real_now(void)
 static int read_clock(const struct vmm_vm *vm, struct kvm_clock_data *clock)
 {
     memset(clock, 0, sizeof(*clock));
-    return ioctl(vm->fd, KVM_GET_CLOCK, clock) < 0 ? vmm_error_errno("KVM_GET_CLOCK") : 0;
+    return vm->engine->ops->get_clock(vm->engine, clock);
 }
 
 /* ---- one vCPU's TSC ---- */
 
-static bool offset_attribute(const struct vmm_vcpu *vcpu, unsigned long request, uint64_t *offset)
-{
-    struct kvm_device_attr attribute = {
-        .group = KVM_VCPU_TSC_CTRL,
-        .attr = KVM_VCPU_TSC_OFFSET,
-        .addr = (uintptr_t)offset,
-    };
-    return ioctl(vcpu->fd, request, &attribute) == 0;
-}
-
 static bool offset_of(const struct vmm_vcpu *vcpu, uint64_t *offset)
 {
-    return offset_attribute(vcpu, KVM_GET_DEVICE_ATTR, offset);
+    return vcpu->engine->ops->get_tsc_offset(vcpu->engine, offset) == 0;
 }
 
-static int rate_of(const struct vmm_vcpu *vcpu)
+static uint32_t rate_of(const struct vmm_vcpu *vcpu)
 {
-    const int khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
-    return khz > 0 ? khz : 0;
+    return vcpu->engine->ops->tsc_khz(vcpu->engine);
 }
 
 /* The guest's ticks in so many of the host's; a span may be negative. */
@@ -84,7 +72,7 @@ int vmm_clocks_created(struct vmm_vcpu *vcpu)
     struct kvm_clock_data clock;
     if (vm->n_vcpus)
         return 0;
-    vm->host_khz = (uint32_t)rate_of(vcpu);
+    vm->host_khz = rate_of(vcpu);
     const int rc = read_clock(vm, &clock);
     vm->clock_set = clock.clock;
     vm->tsc_set = 0; /* as KVM makes it */
@@ -110,7 +98,7 @@ int vmm_clocks_save(struct vmm_vm *vm, vmm_chips_state *to, struct vmm_moment *a
 static uint64_t caught_up(const struct vmm_vcpu *vcpu, const struct vmm_moment *at, uint64_t stands_at)
 {
     const struct vmm_vm *vm = vcpu->vm;
-    const uint64_t due = vm->tsc_set + ticks_in(at->clock - vm->clock_set, (uint32_t)rate_of(vcpu));
+    const uint64_t due = vm->tsc_set + ticks_in(at->clock - vm->clock_set, rate_of(vcpu));
     return (int64_t)(due - stands_at) > 0 ? due : stands_at;
 }
 
@@ -118,7 +106,7 @@ void vmm_clocks_save_tsc(const struct vmm_vcpu *vcpu, const struct vmm_moment *a
                          uint64_t read_at, vmm_vcpu_state *to)
 {
     uint64_t offset, again;
-    to->tsc_khz = (uint32_t)rate_of(vcpu);
+    to->tsc_khz = rate_of(vcpu);
     if (!offset_of(vcpu, &offset))
         to->tsc = value - scaled_span(vcpu, read_at - at->host_tsc);
     else if (offset_of(vcpu, &again) && again != offset) /* it stands still: by another offset each time */
@@ -141,11 +129,12 @@ int vmm_clocks_load(struct vmm_vm *vm, const vmm_chips_state *from, bool ahead, 
         const uint64_t now = real_now();
         clock.clock += now > from->realtime ? now - from->realtime : 0;
     }
-    if (ioctl(vm->fd, KVM_SET_CLOCK, &clock) < 0)
-        return vmm_error_errno("KVM_SET_CLOCK");
+    int rc = vm->engine->ops->set_clock(vm->engine, &clock);
+    if (rc < 0)
+        return rc;
     at->host_tsc =
         __rdtsc(); /* if they are no pair: rather before kvmclock, which must not get ahead of the TSC */
-    const int rc = read_clock(vm, &clock);
+    rc = read_clock(vm, &clock);
     if (rc < 0)
         return rc;
     if (clock.flags & KVM_CLOCK_HOST_TSC)
@@ -161,10 +150,10 @@ static int set_rate(struct vmm_vcpu *vcpu, uint32_t khz)
 {
     const int64_t host = vcpu->vm->host_khz, off = (int64_t)khz - host;
     const bool near = (off < 0 ? -off : off) * 1000000 <= host * RATE_PPM;
-    if (!khz || khz == (uint32_t)rate_of(vcpu))
+    if (!khz || khz == rate_of(vcpu))
         return 0;
     if (vmm_vm_check_extension(vcpu->vm, KVM_CAP_TSC_CONTROL) > 0 &&
-        ioctl(vcpu->fd, KVM_SET_TSC_KHZ, (unsigned long)khz) == 0) {
+        vcpu->engine->ops->set_tsc_khz(vcpu->engine, khz) == 0) {
         vcpu->scaled_khz = near || !host ? 0 : khz; /* KVM does not scale to one so near either */
         return 0;
     }
@@ -212,10 +201,10 @@ static int scaled_tsc(struct vmm_vcpu *vcpu, const struct vmm_moment *at, uint64
 static int leave_offsets(struct vmm_vm *vm, uint64_t offset)
 {
     vm->tsc_fixed = true;
-    for (uint32_t i = 0; i < vm->n_vcpus; i++)
-        if (!offset_attribute(vm->vcpus[i], KVM_SET_DEVICE_ATTR, &offset))
-            return vmm_error_errno("KVM_VCPU_TSC_OFFSET");
-    return 0;
+    int rc = 0;
+    for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
+        rc = vm->vcpus[i]->engine->ops->set_tsc_offset(vm->vcpus[i]->engine, offset);
+    return rc;
 }
 
 /* By the offset. KVM says whether it took it once, and is not asked again: a roll-back is mostly calls. */
@@ -227,8 +216,9 @@ static int set_offset(struct vmm_vcpu *vcpu, uint64_t before, uint64_t wanted, u
         *beyond = before - wanted;
         return 0;
     }
-    if (!offset_attribute(vcpu, KVM_SET_DEVICE_ATTR, &wanted))
-        return vmm_error_errno("KVM_VCPU_TSC_OFFSET");
+    const int rc = vcpu->engine->ops->set_tsc_offset(vcpu->engine, wanted);
+    if (rc < 0)
+        return rc;
     if (vm->tsc_settable || before == wanted || !offset_of(vcpu, &after))
         return 0;
     vm->tsc_settable = after != before;
@@ -288,5 +278,5 @@ int vmm_clocks_load_deadline(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, 
 
 void vmm_clocks_jumped(const struct vmm_vcpu *vcpu)
 {
-    ioctl(vcpu->fd, KVM_KVMCLOCK_CTRL, 0); /* EINVAL: it uses no kvmclock */
+    vcpu->engine->ops->guest_was_stopped(vcpu->engine);
 }

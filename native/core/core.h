@@ -9,23 +9,23 @@
 #define VMM_CORE_H
 
 #include "core/debug.h"
+#include "core/error.h"
 #include "core/trace.h"
+#include "engine/engine.h"
 #include "vmmcore.h"
 #include "vmmhook.h"
 
-#include <linux/kvm.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <sys/types.h>
 #include <time.h>
 
-#define VMM_MAX_REGIONS 32  /* two of RAM, the rest for device memory; KVM's own limit is far higher */
-#define VMM_MAX_RANGES 4096 /* a machine with every PCI function's BARs has a few hundred */
-#define VMM_MAX_HOOKS 64    /* each access is compared with each of them */
-#define VMM_MAX_LINES 4096  /* KVM_MAX_IRQ_ROUTES on x86 */
-#define VMM_MAX_VCPUS 1024  /* KVM_MAX_VCPUS on x86 without a raised build limit */
-#define VMM_LAST_EXITS 64   /* power of two: the ring below is indexed by a wrapping counter */
+#define VMM_MAX_REGIONS VMM_ENGINE_SLOTS /* two of RAM, the rest for device memory */
+#define VMM_MAX_RANGES 4096              /* a machine with every PCI function's BARs has a few hundred */
+#define VMM_MAX_HOOKS 64                 /* each access is compared with each of them */
+#define VMM_MAX_LINES 4096               /* KVM_MAX_IRQ_ROUTES on x86 */
+#define VMM_MAX_VCPUS 1024               /* KVM_MAX_VCPUS on x86 without a raised build limit */
+#define VMM_LAST_EXITS 64                /* power of two: the ring below is indexed by a wrapping counter */
 #define VMM_EXIT_REASONS 64
 
 #define VMM_CLEANUP(fn) __attribute__((cleanup(fn)))
@@ -88,8 +88,8 @@ struct vmm_compat_ops {
 };
 
 struct vmm_vm {
-    int kvm_fd, fd;
-    uint32_t flags, run_size;
+    struct vmm_engine *engine;
+    uint32_t flags;
     bool has_chips;
 
     struct vmm_region regions[VMM_MAX_REGIONS];
@@ -114,10 +114,9 @@ struct vmm_vm {
     struct vmm_trace_point io_trace; /* of the I/O thread and the devices; several writers */
     pthread_mutex_t io_trace_lock;
     uint32_t trace_capacity;
-    bool sync_regs;      /* KVM can copy registers out with each exit, and in with an entry */
-    bool shadowed;       /* KVM translates by copies of the guest's page tables */
-    bool ran;            /* some vCPU was in its run loop; under lock */
-    uint64_t nothing_at; /* where state.c has its slot; 0: none yet */
+    bool sync_regs; /* KVM can copy registers out with each exit, and in with an entry */
+    bool shadowed;  /* KVM translates by copies of the guest's page tables */
+    bool ran;       /* some vCPU was in its run loop; under lock */
 
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;
@@ -148,12 +147,11 @@ enum vmm_vcpu_place { VMM_VCPU_OUT = 0, VMM_VCPU_RUNNING = 1, VMM_VCPU_PARKED = 
 
 struct vmm_vcpu {
     struct vmm_vm *vm;
-    struct kvm_run *run;
-    int fd;
+    struct vmm_engine_vcpu *engine;
+    struct kvm_run *run; /* the engine's page */
     uint32_t id;
     _Atomic int state;      /* enum vmm_vcpu_place, written under vm->lock */
-    pid_t thread;           /* who runs it, while state is not OUT */
-    clockid_t clock;        /* its CPU time, likewise */
+    clockid_t clock;        /* CPU time of the thread that runs it, while state is not OUT */
     uint32_t scaled_khz;    /* the rate its TSC is scaled to; 0: the host's */
     bool unsettled;         /* an I/O exit's result is not yet in the registers */
     uint32_t last_range[2]; /* per space: where the last hit was */
@@ -170,12 +168,6 @@ struct vmm_vcpu {
 
 /* The vCPU whose run loop is on this thread, or NULL. */
 extern _Thread_local struct vmm_vcpu *vmm_current_vcpu;
-
-/* Remember what failed, for vmm_error_text; answers rc. */
-int vmm_error_set(int rc, const char *format, ...) __attribute__((format(printf, 2, 3)));
-int vmm_error_host(int rc, const char *format, ...)
-    __attribute__((format(printf, 2, 3))); /* a system call's rc */
-int vmm_error_errno(const char *what);     /* -errno, remembered */
 
 /* Tell whoever listens (vmm_vm_on_message) something a person should know. From any thread. */
 void vmm_vm_say(struct vmm_vm *vm, const char *format, ...) __attribute__((format(printf, 2, 3)));

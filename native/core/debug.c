@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 enum {
@@ -84,7 +83,7 @@ static int set_guest_debug(struct vmm_vcpu *vcpu, uint32_t more)
         to.control |= KVM_GUESTDBG_SINGLESTEP;
     if (to.control)
         to.control |= KVM_GUESTDBG_ENABLE;
-    return ioctl(vcpu->fd, KVM_SET_GUEST_DEBUG, &to) < 0 ? vmm_error_errno("KVM_SET_GUEST_DEBUG") : 0;
+    return vcpu->engine->ops->guest_debug(vcpu->engine, &to);
 }
 
 int vmm_debug_apply(struct vmm_vcpu *vcpu)
@@ -531,7 +530,8 @@ static bool next_instruction(struct vmm_vcpu *vcpu, uint64_t *linear)
 {
     struct kvm_regs regs;
     struct kvm_sregs sregs;
-    if (ioctl(vcpu->fd, KVM_GET_REGS, &regs) != 0 || ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) != 0)
+    if (vmm_engine_get(vcpu->engine, VMM_STATE_REGS, &regs) != 0 ||
+        vmm_engine_get(vcpu->engine, VMM_STATE_SREGS, &sregs) != 0)
         return false;
     *linear = sregs.cs.l && sregs.efer & 0x400 ? regs.rip : (uint32_t)(sregs.cs.base + regs.rip);
     return true;
@@ -566,13 +566,11 @@ void vmm_debug_completed(struct vmm_vcpu *vcpu)
  * 17.2.3). */
 static int give_back_db(struct vmm_vcpu *vcpu, uint64_t dr6)
 {
-    struct kvm_debugregs registers;
-    if (ioctl(vcpu->fd, KVM_GET_DEBUGREGS, &registers) < 0)
-        return vmm_error_errno("KVM_GET_DEBUGREGS");
+    struct kvm_debugregs registers = {0};
+    int rc = vmm_engine_get(vcpu->engine, VMM_STATE_DEBUGREGS, &registers);
     registers.dr6 |= dr6 & DR6_WHY;
-    if (ioctl(vcpu->fd, KVM_SET_DEBUGREGS, &registers) < 0)
-        return vmm_error_errno("KVM_SET_DEBUGREGS");
-    return set_guest_debug(vcpu, KVM_GUESTDBG_INJECT_DB);
+    rc = rc ? rc : vmm_engine_set(vcpu->engine, VMM_STATE_DEBUGREGS, &registers);
+    return rc ? rc : set_guest_debug(vcpu, KVM_GUESTDBG_INJECT_DB);
 }
 
 int vmm_debug_exit(struct vmm_vcpu *vcpu)

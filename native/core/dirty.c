@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 
 #define PAGE_SHIFT 12
 
@@ -85,10 +84,11 @@ static int log_regions(struct vmm_vm *vm, bool on)
 static int fetch_region(struct vmm_vm *vm, uint32_t region, uint64_t *scratch)
 {
     const size_t words = region_words(&vm->regions[region]), before = words_before(vm, region);
-    struct kvm_dirty_log log = {.slot = region, .dirty_bitmap = scratch};
+    const bool logged = vm->regions[region].flags & VMM_MEMORY_DIRTY_LOG;
     memset(scratch, 0, words * sizeof(*scratch));
-    if (vm->regions[region].flags & VMM_MEMORY_DIRTY_LOG && ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
-        return vmm_error_errno("KVM_GET_DIRTY_LOG");
+    const int rc = logged ? vm->engine->ops->dirty_log(vm->engine, region, scratch) : 0;
+    if (rc < 0)
+        return rc;
     for (size_t i = 0; i < words; i++) {
         if (atomic_load_explicit(&vm->touched[before + i], memory_order_relaxed))
             scratch[i] |= atomic_exchange_explicit(&vm->touched[before + i], 0, memory_order_acquire);

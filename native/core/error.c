@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "core.h"
+#include "core/error.h"
+#include "vmmcore.h"
 
 #include <errno.h>
 #include <stdarg.h>

@@ -2,14 +2,13 @@
 #include "core/eventfd.h"
 
 #include <errno.h>
-#include <sys/ioctl.h>
 
 int vmm_vm_ioeventfd(struct vmm_vm *vm, int space, uint64_t address, uint32_t size, bool match,
                      uint64_t value, int fd, bool assign)
 {
     if ((space != VMM_PIO && space != VMM_MMIO) || (match && !size))
         return vmm_error_set(-EINVAL, "ioeventfd at %#llx", (unsigned long long)address);
-    struct kvm_ioeventfd request = {
+    const struct kvm_ioeventfd request = {
         .addr = address,
         .len = size,
         .datamatch = value,
@@ -17,5 +16,5 @@ int vmm_vm_ioeventfd(struct vmm_vm *vm, int space, uint64_t address, uint32_t si
         .flags = (space == VMM_PIO ? KVM_IOEVENTFD_FLAG_PIO : 0) |
                  (match ? KVM_IOEVENTFD_FLAG_DATAMATCH : 0) | (assign ? 0 : KVM_IOEVENTFD_FLAG_DEASSIGN),
     };
-    return ioctl(vm->fd, KVM_IOEVENTFD, &request) < 0 ? vmm_error_errno("KVM_IOEVENTFD") : 0;
+    return vm->engine->ops->ioeventfd(vm->engine, &request);
 }

@@ -20,7 +20,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -122,7 +121,7 @@ static bool entry_wakes(const struct kvm_lapic_state *apic, unsigned at)
 static bool pins_wake(const struct vmm_vm *vm)
 {
     struct kvm_irqchip chip = {.chip_id = KVM_IRQCHIP_IOAPIC};
-    if (ioctl(vm->fd, KVM_GET_IRQCHIP, &chip) < 0)
+    if (vm->engine->ops->get_chip(vm->engine, &chip) < 0)
         return true;
     for (unsigned pin = 0; pin < KVM_IOAPIC_NUM_PINS; pin++) {
         const uint64_t entry = chip.chip.ioapic.redirtbl[pin].bits;
@@ -146,10 +145,10 @@ static bool may_be_interrupted(struct vmm_vcpu *vcpu)
     struct kvm_regs regs;
     struct kvm_sregs sregs;
     struct kvm_lapic_state apic;
-    return ioctl(vcpu->fd, KVM_GET_REGS, &regs) < 0 || regs.rflags & RFLAGS_IF ||
-           ioctl(vcpu->fd, KVM_GET_SREGS, &sregs) < 0 || sregs.cr4 & CR4_VMXE ||
+    return vmm_engine_get(vcpu->engine, VMM_STATE_REGS, &regs) < 0 || regs.rflags & RFLAGS_IF ||
+           vmm_engine_get(vcpu->engine, VMM_STATE_SREGS, &sregs) < 0 || sregs.cr4 & CR4_VMXE ||
            sregs.efer & EFER_SVME || /* a guest of the guest may be halted */
-           ioctl(vcpu->fd, KVM_GET_LAPIC, &apic) < 0 || entry_wakes(&apic, LVT_PERFORMANCE) ||
+           vmm_engine_get(vcpu->engine, VMM_STATE_LAPIC, &apic) < 0 || entry_wakes(&apic, LVT_PERFORMANCE) ||
            entry_wakes(&apic, LVT_LINT0);
 }
 
@@ -158,8 +157,8 @@ static enum verdict verdict_of(struct vmm_vcpu *vcpu)
 {
     struct kvm_mp_state state;
     struct kvm_vcpu_events events;
-    if (vmm_vcpu_give_registers(vcpu) < 0 || ioctl(vcpu->fd, KVM_GET_VCPU_EVENTS, &events) < 0 ||
-        has_events(&events) || ioctl(vcpu->fd, KVM_GET_MP_STATE, &state) < 0)
+    if (vmm_vcpu_give_registers(vcpu) < 0 || vmm_engine_get(vcpu->engine, VMM_STATE_EVENTS, &events) < 0 ||
+        has_events(&events) || vmm_engine_get(vcpu->engine, VMM_STATE_MP, &state) < 0)
         return AT_WORK;
     if (state.mp_state == KVM_MP_STATE_UNINITIALIZED || state.mp_state == KVM_MP_STATE_INIT_RECEIVED)
         return DEAD; /* until a SIPI */

@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 /* What kvm_setup_default_irq_routing sets: I/O APIC inputs 0..23; lines 0..15 reach the 8259s as well. */
@@ -122,17 +121,16 @@ static int give_table(struct vmm_msi *msi)
                        });
     }
     msi->updates++;
-    return ioctl(msi->vm->fd, KVM_SET_GSI_ROUTING, table) < 0 ? vmm_error_errno("KVM_SET_GSI_ROUTING") : 0;
+    return msi->vm->engine->ops->routing(msi->vm->engine, table);
 }
 
 /* Not earlier than the first route: KVM has irqfds only once the interrupt chips are there. */
 static int attach(struct vmm_msi *msi, struct vmm_msi_vector *vector)
 {
-    struct kvm_irqfd request = {.fd = (uint32_t)vector->fd, .gsi = vector->gsi};
-    if (!vector->attached && ioctl(msi->vm->fd, KVM_IRQFD, &request) < 0)
-        return vmm_error_errno("KVM_IRQFD");
-    vector->attached = true;
-    return 0;
+    struct vmm_engine *engine = msi->vm->engine;
+    const int rc = vector->attached ? 0 : engine->ops->irqfd(engine, vector->fd, vector->gsi);
+    vector->attached = rc == 0;
+    return rc;
 }
 
 int vmm_msi_route(struct vmm_msi *msi, struct vmm_msi_vector *vector, uint64_t address, uint32_t data)

@@ -13,40 +13,19 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #define MAX_SETTLE 8 /* an access is at most two fragments; a string instruction stops at each one */
 
 /* ---- the kick ---- */
 
-static int kick_signal(void)
+/* Only what a bug of ours raises may interrupt a vCPU thread, and the engine's kick, which it unblocks itself; the rest
+ * is for the caller's threads. */
+static void block_signals(void)
 {
-    return SIGRTMIN + 4; /* glibc keeps the first few; debuggers and runtimes like the next */
-}
-
-static void ignore_kick(int signal)
-{
-    (void)signal;
-}
-
-static void install_kick(void)
-{
-    struct sigaction action = {.sa_handler = ignore_kick}; /* no SA_RESTART: KVM_RUN must return */
-    sigemptyset(&action.sa_mask);
-    sigaction(kick_signal(), &action, NULL);
-}
-
-/* Only the kick, and what a bug of ours raises, may interrupt a vCPU thread; the rest is for the caller's
- * threads. */
-static void prepare_thread(void)
-{
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, install_kick);
     sigset_t blocked;
     sigfillset(&blocked);
-    const int open[] = {kick_signal(), SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    const int open[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
     for (size_t i = 0; i < sizeof(open) / sizeof(open[0]); i++)
         sigdelset(&blocked, open[i]);
     pthread_sigmask(SIG_SETMASK, &blocked, NULL);
@@ -56,7 +35,7 @@ static void kick_locked(struct vmm_vcpu *vcpu)
 {
     __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     if (vcpu->state == VMM_VCPU_RUNNING)
-        syscall(SYS_tgkill, getpid(), vcpu->thread, kick_signal());
+        vcpu->engine->ops->kick(vcpu->engine);
 }
 
 void vmm_vm_kick_locked(struct vmm_vm *vm)
@@ -403,7 +382,7 @@ static void settle(struct vmm_vcpu *vcpu)
     for (int i = 0; vcpu->unsettled && i < MAX_SETTLE; i++) {
         __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
         vcpu->unsettled = false;
-        if (ioctl(vcpu->fd, KVM_RUN, 0) == 0 && handle_exit(vcpu) == LEAVE)
+        if (vcpu->engine->ops->run(vcpu->engine) == 0 && handle_exit(vcpu) == LEAVE)
             return;
     }
 }
@@ -433,10 +412,10 @@ static bool attend(struct vmm_vcpu *vcpu)
 
 static void enter_loop(struct vmm_vcpu *vcpu)
 {
-    prepare_thread();
+    block_signals();
     vmm_current_vcpu = vcpu;
     pthread_mutex_lock(&vcpu->vm->lock);
-    vcpu->thread = (pid_t)syscall(SYS_gettid);
+    vcpu->engine->ops->attach_thread(vcpu->engine);
     pthread_getcpuclockid(pthread_self(), &vcpu->clock);
     vcpu->state = VMM_VCPU_RUNNING;
     vcpu->vm->ran = true;
@@ -458,19 +437,20 @@ static int leave_loop(struct vmm_vcpu *vcpu)
 
 int vmm_vcpu_run(vmm_vcpu *vcpu)
 {
+    struct vmm_engine_vcpu *engine = vcpu->engine;
     enter_loop(vcpu);
     for (;;) {
         if (unlikely(atomic_load(&vcpu->vm->requests)) && !attend(vcpu))
             break;
-        int rc = ioctl(vcpu->fd, KVM_RUN, 0);
+        const int rc = engine->ops->run(engine);
         if (likely(rc == 0)) {
             if (handle_exit(vcpu) == LEAVE)
                 break;
-        } else if (errno == EINTR || errno == EAGAIN) {
+        } else if (rc == -EINTR || rc == -EAGAIN) {
             vcpu->unsettled = false;
             __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
         } else {
-            stop_here(vcpu, VMM_STOP_RUN_FAILED, (uint64_t)errno);
+            stop_here(vcpu, VMM_STOP_RUN_FAILED, (uint64_t)-rc);
             break;
         }
     }

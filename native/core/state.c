@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 
 #include <x86intrin.h>
 
@@ -73,7 +72,7 @@ struct msr_list {
 static bool readable(const struct vmm_vcpu *vcpu, uint32_t index)
 {
     struct msr_list one = {.head.nmsrs = 1, .entries[0].index = index};
-    return ioctl(vcpu->fd, KVM_GET_MSRS, &one) == 1;
+    return vcpu->engine->ops->get_msrs(vcpu->engine, &one.head) == 1;
 }
 
 static void add_msr(const struct vmm_vcpu *vcpu, uint32_t index)
@@ -114,8 +113,9 @@ int vmm_vm_saved_msrs(vmm_vm *vm, uint32_t *indices, uint32_t max)
         uint32_t indices[VMM_STATE_MSRS_MAX];
     } list = {.head.nmsrs = VMM_STATE_MSRS_MAX};
     uint32_t n = 0;
-    if (ioctl(vm->kvm_fd, KVM_GET_MSR_INDEX_LIST, &list) < 0)
-        return vmm_error_errno("KVM_GET_MSR_INDEX_LIST");
+    const int rc = vm->engine->ops->msr_indices(vm->engine, &list.head);
+    if (rc < 0)
+        return rc;
     if (list.head.nmsrs + VMM_UNLISTED_MSRS > max)
         return vmm_error_set(-E2BIG, "KVM_GET_MSR_INDEX_LIST has %u entries", list.head.nmsrs);
     for (uint32_t i = 0; i < list.head.nmsrs; i++)
@@ -152,14 +152,6 @@ static int find_msrs(const struct vmm_vcpu *vcpu)
 
 /* ---- one vCPU ---- */
 
-static int ask(const struct vmm_vcpu *vcpu, unsigned long request, void *argument, const char *what)
-{
-    return ioctl(vcpu->fd, request, argument) < 0 ? vmm_error_errno(what) : 0;
-}
-
-#define GET(vcpu, noun, to) ask(vcpu, KVM_GET_##noun, to, "KVM_GET_" #noun)
-#define SET(vcpu, noun, from) ask(vcpu, KVM_SET_##noun, (void *)(uintptr_t)(from), "KVM_SET_" #noun)
-
 /* The MSRs, then TSC and deadline behind them; *read_at is the host's TSC beside the guest's. */
 static int read_msrs(const struct vmm_vcpu *vcpu, struct msr_list *list, uint64_t *read_at)
 {
@@ -171,7 +163,7 @@ static int read_msrs(const struct vmm_vcpu *vcpu, struct msr_list *list, uint64_
     list->entries[n + 1].index = MSR_TSC_DEADLINE;
     list->head.nmsrs = n + 2;
     *read_at = __rdtsc();
-    const int got = ioctl(vcpu->fd, KVM_GET_MSRS, list);
+    const int got = vcpu->engine->ops->get_msrs(vcpu->engine, &list->head);
     if (got == (int)n + 1) /* a machine without the deadline timer */
         list->entries[n + 1].data = 0;
     return got > (int)n ? 0 : vmm_error_set(-EIO, "KVM_GET_MSRS gave %d of %u", got, n + 2);
@@ -185,16 +177,16 @@ static int save_vcpu(struct vmm_vcpu *vcpu, const struct vmm_moment *at, vmm_vcp
     uint64_t read_at;
     memset(to, 0, sizeof(*to));
     int rc = vmm_vcpu_give_registers(vcpu);
-    rc = rc ? rc : GET(vcpu, REGS, &to->regs);
-    rc = rc ? rc : GET(vcpu, SREGS, &to->sregs);
-    rc = rc ? rc : GET(vcpu, VCPU_EVENTS, &to->events);
-    rc = rc ? rc : GET(vcpu, DEBUGREGS, &to->debug);
-    rc = rc ? rc : GET(vcpu, MP_STATE, &mp);
-    rc = rc ? rc : GET(vcpu, XCRS, &xcrs);
-    rc = rc ? rc : GET(vcpu, XSAVE, to->xsave);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_REGS, &to->regs);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_SREGS, &to->sregs);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_EVENTS, &to->events);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_DEBUGREGS, &to->debug);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_MP, &mp);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_XCRS, &xcrs);
+    rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_XSAVE, to->xsave);
     rc = rc ? rc : read_msrs(vcpu, &msrs, &read_at);
     if (rc == 0 && vcpu->vm->has_chips)
-        rc = GET(vcpu, LAPIC, to->lapic);
+        rc = vmm_engine_get(vcpu->engine, VMM_STATE_LAPIC, to->lapic);
     if (rc < 0)
         return rc;
     to->mp_state = mp.mp_state;
@@ -210,36 +202,6 @@ static int save_vcpu(struct vmm_vcpu *vcpu, const struct vmm_moment *at, vmm_vcp
 /* ---- translations ---- */
 
 #define PAGE_SIZE 4096u
-#define NOWHERE (1ull << 51) /* guest-physical: no memory of ours is there, nor of any processor yet made */
-
-static int put_nothing(struct vmm_vm *vm, uint64_t gpa)
-{
-    static const _Alignas(PAGE_SIZE) uint8_t nothing[PAGE_SIZE];
-    const struct kvm_userspace_memory_region slot = {
-        .slot = VMM_MAX_REGIONS,
-        .flags = KVM_MEM_READONLY,
-        .guest_phys_addr = gpa,
-        .memory_size = sizeof(nothing),
-        .userspace_addr = (uintptr_t)nothing,
-    };
-    if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &slot) < 0)
-        return vmm_error_errno("KVM_SET_USER_MEMORY_REGION");
-    vm->nothing_at = gpa;
-    return 0;
-}
-
-/*
- * Without nested paging KVM translates by copies of the guest's page tables. It keeps them up to date as the guest
- * writes those, but does not see what we write. It drops all copies when a memory slot moves: this one has no other
- * use.
- */
-static int forget_shadows(struct vmm_vm *vm)
-{
-    int rc = vm->shadowed && !vm->nothing_at ? put_nothing(vm, NOWHERE) : 0;
-    if (rc == 0 && vm->shadowed)
-        rc = put_nothing(vm, vm->nothing_at ^ PAGE_SIZE);
-    return rc;
-}
 
 /* The processor's own: KVM has it forget them when it is given another CR3, but not when it is given the same. All else
  * is as it will be. */
@@ -248,7 +210,7 @@ static int forget_translations(const struct vmm_vcpu *vcpu, const vmm_vcpu_state
     vmm_sregs other;
     memcpy(&other, &next->sregs, sizeof(other));
     other.cr3 ^= PAGE_SIZE;
-    return SET(vcpu, SREGS, &other);
+    return vmm_engine_set(vcpu->engine, VMM_STATE_SREGS, &other);
 }
 
 /* ---- one vCPU: back ---- */
@@ -276,9 +238,9 @@ static int set_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, con
             (!is || is->data != from->msrs[i].value))
             add(&set, from->msrs[i].index, from->msrs[i].value);
     }
-    const int done = ioctl(vcpu->fd, KVM_SET_MSRS, &set);
+    const int done = vcpu->engine->ops->set_msrs(vcpu->engine, &set.head);
     if (done < 0)
-        return vmm_error_errno("KVM_SET_MSRS");
+        return done;
     return done == (int)set.head.nmsrs
                ? 0
                : vmm_error_set(-EINVAL, "KVM refuses %#llx for MSR %#x",
@@ -342,9 +304,9 @@ static void leave_registers(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 
 static int set_registers(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 {
-    int rc = SET(vcpu, SREGS, &from->sregs);
-    rc = rc ? rc : SET(vcpu, REGS, &from->regs);
-    return rc ? rc : SET(vcpu, VCPU_EVENTS, &from->events);
+    int rc = vmm_engine_set(vcpu->engine, VMM_STATE_SREGS, &from->sregs);
+    rc = rc ? rc : vmm_engine_set(vcpu->engine, VMM_STATE_REGS, &from->regs);
+    return rc ? rc : vmm_engine_set(vcpu->engine, VMM_STATE_EVENTS, &from->events);
 }
 
 /*
@@ -354,7 +316,7 @@ static int set_registers(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 static int load_xcr0(struct vmm_vcpu *vcpu, uint64_t value)
 {
     const struct kvm_xcrs xcrs = {.nr_xcrs = 1, .xcrs[0].value = value};
-    const int rc = SET(vcpu, XCRS, &xcrs);
+    const int rc = vmm_engine_set(vcpu->engine, VMM_STATE_XCRS, &xcrs);
     if (rc == 0 || vmm_vm_check_extension(vcpu->vm, KVM_CAP_XCRS))
         return rc;
     return value == 1 ? 0
@@ -379,14 +341,14 @@ static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const st
     vcpu->run->kvm_dirty_regs = 0;
     int rc = forget_translations(vcpu, from);
     rc = rc ? rc : load_xcr0(vcpu, from->xcr0);
-    rc = rc ? rc : SET(vcpu, XSAVE, from->xsave);
+    rc = rc ? rc : vmm_engine_set(vcpu->engine, VMM_STATE_XSAVE, from->xsave);
     rc = rc ? rc : load_msrs(vcpu, from);
     rc = rc ? rc : vmm_clocks_load_tsc(vcpu, from, at, &beyond);
     if (rc == 0 && vcpu->vm->has_chips)
-        rc = SET(vcpu, LAPIC, from->lapic);
+        rc = vmm_engine_set(vcpu->engine, VMM_STATE_LAPIC, from->lapic);
     rc = rc ? rc : vmm_clocks_load_deadline(vcpu, from, beyond);
-    rc = rc ? rc : SET(vcpu, DEBUGREGS, &from->debug);
-    rc = rc ? rc : SET(vcpu, MP_STATE, &mp);
+    rc = rc ? rc : vmm_engine_set(vcpu->engine, VMM_STATE_DEBUGREGS, &from->debug);
+    rc = rc ? rc : vmm_engine_set(vcpu->engine, VMM_STATE_MP, &mp);
     const bool wait = known && may_wait(vcpu, from);
     if (rc == 0 && !wait)
         rc = set_registers(vcpu, from);
@@ -400,22 +362,32 @@ static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const st
 
 /* ---- chips ---- */
 
-static int chip(struct vmm_vm *vm, unsigned long request, uint32_t id, void *state, size_t size)
+static int move_chip(struct vmm_vm *vm, bool set, uint32_t id, void *state, size_t size)
 {
-    struct kvm_irqchip irqchip = {.chip_id = id};
-    memcpy(&irqchip.chip, state, size);
-    if (ioctl(vm->fd, request, &irqchip) < 0)
-        return vmm_error_errno("the interrupt controllers' state");
-    memcpy(state, &irqchip.chip, size);
-    return 0;
+    struct kvm_irqchip chip = {.chip_id = id};
+    memcpy(&chip.chip, state, size);
+    const int rc =
+        set ? vm->engine->ops->set_chip(vm->engine, &chip) : vm->engine->ops->get_chip(vm->engine, &chip);
+    if (rc == 0)
+        memcpy(state, &chip.chip, size);
+    return rc;
 }
 
 /* The slave first: KVM looks at both whenever one is set, and an input of the slave's would come to the new master. */
-static int irqchips(struct vmm_vm *vm, unsigned long request, vmm_chips_state *chips)
+static int move_chips(struct vmm_vm *vm, bool set, vmm_chips_state *chips)
 {
-    int rc = chip(vm, request, KVM_IRQCHIP_PIC_SLAVE, &chips->pic[1], sizeof(chips->pic[1]));
-    rc = rc ? rc : chip(vm, request, KVM_IRQCHIP_PIC_MASTER, &chips->pic[0], sizeof(chips->pic[0]));
-    return rc ? rc : chip(vm, request, KVM_IRQCHIP_IOAPIC, &chips->ioapic, sizeof(chips->ioapic));
+    int rc = move_chip(vm, set, KVM_IRQCHIP_PIC_SLAVE, &chips->pic[1], sizeof(chips->pic[1]));
+    rc = rc ? rc : move_chip(vm, set, KVM_IRQCHIP_PIC_MASTER, &chips->pic[0], sizeof(chips->pic[0]));
+    return rc ? rc : move_chip(vm, set, KVM_IRQCHIP_IOAPIC, &chips->ioapic, sizeof(chips->ioapic));
+}
+
+/* vmm_pit is struct kvm_pit_state2, but for its alignment. */
+static int save_pit(struct vmm_vm *vm, vmm_chips_state *to)
+{
+    struct kvm_pit_state2 pit = {0};
+    const int rc = to->has_pit ? vm->engine->ops->get_pit(vm->engine, &pit) : 0;
+    memcpy(&to->pit, &pit, sizeof(to->pit));
+    return rc;
 }
 
 static int save_chips(struct vmm_vm *vm, vmm_chips_state *to)
@@ -423,9 +395,8 @@ static int save_chips(struct vmm_vm *vm, vmm_chips_state *to)
     memset(to, 0, sizeof(*to));
     to->has_irqchip = vm->has_chips;
     to->has_pit = vm->has_chips && (vm->flags & VMM_VM_PIT);
-    if (to->has_pit && ioctl(vm->fd, KVM_GET_PIT2, &to->pit) < 0)
-        return vmm_error_errno("KVM_GET_PIT2");
-    return to->has_irqchip ? irqchips(vm, KVM_GET_IRQCHIP, to) : 0;
+    const int rc = save_pit(vm, to);
+    return rc || !to->has_irqchip ? rc : move_chips(vm, false, to);
 }
 
 static int load_chips(struct vmm_vm *vm, const vmm_chips_state *from)
@@ -433,13 +404,15 @@ static int load_chips(struct vmm_vm *vm, const vmm_chips_state *from)
     vmm_chips_state copy = *from;
     if (from->has_irqchip != vm->has_chips || from->has_pit != (vm->has_chips && (vm->flags & VMM_VM_PIT)))
         return vmm_error_set(-EINVAL, "the state is of a machine with other interrupt controllers or timers");
-    return from->has_irqchip ? irqchips(vm, KVM_SET_IRQCHIP, &copy) : 0;
+    return from->has_irqchip ? move_chips(vm, true, &copy) : 0;
 }
 
 /* Last of all: it runs from here on, and its tick must find the controllers it is for. */
 static int load_pit(struct vmm_vm *vm, const vmm_chips_state *from)
 {
-    return from->has_pit && ioctl(vm->fd, KVM_SET_PIT2, &from->pit) < 0 ? vmm_error_errno("KVM_SET_PIT2") : 0;
+    struct kvm_pit_state2 pit;
+    memcpy(&pit, &from->pit, sizeof(pit));
+    return from->has_pit ? vm->engine->ops->set_pit(vm->engine, &pit) : 0;
 }
 
 /* ---- all of it ---- */
@@ -461,7 +434,7 @@ static int load(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_
                 bool known, bool ahead)
 {
     struct vmm_moment at = {0};
-    int rc = remapped ? forget_shadows(vm) : 0;
+    int rc = remapped && vm->shadowed ? vm->engine->ops->forget_page_tables(vm->engine) : 0;
     rc = rc ? rc : load_chips(vm, chips);
     rc = rc ? rc : vmm_clocks_load(vm, chips, ahead, &at);
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)

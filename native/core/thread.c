@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "core/thread.h"
-#include "core/core.h"
+#include "core/error.h"
 
 #include <signal.h>
 

@@ -5,9 +5,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 _Static_assert(sizeof(vmm_regs) == sizeof(struct kvm_regs), "vmm_regs is kvm_regs");
 _Static_assert(sizeof(vmm_segment) == sizeof(struct kvm_segment), "vmm_segment is kvm_segment");
@@ -36,12 +33,11 @@ int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
         return vmm_error_set(-ENOMEM, "vCPU");
     vcpu->vm = vm;
     vcpu->id = id;
-    vcpu->run = MAP_FAILED;
-    vcpu->fd = ioctl(vm->fd, KVM_CREATE_VCPU, (unsigned long)id);
-    if (vcpu->fd >= 0)
-        vcpu->run = mmap(NULL, vm->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
-    rc = vcpu->run == MAP_FAILED ? vmm_error_errno("KVM_CREATE_VCPU") : 0;
-    rc = rc ? rc : vmm_clocks_created(vcpu);
+    rc = vm->engine->ops->create_vcpu(vm->engine, id, &vcpu->engine);
+    if (rc == 0) {
+        vcpu->run = vcpu->engine->run;
+        rc = vmm_clocks_created(vcpu);
+    }
     if (rc == 0 && vm->compat)
         rc = vm->compat->vcpu_init(vcpu);
     if (rc < 0) {
@@ -57,16 +53,14 @@ void vmm_vcpu_destroy(struct vmm_vcpu *vcpu)
 {
     if (!vcpu)
         return;
-    if (vcpu->run != MAP_FAILED)
-        munmap(vcpu->run, vcpu->vm->run_size);
-    if (vcpu->fd >= 0)
-        close(vcpu->fd);
+    if (vcpu->engine)
+        vcpu->engine->ops->destroy_vcpu(vcpu->engine);
     free(vcpu);
 }
 
-int vmm_vcpu_fd(vmm_vcpu *vcpu)
+int vmm_vcpu_stats_fd(vmm_vcpu *vcpu)
 {
-    return vcpu->fd;
+    return vcpu->engine->ops->stats_fd(vcpu->engine);
 }
 
 /* ---- registers ---- */
@@ -89,12 +83,6 @@ static int at_rest(const vmm_vcpu *vcpu)
     return vmm_error_set(-EBUSY, "vCPU %u runs: pause the machine before you look at it", vcpu->id);
 }
 
-static int vcpu_ioctl(vmm_vcpu *vcpu, unsigned long request, void *argument, const char *what)
-{
-    const int rc = vmm_vcpu_give_registers(vcpu);
-    return rc < 0 ? rc : ioctl(vcpu->fd, request, argument) < 0 ? vmm_error_errno(what) : 0;
-}
-
 /* In the order in which KVM_RUN takes them. */
 int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
 {
@@ -105,38 +93,51 @@ int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
     struct kvm_sync_regs *from = &vcpu->run->s.regs;
     vcpu->run->kvm_dirty_regs = 0;
     if (waiting & KVM_SYNC_X86_REGS)
-        rc = vcpu_ioctl(vcpu, KVM_SET_REGS, &from->regs, "KVM_SET_REGS");
+        rc = vmm_engine_set(vcpu->engine, VMM_STATE_REGS, &from->regs);
     if (rc == 0 && waiting & KVM_SYNC_X86_SREGS)
-        rc = vcpu_ioctl(vcpu, KVM_SET_SREGS, &from->sregs, "KVM_SET_SREGS");
+        rc = vmm_engine_set(vcpu->engine, VMM_STATE_SREGS, &from->sregs);
     if (rc == 0 && waiting & KVM_SYNC_X86_EVENTS)
-        rc = vcpu_ioctl(vcpu, KVM_SET_VCPU_EVENTS, &from->events, "KVM_SET_VCPU_EVENTS");
+        rc = vmm_engine_set(vcpu->engine, VMM_STATE_EVENTS, &from->events);
     return rc;
+}
+
+static int get_part(vmm_vcpu *vcpu, enum vmm_state part, void *value)
+{
+    const int rc = vmm_vcpu_give_registers(vcpu);
+    return rc ? rc : vmm_engine_get(vcpu->engine, part, value);
+}
+
+static int set_part(vmm_vcpu *vcpu, enum vmm_state part, const void *value)
+{
+    const int rc = vmm_vcpu_give_registers(vcpu);
+    return rc ? rc : vmm_engine_set(vcpu->engine, part, value);
 }
 
 int vmm_vcpu_get_regs(vmm_vcpu *vcpu, vmm_regs *regs)
 {
-    return vcpu_ioctl(vcpu, KVM_GET_REGS, regs, "KVM_GET_REGS");
+    return get_part(vcpu, VMM_STATE_REGS, regs);
 }
 
 int vmm_vcpu_set_regs(vmm_vcpu *vcpu, const vmm_regs *regs)
 {
-    return vcpu_ioctl(vcpu, KVM_SET_REGS, (void *)(uintptr_t)regs, "KVM_SET_REGS");
+    return set_part(vcpu, VMM_STATE_REGS, regs);
 }
 
 int vmm_vcpu_get_sregs(vmm_vcpu *vcpu, vmm_sregs *sregs)
 {
-    return vcpu_ioctl(vcpu, KVM_GET_SREGS, sregs, "KVM_GET_SREGS");
+    return get_part(vcpu, VMM_STATE_SREGS, sregs);
 }
 
 int vmm_vcpu_set_sregs(vmm_vcpu *vcpu, const vmm_sregs *sregs)
 {
-    return vcpu_ioctl(vcpu, KVM_SET_SREGS, (void *)(uintptr_t)sregs, "KVM_SET_SREGS");
+    return set_part(vcpu, VMM_STATE_SREGS, sregs);
 }
 
 int vmm_vcpu_translate(vmm_vcpu *vcpu, uint64_t linear, uint64_t *gpa)
 {
     struct kvm_translation t = {.linear_address = linear};
-    int rc = vcpu_ioctl(vcpu, KVM_TRANSLATE, &t, "KVM_TRANSLATE");
+    int rc = vmm_vcpu_give_registers(vcpu);
+    rc = rc ? rc : vcpu->engine->ops->translate(vcpu->engine, &t);
     if (rc < 0)
         return rc;
     if (!t.valid)
@@ -155,8 +156,9 @@ struct cpuid_list {
 int vmm_vm_supported_cpuid(vmm_vm *vm, vmm_cpuid_entry *entries, uint32_t max)
 {
     struct cpuid_list list = {.head.nent = MAX_CPUID};
-    if (ioctl(vm->kvm_fd, KVM_GET_SUPPORTED_CPUID, &list) < 0)
-        return vmm_error_errno("KVM_GET_SUPPORTED_CPUID");
+    const int rc = vm->engine->ops->supported_cpuid(vm->engine, &list.head);
+    if (rc < 0)
+        return rc;
     if (list.head.nent > max)
         return vmm_error_set(-E2BIG, "KVM_GET_SUPPORTED_CPUID has %u entries", list.head.nent);
     memcpy(entries, list.entries, list.head.nent * sizeof(*entries));
@@ -169,7 +171,8 @@ int vmm_vcpu_set_cpuid(vmm_vcpu *vcpu, const vmm_cpuid_entry *entries, uint32_t 
     if (n > MAX_CPUID)
         return vmm_error_set(-E2BIG, "%u CPUID entries", n);
     memcpy(list.entries, entries, n * sizeof(*entries));
-    return vcpu_ioctl(vcpu, KVM_SET_CPUID2, &list, "KVM_SET_CPUID2");
+    const int rc = vmm_vcpu_give_registers(vcpu);
+    return rc ? rc : vcpu->engine->ops->set_cpuid(vcpu->engine, &list.head);
 }
 
 struct msr_list {
@@ -177,109 +180,105 @@ struct msr_list {
     struct kvm_msr_entry entries[MAX_MSRS];
 };
 
-static int msrs(vmm_vcpu *vcpu, unsigned long request, const uint32_t *index, uint64_t *value, uint32_t n)
+static int fill_msrs(struct msr_list *list, const uint32_t *index, const uint64_t *value, uint32_t n)
 {
-    struct msr_list list = {.head.nmsrs = n};
     if (n > MAX_MSRS)
         return vmm_error_set(-E2BIG, "%u MSRs", n);
-    const int rc = vmm_vcpu_give_registers(vcpu); /* EFER and the APIC's base are among both */
-    if (rc < 0)
-        return rc;
+    list->head.nmsrs = n;
     for (uint32_t i = 0; i < n; i++)
-        list.entries[i] = (struct kvm_msr_entry){.index = index[i], .data = value[i]};
-    int taken = ioctl(vcpu->fd, request, &list);
-    if (taken < 0)
-        return vmm_error_errno(request == KVM_GET_MSRS ? "KVM_GET_MSRS" : "KVM_SET_MSRS");
-    for (int i = 0; i < taken; i++)
-        value[i] = list.entries[i].data;
-    return taken;
+        list->entries[i] = (struct kvm_msr_entry){.index = index[i], .data = value ? value[i] : 0};
+    return 0;
 }
 
+/* Registers that wait come first: EFER and the APIC's base are among both. */
 int vmm_vcpu_get_msrs(vmm_vcpu *vcpu, const uint32_t *index, uint64_t *value, uint32_t n)
 {
+    struct msr_list list;
     memset(value, 0, n * sizeof(*value));
-    return msrs(vcpu, KVM_GET_MSRS, index, value, n);
+    int rc = fill_msrs(&list, index, NULL, n);
+    rc = rc ? rc : vmm_vcpu_give_registers(vcpu);
+    rc = rc ? rc : vcpu->engine->ops->get_msrs(vcpu->engine, &list.head);
+    for (int i = 0; i < rc; i++)
+        value[i] = list.entries[i].data;
+    return rc;
 }
 
 int vmm_vcpu_set_msrs(vmm_vcpu *vcpu, const uint32_t *index, const uint64_t *value, uint32_t n)
 {
-    return msrs(vcpu, KVM_SET_MSRS, index, (uint64_t *)(uintptr_t)value, n);
+    struct msr_list list;
+    int rc = fill_msrs(&list, index, value, n);
+    rc = rc ? rc : vmm_vcpu_give_registers(vcpu);
+    return rc ? rc : vcpu->engine->ops->set_msrs(vcpu->engine, &list.head);
 }
 
-/* ---- the rest of KVM's state, by kind ---- */
+/* ---- the other state, by kind ---- */
 
-struct state_kind {
-    unsigned long get, set;
-    uint16_t size;
-    uint8_t chip; /* irqchip number, which the caller's struct carries as its first word */
-    const char *name;
-};
-
-#define STATE(kind, noun, type) [kind] = {KVM_GET_##noun, KVM_SET_##noun, sizeof(struct type), 0, #noun}
-#define CHIP(kind, n) [kind] = {KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, sizeof(struct kvm_irqchip), n, "IRQCHIP"}
-
-static const struct state_kind state_kinds[] = {
-    STATE(VMM_STATE_MP, MP_STATE, kvm_mp_state),
-    STATE(VMM_STATE_EVENTS, VCPU_EVENTS, kvm_vcpu_events),
-    STATE(VMM_STATE_DEBUGREGS, DEBUGREGS, kvm_debugregs),
-    STATE(VMM_STATE_LAPIC, LAPIC, kvm_lapic_state),
-    STATE(VMM_STATE_FPU, FPU, kvm_fpu),
-    STATE(VMM_STATE_XSAVE, XSAVE, kvm_xsave),
-    STATE(VMM_STATE_XCRS, XCRS, kvm_xcrs),
-    STATE(VMM_STATE_CLOCK, CLOCK, kvm_clock_data),
-    [VMM_STATE_PIT] = {KVM_GET_PIT2, KVM_SET_PIT2, sizeof(struct kvm_pit_state2), 0, "PIT2"},
-    CHIP(VMM_STATE_PIC_MASTER, KVM_IRQCHIP_PIC_MASTER),
-    CHIP(VMM_STATE_PIC_SLAVE, KVM_IRQCHIP_PIC_SLAVE),
-    CHIP(VMM_STATE_IOAPIC, KVM_IRQCHIP_IOAPIC),
+static const uint16_t state_sizes[] = {
+    [VMM_STATE_MP] = sizeof(struct kvm_mp_state),
+    [VMM_STATE_EVENTS] = sizeof(struct kvm_vcpu_events),
+    [VMM_STATE_DEBUGREGS] = sizeof(struct kvm_debugregs),
+    [VMM_STATE_LAPIC] = sizeof(struct kvm_lapic_state),
+    [VMM_STATE_FPU] = sizeof(struct kvm_fpu),
+    [VMM_STATE_XSAVE] = sizeof(struct kvm_xsave),
+    [VMM_STATE_XCRS] = sizeof(struct kvm_xcrs),
+    [VMM_STATE_REGS] = sizeof(struct kvm_regs),
+    [VMM_STATE_SREGS] = sizeof(struct kvm_sregs),
+    [VMM_STATE_CLOCK] = sizeof(struct kvm_clock_data),
+    [VMM_STATE_PIT] = sizeof(struct kvm_pit_state2),
+    [VMM_STATE_PIC_MASTER] = sizeof(struct kvm_irqchip),
+    [VMM_STATE_PIC_SLAVE] = sizeof(struct kvm_irqchip),
+    [VMM_STATE_IOAPIC] = sizeof(struct kvm_irqchip),
 };
 
 int vmm_state_size(int kind)
 {
-    size_t n = sizeof(state_kinds) / sizeof(state_kinds[0]);
-    return kind >= 0 && (size_t)kind < n && state_kinds[kind].size ? state_kinds[kind].size : -EINVAL;
+    const int n = sizeof(state_sizes) / sizeof(state_sizes[0]);
+    return kind >= 0 && kind < n && state_sizes[kind] ? state_sizes[kind] : -EINVAL;
 }
 
-static int state(int fd, int kind, void *buffer, size_t size, bool set, bool machine)
+static int check_kind(int kind, size_t size, bool machine)
 {
-    int expected = vmm_state_size(kind);
+    const int expected = vmm_state_size(kind);
     if (expected < 0 || (kind >= VMM_STATE_CLOCK) != machine)
-        return vmm_error_set(-EINVAL, "state kind %d", kind);
-    const struct state_kind *k = &state_kinds[kind];
-    if (size != (size_t)expected)
-        return vmm_error_set(-EMSGSIZE, "%s state is %d bytes, not %zu", k->name, expected, size);
-    if (k->get == KVM_GET_IRQCHIP)
-        memcpy(buffer, &(uint32_t){k->chip}, sizeof(uint32_t));
-    return ioctl(fd, set ? k->set : k->get, buffer) < 0 ? vmm_error_errno(k->name) : 0;
+        return vmm_error_set(-EINVAL, "there is no %s state of kind %d", machine ? "machine" : "vCPU", kind);
+    return size == (size_t)expected
+               ? 0
+               : vmm_error_set(-EMSGSIZE, "state of kind %d is %d bytes, not %zu", kind, expected, size);
 }
 
 int vmm_vcpu_get_state(vmm_vcpu *vcpu, int kind, void *buffer, size_t size)
 {
-    const int rc = vmm_vcpu_give_registers(vcpu);
-    return rc ? rc : state(vcpu->fd, kind, buffer, size, false, false);
-}
-
-/* A private copy: the irqchip's number is written into it, and the caller's bytes are const. */
-static int set_copy(int fd, int kind, const void *buffer, size_t size, bool machine)
-{
-    _Alignas(64) uint8_t copy[sizeof(struct kvm_xsave)];
-    if (size > sizeof(copy))
-        return vmm_error_set(-EMSGSIZE, "state of %zu bytes", size);
-    memcpy(copy, buffer, size);
-    return state(fd, kind, copy, size, true, machine);
+    const int rc = check_kind(kind, size, false);
+    return rc ? rc : get_part(vcpu, (enum vmm_state)kind, buffer);
 }
 
 int vmm_vcpu_set_state(vmm_vcpu *vcpu, int kind, const void *buffer, size_t size)
 {
-    const int rc = vmm_vcpu_give_registers(vcpu);
-    return rc ? rc : set_copy(vcpu->fd, kind, buffer, size, false);
+    const int rc = check_kind(kind, size, false);
+    return rc ? rc : set_part(vcpu, (enum vmm_state)kind, buffer);
+}
+
+static int get_chip(vmm_vm *vm, uint32_t id, struct kvm_irqchip *chip)
+{
+    chip->chip_id = id;
+    return vm->engine->ops->get_chip(vm->engine, chip);
 }
 
 int vmm_vm_get_state(vmm_vm *vm, int kind, void *buffer, size_t size)
 {
-    return state(vm->fd, kind, buffer, size, false, true);
+    const int rc = check_kind(kind, size, true);
+    if (rc < 0)
+        return rc;
+    switch (kind) {
+    case VMM_STATE_CLOCK:
+        return vm->engine->ops->get_clock(vm->engine, buffer);
+    case VMM_STATE_PIT:
+        return vm->engine->ops->get_pit(vm->engine, buffer);
+    default:
+        return get_chip(vm, (uint32_t)(kind - VMM_STATE_PIC_MASTER), buffer);
+    }
 }
 
-int vmm_vm_set_state(vmm_vm *vm, int kind, const void *buffer, size_t size)
-{
-    return set_copy(vm->fd, kind, buffer, size, true);
-}
+_Static_assert(VMM_STATE_PIC_SLAVE - VMM_STATE_PIC_MASTER == KVM_IRQCHIP_PIC_SLAVE &&
+                   VMM_STATE_IOAPIC - VMM_STATE_PIC_MASTER == KVM_IRQCHIP_IOAPIC,
+               "kinds are in the order of KVM's chip numbers");

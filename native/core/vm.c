@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -26,32 +25,6 @@ _Static_assert(VMM_LAST_EXITS == 64 && (VMM_LAST_EXITS & (VMM_LAST_EXITS - 1)) =
 
 /* ---- create, destroy ---- */
 
-static int open_kvm(struct vmm_vm *vm, const char *path)
-{
-    vm->kvm_fd = open(path, O_RDWR | O_CLOEXEC);
-    if (vm->kvm_fd < 0)
-        return vmm_error_errno(path);
-    int version = ioctl(vm->kvm_fd, KVM_GET_API_VERSION, 0);
-    if (version != KVM_API_VERSION)
-        return version < 0 ? vmm_error_errno("KVM_GET_API_VERSION")
-                           : vmm_error_set(-EPROTO, "KVM_GET_API_VERSION answered %d", version);
-    int run_size = ioctl(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
-    if (run_size < (int)sizeof(struct kvm_run))
-        return vmm_error_errno("KVM_GET_VCPU_MMAP_SIZE");
-    vm->run_size = (uint32_t)run_size;
-    return 0;
-}
-
-static int create_vm(struct vmm_vm *vm)
-{
-    /* A signal that arrives while KVM_CREATE_VM sleeps makes it fail with EINTR: nothing was created, ask
-     * again. */
-    do {
-        vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
-    } while (vm->fd < 0 && errno == EINTR);
-    return vm->fd < 0 ? vmm_error_errno("KVM_CREATE_VM") : 0;
-}
-
 /*
  * KVM wants the interrupt controllers before the first vCPU; they come no earlier than that because a memory
  * slot that is set after them waits for the SRCU grace period in which KVM frees the buses they replaced (4
@@ -61,24 +34,14 @@ int vmm_vm_create_chips(struct vmm_vm *vm)
 {
     if (vm->has_chips || !(vm->flags & VMM_VM_IRQCHIP))
         return 0;
-    /* Three pages KVM keeps below 4 GiB for itself on Intel; placed under the BIOS area, outside any RAM of
-     * ours. */
-    if (ioctl(vm->fd, KVM_SET_TSS_ADDR, 0xfffbd000ul) < 0)
-        return vmm_error_errno("KVM_SET_TSS_ADDR");
-    if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0) < 0)
-        return vmm_error_errno("KVM_CREATE_IRQCHIP");
-    struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
-    if ((vm->flags & VMM_VM_PIT) && ioctl(vm->fd, KVM_CREATE_PIT2, &pit) < 0)
-        return vmm_error_errno("KVM_CREATE_PIT2");
-    vm->has_chips = true;
-    return 0;
+    const int rc = vm->engine->ops->create_chips(vm->engine, vm->flags & VMM_VM_PIT);
+    vm->has_chips = rc == 0;
+    return rc;
 }
 
 static int prepare(struct vmm_vm *vm, const char *path)
 {
-    int rc = open_kvm(vm, path);
-    if (rc == 0)
-        rc = create_vm(vm);
+    const int rc = vmm_kvm_engine.open(path, &vm->engine);
     if (rc < 0)
         return rc;
     const int all = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
@@ -96,7 +59,7 @@ int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
     struct vmm_vm *vm = calloc(1, sizeof(*vm));
     if (!vm)
         return vmm_error_set(-ENOMEM, "machine");
-    vm->kvm_fd = vm->fd = vm->stop_fd = -1;
+    vm->stop_fd = -1;
     vm->flags = flags;
     vm->stop_vcpu = UINT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
@@ -119,33 +82,6 @@ static void close_fd(int fd)
         close(fd);
 }
 
-static void *close_on_thread(void *fd)
-{
-    close((int)(intptr_t)fd);
-    return NULL;
-}
-
-/* Sanitized builds close in line: LeakSanitizer stops every thread at exit, and can wait for ever for one that ends
- * while it does. */
-#ifdef __SANITIZE_ADDRESS__
-enum { CLOSE_ON_THREAD = 0 };
-#else
-enum { CLOSE_ON_THREAD = 1 };
-#endif
-
-/* The last close of a machine sits out the kernel's grace periods, 1 to 30 ms. Nothing is left that could depend on
- * it, so the caller need not. */
-static void close_machine(int fd)
-{
-    pthread_t thread;
-    if (fd < 0)
-        return;
-    if (CLOSE_ON_THREAD && vmm_thread_start(&thread, "vmm-close", close_on_thread, (void *)(intptr_t)fd) == 0)
-        pthread_detach(thread);
-    else
-        close(fd);
-}
-
 void vmm_vm_destroy(vmm_vm *vm)
 {
     if (!vm)
@@ -164,13 +100,13 @@ void vmm_vm_destroy(vmm_vm *vm)
     }
     if (vm->compat)
         vm->compat->vm_fini(vm);
-    close_machine(vm->fd);
+    if (vm->engine)
+        vm->engine->ops->close(vm->engine);
     for (uint32_t i = 0; i < vm->n_regions; i++) {
         munmap(vm->regions[i].host, vm->regions[i].size);
         close_fd(vm->regions[i].fd);
     }
     close_fd(vm->stop_fd);
-    close_fd(vm->kvm_fd);
     vmm_bus_deinit(&vm->bus);
     pthread_cond_destroy(&vm->changed);
     pthread_mutex_destroy(&vm->lock);
@@ -180,22 +116,16 @@ void vmm_vm_destroy(vmm_vm *vm)
     free(vm);
 }
 
-int vmm_vm_fd(vmm_vm *vm)
-{
-    return vm->fd;
-}
-
 int vmm_vm_check_extension(vmm_vm *vm, uint32_t capability)
 {
-    int n = ioctl(vm->fd, KVM_CHECK_EXTENSION, (unsigned long)capability);
-    return n < 0 ? 0 : n;
+    return vm->engine->ops->capability(vm->engine, capability);
 }
 
 int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2,
                       uint64_t arg3)
 {
-    struct kvm_enable_cap cap = {.cap = capability, .args = {arg0, arg1, arg2, arg3}};
-    return ioctl(vm->fd, KVM_ENABLE_CAP, &cap) < 0 ? vmm_error_errno("KVM_ENABLE_CAP") : 0;
+    const struct kvm_enable_cap cap = {.cap = capability, .args = {arg0, arg1, arg2, arg3}};
+    return vm->engine->ops->enable(vm->engine, &cap);
 }
 
 void vmm_vm_on_message(vmm_vm *vm, void (*say)(void *opaque, const char *text), void *opaque)
@@ -253,7 +183,7 @@ static int map_region(struct vmm_region *r)
 
 static int give_region(struct vmm_vm *vm, uint32_t slot, const struct vmm_region *r)
 {
-    struct kvm_userspace_memory_region region = {
+    const struct kvm_userspace_memory_region region = {
         .slot = slot,
         .flags = (r->flags & VMM_MEMORY_DIRTY_LOG ? KVM_MEM_LOG_DIRTY_PAGES : 0) |
                  (r->flags & VMM_MEMORY_READONLY ? KVM_MEM_READONLY : 0),
@@ -261,9 +191,7 @@ static int give_region(struct vmm_vm *vm, uint32_t slot, const struct vmm_region
         .memory_size = r->size,
         .userspace_addr = (uint64_t)(uintptr_t)r->host,
     };
-    return ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0
-               ? vmm_error_errno("KVM_SET_USER_MEMORY_REGION")
-               : 0;
+    return vm->engine->ops->set_memory(vm->engine, &region);
 }
 
 int vmm_region_set_flags(struct vmm_vm *vm, uint32_t region, uint32_t flags)
@@ -379,11 +307,10 @@ void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size)
 
 /* ---- lines ---- */
 
-static void irqchip_set(void *opaque, uint32_t gsi, int level)
+static void set_engine_line(void *opaque, uint32_t gsi, int level)
 {
     struct vmm_vm *vm = opaque;
-    struct kvm_irq_level irq = {.irq = gsi, .level = level ? 1 : 0};
-    ioctl(vm->fd, KVM_IRQ_LINE, &irq); /* fails only without an irqchip: then the wire leads nowhere */
+    vm->engine->ops->line(vm->engine, gsi, level != 0);
 }
 
 const vmm_line *vmm_vm_line(vmm_vm *vm, uint32_t gsi)
@@ -392,7 +319,7 @@ const vmm_line *vmm_vm_line(vmm_vm *vm, uint32_t gsi)
         return NULL;
     pthread_mutex_lock(&vm->lock);
     if (!vm->lines[gsi].set)
-        vm->lines[gsi] = (vmm_line){.set = irqchip_set, .opaque = vm, .n = gsi};
+        vm->lines[gsi] = (vmm_line){.set = set_engine_line, .opaque = vm, .n = gsi};
     pthread_mutex_unlock(&vm->lock);
     return &vm->lines[gsi];
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Operations step by step: a step is one run of the disk that lies together, and one call of the engine. */
+/* Operations step by step: a step is one run of the disk that lies together, and one call of host_io.c. */
 #include "disk/disk.h"
 #include "disk/dirty.h"
 #include "disk/undo.h"
@@ -15,10 +15,10 @@
 #define BOUNCE_SIZE (128u << 10)
 #define ZEROS_SIZE (64u << 10)
 
-#define WAITING (VMM_ENGINE_PENDING + 1) /* a step that did not begin: another operation is in its way */
+#define WAITING (VMM_HOST_IO_PENDING + 1) /* a step that did not begin: another operation is in its way */
 
 /*
- * A step keeps so much for an undo log at most, read and copied on the spot. More than the engine writes on the spot,
+ * A step keeps so much for an undo log at most, read and copied on the spot. More than host_io.c writes on the spot,
  * so that others have their turn between two steps of a long write.
  */
 #define KEEP_SIZE (2ull << 20)
@@ -134,9 +134,9 @@ static int64_t transfer(struct vmm_disk *disk, struct vmm_disk_io *io, struct vm
             stand_in(io, io->buffer, VMM_BOUNCE_SIZE);
     }
     const bool bounced = io->bounce_iov.iov_base;
-    return vmm_engine_transfer(&disk->engine, &io->op_under_way, write, direct, extent.fd,
-                               bounced ? &io->bounce_iov : io->iov, bounced ? 1 : io->cut, io->piece,
-                               extent.at);
+    return vmm_host_io_transfer(&disk->host_io, &io->op_under_way, write, direct, extent.fd,
+                                bounced ? &io->bounce_iov : io->iov, bounced ? 1 : io->cut, io->piece,
+                                extent.at);
 }
 
 /* Which way of making zeros is left to try; 0: writing them. */
@@ -153,10 +153,10 @@ static int64_t zero(struct vmm_disk *disk, struct vmm_disk_io *io, uint64_t at, 
     io->piece = mode || size < ZEROS_SIZE ? size : ZEROS_SIZE;
     io->allocate_mode = mode;
     if (mode)
-        return vmm_engine_allocate(&disk->engine, &io->op_under_way, disk->fd, mode, at, size);
+        return vmm_host_io_allocate(&disk->host_io, &io->op_under_way, disk->fd, mode, at, size);
     io->bounce_iov = (struct iovec){.iov_base = (void *)zeros, .iov_len = io->piece};
-    return vmm_engine_transfer(&disk->engine, &io->op_under_way, true, disk->alignment > 1, disk->fd,
-                               &io->bounce_iov, 1, io->piece, at);
+    return vmm_host_io_transfer(&disk->host_io, &io->op_under_way, true, disk->alignment > 1, disk->fd,
+                                &io->bounce_iov, 1, io->piece, at);
 }
 
 static int64_t discard(struct vmm_disk *disk, struct vmm_disk_io *io, struct vmm_extent extent)
@@ -165,8 +165,8 @@ static int64_t discard(struct vmm_disk *disk, struct vmm_disk_io *io, struct vmm
     if (extent.fd != disk->fd || disk->no_punch || disk->undo)
         return (int64_t)extent.size; /* advice that nobody can take */
     io->allocate_mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-    return vmm_engine_allocate(&disk->engine, &io->op_under_way, disk->fd, io->allocate_mode, extent.at,
-                               extent.size);
+    return vmm_host_io_allocate(&disk->host_io, &io->op_under_way, disk->fd, io->allocate_mode, extent.at,
+                                extent.size);
 }
 
 static int64_t begin_step(struct vmm_disk *disk, struct vmm_disk_io *io)
@@ -257,7 +257,7 @@ static void advance(struct vmm_disk *disk, struct vmm_disk_io *io)
             break;
         }
         const int64_t result = begin_step(disk, io);
-        if (result == VMM_ENGINE_PENDING)
+        if (result == VMM_HOST_IO_PENDING)
             return;
         if (result == WAITING) {
             list_append(&disk->waiting, io);
@@ -282,7 +282,7 @@ static void wake_waiting(struct vmm_disk *disk)
     }
 }
 
-static void step_done(struct vmm_engine_op *op, int64_t result)
+static void step_done(struct vmm_host_io_op *op, int64_t result)
 {
     struct vmm_disk_io *io = (void *)((uint8_t *)op - offsetof(struct vmm_disk_io, op_under_way));
     struct vmm_disk *disk = io->disk;
@@ -293,14 +293,14 @@ static void step_done(struct vmm_engine_op *op, int64_t result)
 
 /* ---- flushing: one round at a time serves everyone who was there when it began ---- */
 
-/* 0 or -errno: the round is over. VMM_ENGINE_PENDING: the host is syncing. */
+/* 0 or -errno: the round is over. VMM_HOST_IO_PENDING: the host is syncing. */
 static int64_t flush_round(struct vmm_disk *disk, int64_t result)
 {
     while (result == 0 && !disk->recorded) {
         disk->recorded = true;
         result = disk->kind->record ? disk->kind->record(disk) : 0;
         if (result > 0)
-            result = vmm_engine_sync(&disk->engine, &disk->flush_op, disk->fd);
+            result = vmm_host_io_sync(&disk->host_io, &disk->flush_op, disk->fd);
     }
     return result;
 }
@@ -330,19 +330,19 @@ static void flush(struct vmm_disk *disk)
         if (!result && disk->kind->begin_flush)
             result = disk->kind->begin_flush(disk);
         if (!result)
-            result = vmm_engine_sync(&disk->engine, &disk->flush_op, disk->fd);
+            result = vmm_host_io_sync(&disk->host_io, &disk->flush_op, disk->fd);
         result = flush_round(disk, result);
-        if (result == VMM_ENGINE_PENDING)
+        if (result == VMM_HOST_IO_PENDING)
             return;
         flush_over(disk, result);
     }
 }
 
-static void sync_done(struct vmm_engine_op *op, int64_t result)
+static void sync_done(struct vmm_host_io_op *op, int64_t result)
 {
     struct vmm_disk *disk = (void *)((uint8_t *)op - offsetof(struct vmm_disk, flush_op));
     result = flush_round(disk, result);
-    if (result == VMM_ENGINE_PENDING)
+    if (result == VMM_HOST_IO_PENDING)
         return;
     flush_over(disk, result);
     flush(disk);
@@ -374,15 +374,15 @@ bool vmm_disk_turn(struct vmm_disk *disk)
 {
     bool any = false;
     for (bool more = true; more; any |= more) { /* what completes may go on with another step */
-        vmm_engine_submit(&disk->engine);
-        more = vmm_engine_reap(&disk->engine);
+        vmm_host_io_submit(&disk->host_io);
+        more = vmm_host_io_reap(&disk->host_io);
     }
     return any;
 }
 
 int vmm_disk_fd(const struct vmm_disk *disk)
 {
-    return disk->engine.ring;
+    return disk->host_io.ring;
 }
 
 void vmm_disk_drain(struct vmm_disk *disk, bool cancel)
@@ -390,8 +390,8 @@ void vmm_disk_drain(struct vmm_disk *disk, bool cancel)
     disk->cancelling = cancel;
     while (disk->under_way) {
         wake_waiting(disk);
-        vmm_engine_wait(&disk->engine);
-        vmm_engine_reap(&disk->engine);
+        vmm_host_io_wait(&disk->host_io);
+        vmm_host_io_reap(&disk->host_io);
     }
     disk->cancelling = false;
 }
@@ -495,7 +495,7 @@ int vmm_disk_create(const struct vmm_disk_kind *kind, int fd, uint64_t size, uin
     list_init(&disk->waiting);
     list_init(&disk->flush_next);
     list_init(&disk->flush_now);
-    vmm_engine_init(&disk->engine, flags & VMM_DISK_BLOCKING);
+    vmm_host_io_init(&disk->host_io, flags & VMM_DISK_BLOCKING);
     *out = disk;
     return 0;
 }
@@ -510,7 +510,7 @@ void vmm_disk_destroy(vmm_disk *disk)
         vmm_disk_dirty_close(disk->dirty);
     if (disk->kind->close)
         disk->kind->close(disk);
-    vmm_engine_deinit(&disk->engine);
+    vmm_host_io_deinit(&disk->host_io);
     vmm_bounce_deinit(&disk->bounce);
     close(disk->fd);
     free(disk);

@@ -16,7 +16,7 @@
 #define VMM_DISK_DISK_H
 
 #include "disk/bounce.h"
-#include "disk/engine.h"
+#include "disk/host_io.h"
 #include "vmmblk.h"
 
 enum vmm_disk_op { VMM_DISK_READ, VMM_DISK_WRITE, VMM_DISK_FLUSH, VMM_DISK_DISCARD, VMM_DISK_ZERO };
@@ -35,7 +35,7 @@ struct vmm_disk_io {
     uint64_t finished; /* bytes from `at` on that were read or written */
     bool unkept;       /* the error is an undo log's: it could not keep what the disk holds */
     /* The disk's own. */
-    struct vmm_engine_op op_under_way;
+    struct vmm_host_io_op op_under_way;
     struct vmm_disk *disk;
     bool over, later;         /* later: start has answered false */
     int allocate_mode;        /* of the fallocate under way; 0: none is */
@@ -94,7 +94,7 @@ struct vmm_disk_list {
 
 struct vmm_disk {
     const struct vmm_disk_kind *kind;
-    struct vmm_engine engine;
+    struct vmm_host_io host_io;
     struct vmm_bounce bounce;
     int fd;                 /* what is written */
     uint64_t size, data_at; /* bytes of the disk; where they begin in fd */
@@ -108,7 +108,7 @@ struct vmm_disk {
     struct vmm_disk_io *allocating; /* under way, and not settled */
 
     struct vmm_disk_list flush_next, flush_now;
-    struct vmm_engine_op flush_op;
+    struct vmm_host_io_op flush_op;
     bool recorded;    /* this round's record was made */
     int flush_failed; /* the first error; every flush answers it from then on */
 

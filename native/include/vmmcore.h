@@ -68,10 +68,6 @@ int vmm_vm_check_extension(vmm_vm *vm, uint32_t capability);
 int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2,
                       uint64_t arg3);
 
-/* File descriptors, for ioctls that have no function here; they stay the library's. */
-int vmm_vm_fd(vmm_vm *vm);
-int vmm_vcpu_fd(vmm_vcpu *vcpu);
-
 /*
  * `say` is called, from whatever thread it happens on, when a device has something to tell a person: the guest broke
  * a rule, a disk answers with errors, a network peer went away. Set it before the first run.
@@ -258,6 +254,8 @@ enum vmm_state {
     VMM_STATE_FPU = 4,         /* vCPU: struct kvm_fpu */
     VMM_STATE_XSAVE = 5,       /* vCPU: struct kvm_xsave (4 KiB) */
     VMM_STATE_XCRS = 6,        /* vCPU: struct kvm_xcrs */
+    VMM_STATE_REGS = 7,        /* vCPU: struct kvm_regs */
+    VMM_STATE_SREGS = 8,       /* vCPU: struct kvm_sregs */
     VMM_STATE_CLOCK = 16,      /* machine: struct kvm_clock_data */
     VMM_STATE_PIT = 17,        /* machine: struct kvm_pit_state2 */
     VMM_STATE_PIC_MASTER = 18, /* machine: struct kvm_irqchip, chip 0 */
@@ -268,7 +266,9 @@ int vmm_state_size(int kind);
 int vmm_vcpu_get_state(vmm_vcpu *vcpu, int kind, void *buffer, size_t size);
 int vmm_vcpu_set_state(vmm_vcpu *vcpu, int kind, const void *buffer, size_t size);
 int vmm_vm_get_state(vmm_vm *vm, int kind, void *buffer, size_t size);
-int vmm_vm_set_state(vmm_vm *vm, int kind, const void *buffer, size_t size);
+
+/* A file with KVM's own counters of a vCPU (KVM_GET_STATS_FD, Linux 5.14), the caller's to close. -errno. */
+int vmm_vcpu_stats_fd(vmm_vcpu *vcpu);
 
 /* ---- all of a machine's processors, as a value ---------------------------------------------------------------- */
 

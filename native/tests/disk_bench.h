@@ -150,7 +150,7 @@ static inline void job_free(struct job *j)
 static inline void finish(vmm_disk *disk, const struct job *j)
 {
     for (vmm_disk_turn(disk); !j->over; vmm_disk_turn(disk))
-        vmm_engine_wait(&disk->engine);
+        vmm_host_io_wait(&disk->host_io);
 }
 
 static inline int run(vmm_disk *disk, struct job *j)

@@ -10,6 +10,7 @@
 #include "core/core.h"
 #include "core/thread.h"
 
+#include <errno.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -31,11 +32,58 @@ static inline uint8_t *machine_add(vmm_vm *vm, uint64_t gpa, uint64_t size, uint
     return host;
 }
 
+/* An engine that executes nothing: lines lead nowhere, and what it is asked for it does not have. */
+static inline void machine_close(struct vmm_engine *engine)
+{
+    (void)engine;
+}
+
+static inline int machine_capability(struct vmm_engine *engine, uint32_t capability)
+{
+    (void)engine, (void)capability;
+    return 0;
+}
+
+static inline void machine_line(struct vmm_engine *engine, uint32_t gsi, bool level)
+{
+    (void)engine, (void)gsi, (void)level;
+}
+
+static inline int machine_set_memory(struct vmm_engine *engine,
+                                     const struct kvm_userspace_memory_region *slot)
+{
+    (void)engine, (void)slot;
+    return vmm_error_host(-ENOTSUP, "a machine without an engine has no memory slots");
+}
+
+static inline int machine_ioeventfd(struct vmm_engine *engine, const struct kvm_ioeventfd *doorbell)
+{
+    (void)engine, (void)doorbell;
+    return vmm_error_host(-ENOTSUP, "a machine without an engine has no ioeventfds");
+}
+
+static inline int machine_routing(struct vmm_engine *engine, const struct kvm_irq_routing *table)
+{
+    (void)engine, (void)table;
+    return vmm_error_host(-ENOTSUP, "a machine without an engine has no interrupt routes");
+}
+
+static const struct vmm_engine_ops machine_engine_ops = {
+    .close = machine_close,
+    .capability = machine_capability,
+    .line = machine_line,
+    .set_memory = machine_set_memory,
+    .ioeventfd = machine_ioeventfd,
+    .routing = machine_routing,
+};
+
 static inline vmm_vm *machine_create(void)
 {
+    static struct vmm_engine engine = {.ops = &machine_engine_ops};
     vmm_vm *vm = calloc(1, sizeof(*vm));
     CHECK(vm);
-    vm->kvm_fd = vm->fd = vm->stop_fd = -1;
+    vm->engine = &engine;
+    vm->stop_fd = -1;
     vm->stop_vcpu = UINT32_MAX;
     pthread_mutex_init(&vm->lock, NULL);
     vmm_cond_init(&vm->changed);

@@ -399,7 +399,7 @@ static void test_cancelling_ends_what_is_under_way(void)
     }
     vmm_disk_drain(b.disk, true);
     CHECK_EQUAL(b.disk->under_way, 0);
-    CHECK_EQUAL(b.disk->engine.under_way, 0);
+    CHECK_EQUAL(b.disk->host_io.under_way, 0);
     for (int i = 0; i < 32; i++) {
         CHECK(jobs[i].over && (jobs[i].io.error == 0 || jobs[i].io.error == -ECANCELED));
         job_free(&jobs[i]);

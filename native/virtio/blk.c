@@ -17,7 +17,7 @@
 #define DEVICE_ID 2
 #define QUEUE_SIZE 256
 #define QUEUES_MAX 16
-#define POOL VMM_ENGINE_DEPTH /* requests under way; the others wait in their rings */
+#define POOL VMM_HOST_IO_DEPTH /* requests under way; the others wait in their rings */
 
 /* A turn on the I/O thread: so many requests, or bytes (a millisecond from the page cache); then others have theirs. */
 #define TURN_REQUESTS 1024

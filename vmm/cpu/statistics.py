@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from struct import Struct
 
-_GET_STATS_FD = 0xAECE  # _IO(0xAE, 0xCE)
 _HEADER = Struct("=6I")  # struct kvm_stats_header: flags, name_size, num_desc, id_offset, desc_offset, data_offset
 _DESCRIPTOR = Struct("=IhHII")  # struct kvm_stats_desc: flags, exponent, size (in values), offset, bucket_size
 _VALUE = Struct("=Q")
@@ -14,13 +13,11 @@ _VALUE = Struct("=Q")
 class Statistics:
     """The counters that have one value each, by name. May be read while the vCPU runs.
 
-    Raises ``OSError`` where KVM keeps none that can be read.
+    Takes the file of ``vmm_vcpu_stats_fd``, which is closed by :meth:`close`. Raises ``OSError`` where it cannot be read.
     """
 
-    def __init__(self, vcpu_fd: int) -> None:
-        from fcntl import ioctl
-
-        self._fd = ioctl(vcpu_fd, _GET_STATS_FD, 0)
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
         try:
             _, name_size, count, _, at, data = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0))
             size = _DESCRIPTOR.size + name_size

@@ -62,8 +62,9 @@ class TinyGuest:
             (0x2000, 0x3007), (0x3000, 0x0087), (0x4FF0, 0x5003), (0x5000, 0x0083),
         ):  # fmt: skip
             self.memory.write(gpa, entry.to_bytes(8, "little"))
+        fd = lib.vmm_vcpu_stats_fd(self.vcpu)
         try:
-            self.statistics: Statistics | None = Statistics(lib.vmm_vcpu_fd(self.vcpu))
+            self.statistics: Statistics | None = Statistics(fd) if fd >= 0 else None
         except OSError:
             self.statistics = None
 

@@ -7,26 +7,26 @@
  * batches of 32. A buffered write to ext4, which io_uring gives to a worker: pwritev 1 us, io_uring 50 us. So the page
  * cache is asked first. A write to it blocks only when the host is short of clean pages: see WRITE_SLOW_NS.
  */
-#ifndef VMM_DISK_ENGINE_H
-#define VMM_DISK_ENGINE_H
+#ifndef VMM_DISK_HOST_IO_H
+#define VMM_DISK_HOST_IO_H
 
 #include "core/core.h"
 
 #include <limits.h>
 #include <sys/uio.h>
 
-#define VMM_ENGINE_DEPTH 256         /* operations under way at a time, as its users see to */
-#define VMM_ENGINE_PENDING INT64_MIN /* the result comes later, to op->done */
+#define VMM_HOST_IO_DEPTH 256         /* operations under way at a time, as its users see to */
+#define VMM_HOST_IO_PENDING INT64_MIN /* the result comes later, to op->done */
 
 /* Embedded in what waits for the result. */
-struct vmm_engine_op {
-    void (*done)(struct vmm_engine_op *op, int64_t result);
+struct vmm_host_io_op {
+    void (*done)(struct vmm_host_io_op *op, int64_t result);
 };
 
 struct io_uring_sqe;
 struct io_uring_cqe;
 
-struct vmm_engine {
+struct vmm_host_io {
     int ring; /* -1: none */
     void *rings, *sqes_map;
     size_t rings_size, sqes_size;
@@ -41,21 +41,21 @@ struct vmm_engine {
 };
 
 /* Never fails: without io_uring (or with `blocking`) operations block. */
-void vmm_engine_init(struct vmm_engine *engine, bool blocking);
-void vmm_engine_deinit(struct vmm_engine *engine); /* nothing under way */
+void vmm_host_io_init(struct vmm_host_io *host, bool blocking);
+void vmm_host_io_deinit(struct vmm_host_io *host); /* nothing under way */
 
 /*
- * Each answers the result as the system call has it, -errno included, or VMM_ENGINE_PENDING. `iov` stays put until
+ * Each answers the result as the system call has it, -errno included, or VMM_HOST_IO_PENDING. `iov` stays put until
  * then. direct: the file is open with O_DIRECT.
  */
-int64_t vmm_engine_transfer(struct vmm_engine *engine, struct vmm_engine_op *op, bool write, bool direct,
-                            int fd, const struct iovec *iov, unsigned n_iov, uint64_t size, uint64_t at);
-int64_t vmm_engine_sync(struct vmm_engine *engine, struct vmm_engine_op *op, int fd);
-int64_t vmm_engine_allocate(struct vmm_engine *engine, struct vmm_engine_op *op, int fd, int mode,
-                            uint64_t at, uint64_t size);
+int64_t vmm_host_io_transfer(struct vmm_host_io *host, struct vmm_host_io_op *op, bool write, bool direct,
+                             int fd, const struct iovec *iov, unsigned n_iov, uint64_t size, uint64_t at);
+int64_t vmm_host_io_sync(struct vmm_host_io *host, struct vmm_host_io_op *op, int fd);
+int64_t vmm_host_io_allocate(struct vmm_host_io *host, struct vmm_host_io_op *op, int fd, int mode,
+                             uint64_t at, uint64_t size);
 
-void vmm_engine_submit(struct vmm_engine *engine);
-bool vmm_engine_reap(struct vmm_engine *engine); /* calls op->done of what is there; was there any? */
-void vmm_engine_wait(struct vmm_engine *engine); /* submit, and wait until there is something to reap */
+void vmm_host_io_submit(struct vmm_host_io *host);
+bool vmm_host_io_reap(struct vmm_host_io *host); /* calls op->done of what is there; was there any? */
+void vmm_host_io_wait(struct vmm_host_io *host); /* submit, and wait until there is something to reap */
 
 #endif
