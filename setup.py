@@ -29,7 +29,11 @@ class BuildNativeFirst(build_ext):
 
 setup(
     packages=find_packages(include=["vmm", "vmm.*"]),
-    package_data={"vmm": ["py.typed"], "vmm.observe": ["*.html"], "vmm.linux": ["*.config", "init*", "*.sh", "data/*"]},
+    package_data={
+        "vmm": ["py.typed", "*.pyi"],
+        "vmm.observe": ["*.html"],
+        "vmm.linux": ["*.config", "init*", "*.sh", "data/*"],
+    },
     cffi_modules=["vmm/_ffi/build.py:builder"],
     cmdclass={"build_ext": BuildNativeFirst},
     # cffi compiles the extension against the limited API: one wheel is for Python 3.11 and every later one.

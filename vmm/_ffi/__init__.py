@@ -16,6 +16,21 @@ from vmm.errors import from_native
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    # Handles, for annotations; vmm/_native.pyi has every other struct, which is reached through these.
+    from vmm._native import vmm_blk as vmm_blk
+    from vmm._native import vmm_checkpoint as vmm_checkpoint
+    from vmm._native import vmm_console as vmm_console
+    from vmm._native import vmm_dirty as vmm_dirty
+    from vmm._native import vmm_disk as vmm_disk
+    from vmm._native import vmm_lazy as vmm_lazy
+    from vmm._native import vmm_line as vmm_line
+    from vmm._native import vmm_net as vmm_net
+    from vmm._native import vmm_uart as vmm_uart
+    from vmm._native import vmm_vcpu as vmm_vcpu
+    from vmm._native import vmm_vcpu_state as vmm_vcpu_state
+    from vmm._native import vmm_virtio as vmm_virtio
+    from vmm._native import vmm_vm as vmm_vm
+
 __all__ = [
     "PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "HookUpcall", "Upcall", "VirtioUpcall", "check", "ffi", "lib",
     "pause", "wait",
@@ -48,7 +63,7 @@ def wait(native: Callable[[int], int], timeout: float | None) -> int:
             return result
 
 
-def pause(vm: Any) -> None:
+def pause(vm: vmm_vm) -> None:
     """Pause a native machine and wait until all of it stands; ``vmm_vm_resume`` undoes it.
 
     A device's own code may keep a vCPU for as long as it likes: what a signal's handler raises meanwhile comes out of
@@ -86,7 +101,7 @@ class Upcall:
 _from_handle = ffi.from_handle
 
 
-@ffi.def_extern(error=_MASK)  # type: ignore[untyped-decorator]
+@ffi.def_extern(error=_MASK)
 def vmm_py_read(opaque: Any, offset: int, size: int) -> int:
     """Read for a device written in Python."""
     upcall: Upcall = _from_handle(opaque)
@@ -97,7 +112,7 @@ def vmm_py_read(opaque: Any, offset: int, size: int) -> int:
         return _MASK
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_write(opaque: Any, offset: int, size: int, value: int) -> None:
     """Write for a device written in Python."""
     upcall: Upcall = _from_handle(opaque)
@@ -129,12 +144,12 @@ class HookUpcall:
         self.failed = failed
         self.opaque: Any = ffi.new_handle(self)
 
-    def connect(self, vm: Any) -> None:
+    def connect(self, vm: vmm_vm) -> None:
         """Have ``vm`` tell it; it must last as long as ``vm``."""
         lib.vmm_vm_on_hook(vm, lib.vmm_py_hook_access, lib.vmm_py_hook_exit, self.opaque)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_hook_access(opaque: Any, access: Any) -> None:
     """An access that a hook covers."""
     upcall: HookUpcall = _from_handle(opaque)
@@ -144,7 +159,7 @@ def vmm_py_hook_access(opaque: Any, access: Any) -> None:
         upcall.failed(error)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_hook_exit(opaque: Any, vcpu: int, record: Any) -> None:
     """An exit of a reason that is hooked."""
     upcall: HookUpcall = _from_handle(opaque)
@@ -178,7 +193,7 @@ class VirtioUpcall:
         self.opaque: Any = ffi.new_handle(self)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_virtio_start(opaque: Any) -> None:
     """DRIVER_OK for a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
@@ -188,7 +203,7 @@ def vmm_py_virtio_start(opaque: Any) -> None:
         upcall.failed(error)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_virtio_kick(opaque: Any, queue: int) -> None:
     """A doorbell of a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
@@ -198,7 +213,7 @@ def vmm_py_virtio_kick(opaque: Any, queue: int) -> None:
         upcall.failed(error)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_virtio_stop(opaque: Any) -> None:
     """The end of a driver, for a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
@@ -208,7 +223,7 @@ def vmm_py_virtio_stop(opaque: Any) -> None:
         upcall.failed(error)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_virtio_quiesce(opaque: Any) -> None:
     """Nothing is to be in flight, for a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
@@ -218,7 +233,7 @@ def vmm_py_virtio_quiesce(opaque: Any) -> None:
         upcall.failed(error)
 
 
-@ffi.def_extern()  # type: ignore[untyped-decorator]
+@ffi.def_extern()
 def vmm_py_say(opaque: Any, text: Any) -> None:
     """A message of the machine: ``opaque`` is a handle of the function that takes it."""
     _from_handle(opaque)(ffi.string(text).decode(errors="replace"))

@@ -28,6 +28,19 @@ extern "Python" {
 }
 """
 
+# KVM's own numbers (<linux/kvm.h>) that Python names; the compiler gives their values.
+KVM_NUMBERS = [
+    "KVM_CAP_IRQCHIP", "KVM_CAP_USER_MEMORY", "KVM_CAP_EXT_CPUID", "KVM_CAP_NR_VCPUS", "KVM_CAP_NR_MEMSLOTS",
+    "KVM_CAP_MP_STATE", "KVM_CAP_IRQFD", "KVM_CAP_PIT2", "KVM_CAP_IOEVENTFD", "KVM_CAP_MAX_VCPUS",
+    "KVM_CAP_SYNC_REGS", "KVM_CAP_IMMEDIATE_EXIT", "KVM_CAP_X86_USER_SPACE_MSR", "KVM_CAP_X86_MSR_FILTER",
+    "KVM_CAP_BINARY_STATS_FD", "KVM_CAP_EXIT_ON_EMULATION_FAILURE", "KVM_EXIT_UNKNOWN", "KVM_EXIT_EXCEPTION",
+    "KVM_EXIT_IO", "KVM_EXIT_HYPERCALL", "KVM_EXIT_DEBUG", "KVM_EXIT_HLT", "KVM_EXIT_MMIO",
+    "KVM_EXIT_IRQ_WINDOW_OPEN", "KVM_EXIT_SHUTDOWN", "KVM_EXIT_FAIL_ENTRY", "KVM_EXIT_INTR",
+    "KVM_EXIT_INTERNAL_ERROR", "KVM_EXIT_SYSTEM_EVENT", "KVM_EXIT_X86_RDMSR", "KVM_EXIT_X86_WRMSR",
+    "KVM_MP_STATE_RUNNABLE", "KVM_MP_STATE_UNINITIALIZED", "KVM_MP_STATE_INIT_RECEIVED", "KVM_MP_STATE_HALTED",
+    "KVM_MP_STATE_SIPI_RECEIVED",
+]  # fmt: skip
+
 
 def headers() -> list[str]:
     """The boundary, in the order of dependence: the core, virtio, then what is built on them."""
@@ -44,10 +57,10 @@ def declarations() -> str:
 
 
 builder = FFI()
-builder.cdef(declarations() + UPCALLS)
+builder.cdef(declarations() + UPCALLS + "".join(f"#define {name} ...\n" for name in KVM_NUMBERS))
 builder.set_source(
     "vmm._native",
-    "".join(f'#include "{header}"\n' for header in headers()),
+    "#include <linux/kvm.h>\n" + "".join(f'#include "{header}"\n' for header in headers()),
     include_dirs=["native/include"],
     extra_objects=["build/native/libvmmcore.a"],
     depends=[*(f"native/include/{header}" for header in headers()), "build/native/libvmmcore.a"],

@@ -386,8 +386,8 @@ class Debugger:
         address = vcpu.linear_rip() if kind in ("step", "count") else int(event.address)
         stop = Stop(vcpu, kind, address, [point for point in self.points if point.kind == kind])
         if kind == "breakpoint":
-            found = vcpu.memory.walk(address)
-            gpa = None if isinstance(found, PageFault) else found.gpa
+            walked = vcpu.memory.walk(address)
+            gpa = None if isinstance(walked, PageFault) else walked.gpa
             stop.points = [point for point in stop.points if point.gpa == gpa]
         else:
             stop.points = [point for point in stop.points if point.address == address]

@@ -13,7 +13,7 @@ _VALUE = Struct("=Q")
 class Statistics:
     """The counters that have one value each, by name. May be read while the vCPU runs.
 
-    Takes the file of ``vmm_vcpu_stats_fd``, which is closed by :meth:`close`. Raises ``OSError`` where it cannot be read.
+    Takes the file of ``vmm_vcpu_stats_fd``, which :meth:`close` closes. Raises ``OSError`` where it cannot be read.
     """
 
     def __init__(self, fd: int) -> None:

@@ -11,6 +11,7 @@ from vmm.errors import ConfigError, HostError, StateError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm._ffi import vmm_vcpu
     from vmm.cpu.cpuid import CpuidTable
     from vmm.cpu.paging import LinearMemory, Paging
     from vmm.memory import GuestMemory
@@ -134,14 +135,14 @@ class Vcpu:
         """How often something of it was set from outside: what a second run does not repeat by itself."""
         out = ffi.new("vmm_vcpu **")
         check(lib.vmm_vcpu_create(vm, number, out))
-        self._native = out[0]
+        self._native: vmm_vcpu | None = out[0]
         cpuid.apply(self.native, number)
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.number}>"
 
     @property
-    def native(self) -> Any:
+    def native(self) -> vmm_vcpu:
         """The native vCPU, while there is one."""
         if self._native is None:
             raise StateError("the machine is closed: look at its vCPUs before that")

@@ -16,7 +16,7 @@ from vmm.testing.fakes import FakeConsole, FakeLine
 try:
     from vmm._native import ffi, lib
 except ImportError:
-    ffi = lib = None
+    ffi = lib = None  # type: ignore[assignment, misc]
 
 RBR = THR = DLL = 0
 IER = DLM = 1
