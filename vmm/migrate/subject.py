@@ -4,33 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from vmm.snapshot.subject import Stateful
 
-    from vmm.config import MachineConfig
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.devices.device import State
-    from vmm.devices.virtio.blk import Blk
     from vmm.memory import GuestMemory
     from vmm.snapshot.subject import BackgroundTask
 
 
-class Mover(Protocol):
+class Mover(Stateful, Protocol):
     """A machine that moves elsewhere, or that a standby follows."""
 
-    @property
-    def config(self) -> MachineConfig: ...
-    @property
-    def memory(self) -> GuestMemory: ...
-    @property
-    def disks(self) -> Sequence[Blk]: ...
     @property
     def running(self) -> bool: ...
     @property
     def stop_fd(self) -> int: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
-    def describe(self) -> State: ...
-    def save(self) -> State: ...
     def end_migrated(self) -> None: ...
 
 

@@ -28,8 +28,8 @@ class Bootable(Protocol):
     def load(self) -> Entry: ...
 
 
-class Stateful(Protocol):
-    """A machine whose state is taken; it is held meanwhile."""
+class Built(Protocol):
+    """A machine with memory and disks, as its configuration has them."""
 
     @property
     def config(self) -> MachineConfig: ...
@@ -37,6 +37,11 @@ class Stateful(Protocol):
     def memory(self) -> GuestMemory: ...
     @property
     def disks(self) -> Sequence[Blk]: ...
+
+
+class Stateful(Built, Protocol):
+    """A machine whose state is taken; it is held meanwhile."""
+
     def describe(self) -> State: ...
     def save(self) -> State: ...
 
@@ -47,15 +52,9 @@ class Loadable(Protocol):
     def load(self, state: State, *, clock: str) -> None: ...
 
 
-class Restorable(Protocol):
+class Restorable(Built, Protocol):
     """A new machine that takes up a state, and does not run yet."""
 
-    @property
-    def config(self) -> MachineConfig: ...
-    @property
-    def memory(self) -> GuestMemory: ...
-    @property
-    def disks(self) -> Sequence[Blk]: ...
     @property
     def virtio(self) -> Sequence[VirtioDevice]: ...
     @property
