@@ -10,10 +10,11 @@ from vmm.errors import BusError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm._ffi import vmm_vm
     from vmm.devices.device import Device
 
-PIO = 0
-MMIO = 1
+PIO: int = lib.VMM_PIO
+MMIO: int = lib.VMM_MMIO
 
 
 class Attachment:
@@ -48,7 +49,7 @@ class Attachment:
 class Bus:
     """Both address spaces of a machine. The table lives in C; this keeps what the table points to alive."""
 
-    def __init__(self, vm: Any, failed: Callable[[BaseException], None]) -> None:
+    def __init__(self, vm: vmm_vm, failed: Callable[[BaseException], None]) -> None:
         self._vm = vm
         self._failed = failed
         self.attachments: dict[int, Attachment] = {}

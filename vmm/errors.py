@@ -82,36 +82,8 @@ class ConsoleTimeout(VmmError, TimeoutError):
         self.transcript = transcript
 
 
-UNTOLD, REFUSED, HOST = 0, 1, 2  # enum vmm_error_source
-
-
-def from_native(code: int, text: str, source: int) -> VmmError:
-    """The exception for a native ``-errno``, the text that came with it (``vmm_error_text``), and where it comes from
-    (``vmm_error_source``): the one table of native codes.
-
-    A number means one thing as the host's answer to a system call and another as native code's own refusal: only the
-    latter is named here. A device range that is taken is :class:`BusError`, which :mod:`vmm.bus` and
-    :mod:`vmm.hooks` raise, as they know that they asked for one.
-    """
-    import errno
-    import os
-
-    if source == REFUSED and -code in (errno.EBUSY, errno.EALREADY, errno.EEXIST, errno.EDEADLK):
-        error: StateError | ConfigError | HostError = StateError(
-            f"{text}: call it from another thread" if code == -errno.EDEADLK else text
-        )
-    elif source == REFUSED and code == -errno.ENOSPC:
-        error = ConfigError(f"{text}: that is as many as there can be")
-    elif source == UNTOLD:
-        error = HostError(f"a request to native code failed: {os.strerror(-code)}")
-    else:
-        error = HostError(f"{text}: {os.strerror(-code)}{_FIXES.get(-code, '') if source == HOST else ''}")
-    error.errno = -code
-    return error
-
-
-# what to do about errors of system calls that people can do something about
-_FIXES = {
+# errno of a system call -> what the user can do about it
+FIXES = {
     11: ": too many processes or threads; raise the limit (ulimit -u)",  # EAGAIN
     12: ": give the host more memory, or the guest less",  # ENOMEM
     24: ": too many open files; raise the limit (ulimit -n)",  # EMFILE

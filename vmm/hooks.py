@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from vmm._ffi import HookUpcall, check, ffi, lib
 from vmm.bus import MMIO, PIO
 from vmm.cpu.vcpu import EXIT_REASONS, Exit
-from vmm.errors import BusError, ConfigError
+from vmm.errors import BusError, ConfigError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
+
+    from vmm._ffi import vmm_vm
 
 _EXIT_NUMBERS = {name: number for number, name in EXIT_REASONS.items()}
 _MASK = (1 << 64) - 1
@@ -69,8 +71,8 @@ class Hook:
 class Hooks:
     """All hooks of a machine. An exception in a callable goes to ``failed``."""
 
-    def __init__(self, vm: Any, failed: Callable[[BaseException], None]) -> None:
-        self._vm = vm
+    def __init__(self, vm: vmm_vm, failed: Callable[[BaseException], None]) -> None:
+        self._vm: vmm_vm | None = vm
         self._accesses: dict[int, Callable[[Access], int | None]] = {}
         self._exits: dict[int, tuple[frozenset[int], Callable[[int, Exit], object]]] = {}
         self._next_tag = 1
@@ -101,6 +103,8 @@ class Hooks:
             raise ConfigError(f"a hook needs a range of ascending addresses: {shown} is none")
         tag = self._tag()
         self._accesses[tag] = callback
+        if self._vm is None:
+            raise StateError("the machine is closed: make a new one")
         code = lib.vmm_hook_attach(self._vm, space, addresses.start, len(addresses), tag)
         if code < 0:
             del self._accesses[tag]

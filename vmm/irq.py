@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vmm._ffi import ffi, lib
 from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmm._ffi import vmm_vm
 
 
 class GsiLine:
@@ -13,7 +16,7 @@ class GsiLine:
 
     __slots__ = ("_set", "gsi", "native")
 
-    def __init__(self, vm: Any, gsi: int) -> None:
+    def __init__(self, vm: vmm_vm, gsi: int) -> None:
         self.gsi = gsi
         self.native = lib.vmm_vm_line(vm, gsi)
         if not self.native:
@@ -34,10 +37,15 @@ class GsiLine:
         self._set(self.native, 0)
 
 
-CHIPS = {"pit": 17, "pic": 18, "pic2": 19, "ioapic": 20}  # enum vmm_state
+CHIPS = {
+    "pit": lib.VMM_STATE_PIT,
+    "pic": lib.VMM_STATE_PIC_MASTER,
+    "pic2": lib.VMM_STATE_PIC_SLAVE,
+    "ioapic": lib.VMM_STATE_IOAPIC,
+}
 
 
-def chips(vm: Any) -> dict[str, bytes]:
+def chips(vm: vmm_vm) -> dict[str, bytes]:
     """The states of the in-kernel interrupt controllers and timer, as KVM's structs, of a machine that has vCPUs.
 
     "pit" is missing where the machine has another.

@@ -12,8 +12,8 @@ from vmm.errors import GuestMemoryError, HostError, StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-HUGE_2M = 1
-DIRTY_LOG = 2
+    from vmm._ffi import vmm_vm
+
 INT3 = 0xCC
 PAGE = 4096
 _PIECE = 4 << 20  # bytes that are searched at once
@@ -29,13 +29,13 @@ class GuestMemory:
 
     def __init__(
         self,
-        vm: Any,
+        vm: vmm_vm,
         regions: Sequence[tuple[int, int]],
         *,
         huge_pages: bool = False,
         files: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        self._vm = vm
+        self._vm: vmm_vm | None = vm
         self.regions = list(regions)
         self.memfds: list[int] = []
         self._maps: list[tuple[int, int, memoryview]] = []
@@ -51,9 +51,16 @@ class GuestMemory:
                 raise HostError(f"cannot map {size >> 20} MiB of guest memory ({error}): {hint}") from error
             self._maps.append((gpa, gpa + size, memoryview(ffi.buffer(host, size)).cast("B")))
 
+    def _open_vm(self) -> vmm_vm:
+        if self._vm is None:
+            raise StateError("the machine is closed, and its memory with it: read it before that")
+        return self._vm
+
     def _add(self, gpa: int, size: int, huge_pages: bool) -> Any:
         host, memfd = ffi.new("void **"), ffi.new("int *")
-        check(lib.vmm_vm_add_memory(self._vm, gpa, size, HUGE_2M if huge_pages else 0, host, memfd))
+        check(
+            lib.vmm_vm_add_memory(self._open_vm(), gpa, size, lib.VMM_MEMORY_HUGE_2M if huge_pages else 0, host, memfd)
+        )
         if huge_pages:  # taken from the pool now: a fault that finds it empty is SIGBUS
             os.posix_fallocate(memfd[0], 0, size)
         self.memfds.append(memfd[0])
@@ -61,7 +68,7 @@ class GuestMemory:
 
     def _add_file(self, gpa: int, size: int, fd: int, offset: int) -> Any:
         host = ffi.new("void **")
-        check(lib.vmm_vm_add_memory_file(self._vm, gpa, size, fd, offset, 0, host))
+        check(lib.vmm_vm_add_memory_file(self._open_vm(), gpa, size, fd, offset, 0, host))
         return host[0]
 
     def freeze(self) -> list[tuple[int, int]]:
@@ -71,14 +78,14 @@ class GuestMemory:
         files. The files are the machine's.
         """
         fds = ffi.new("int[]", len(self.regions))
-        check(lib.vmm_vm_freeze_memory(self._vm, fds))
+        check(lib.vmm_vm_freeze_memory(self._open_vm(), fds))
         self.private = True
         return [(int(fd), 0) for fd in fds]
 
     def backing(self) -> list[tuple[int, int, memoryview, int, int, bool]]:
         """Each region's gpa, size, memory, file behind it, offset in that, and whether what is written stays here."""
         return [
-            (start, end - start, mapped, check(lib.vmm_vm_memory_fd(self._vm, number)), offset, self.private)
+            (start, end - start, mapped, check(lib.vmm_vm_memory_fd(self._open_vm(), number)), offset, self.private)
             for number, ((start, end, mapped), offset) in enumerate(zip(self._maps, self._offsets, strict=True))
         ]
 
@@ -101,17 +108,16 @@ class GuestMemory:
         for start, end, mapped in self._maps:
             if start <= gpa < end and 0 <= size <= end - gpa:
                 return mapped[gpa - start : gpa - start + size]
-        if self._vm is None:
-            raise StateError("the machine is closed, and its memory with it: read it before that")
+        self._open_vm()
         raise GuestMemoryError(gpa, size)
 
     def wrote(self, gpa: int, size: int) -> None:
         """Have these bytes in the logs of what changed: checkpoints, snapshots and migration go by them."""
-        lib.vmm_vm_dirty(self._vm, gpa, size)
+        lib.vmm_vm_dirty(self._open_vm(), gpa, size)
 
     def dirty_log(self) -> DirtyLog:
         """A log of the pages that change from now on. While the machine is paused or not started."""
-        return DirtyLog(self._vm, self.regions)
+        return DirtyLog(self._open_vm(), self.regions)
 
     def read(self, gpa: int, size: int) -> bytes:
         """A copy of ``size`` bytes at ``gpa``, without the breakpoints a debugger has planted there."""
@@ -210,7 +216,7 @@ class DirtyLog:
     refuses to log.
     """
 
-    def __init__(self, vm: Any, regions: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, vm: vmm_vm, regions: Sequence[tuple[int, int]]) -> None:
         self._regions = regions
         out = ffi.new("vmm_dirty **")
         check(lib.vmm_dirty_open(vm, out))

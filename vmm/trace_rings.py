@@ -10,8 +10,10 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vmm._ffi import vmm_vm
+
 CAPACITY_MIN, CAPACITY_MAX = 64, 1 << 24
-EVENT_BYTES = 64
+EVENT_BYTES = ffi.sizeof("vmm_trace_event")
 _IO_THREAD = (1 << 32) - 1
 _BATCH = 4096
 
@@ -19,7 +21,7 @@ _BATCH = 4096
 class TraceRings:
     """The rings of one machine's threads: its vCPUs, by number, and the I/O thread. One reader."""
 
-    def __init__(self, vm: Any, vcpus: Iterable[int]) -> None:
+    def __init__(self, vm: vmm_vm, vcpus: Iterable[int]) -> None:
         self._vm = vm
         self._positions = {number: ffi.new("uint64_t *") for number in (*vcpus, _IO_THREAD)}
         self._lost = ffi.new("uint64_t *")
@@ -55,6 +57,20 @@ class TraceRings:
                 if n < _BATCH:
                     break
         return b"".join(parts), int(self._lost[0])
+
+    @staticmethod
+    def event_layout() -> Any:
+        """Return the layout of a ``vmm_trace_event`` as numpy's dtype takes it: names, formats, offsets, size."""
+        fields = ffi.typeof("vmm_trace_event").fields
+        plain = [(name, field) for name, field in fields if field.type.kind == "primitive"]
+        return {
+            "names": [name for name, _ in plain],
+            "formats": [
+                ("i" if int(ffi.cast(field.type, -1)) < 0 else "u") + str(ffi.sizeof(field.type)) for _, field in plain
+            ],
+            "offsets": [field.offset for _, field in plain],
+            "itemsize": EVENT_BYTES,
+        }
 
     @staticmethod
     def clock() -> tuple[int, int]:

@@ -237,7 +237,7 @@ def test_any_packets_are_taken_refused_or_break_the_device_and_nothing_else(
 
 
 def test_what_is_in_the_way_is_said_in_a_sentence(rig: Rig, tmp_path: Path) -> None:
-    vm = object()  # refused before it is looked at
+    vm: Any = object()  # refused before it is looked at
     taken = tmp_path / "file"
     taken.write_text("")
     for wrong, said in (

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmm._native import ffi, lib
-from vmm.errors import from_native
+from vmm.errors import FIXES, ConfigError, HostError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,14 +30,40 @@ if TYPE_CHECKING:
     from vmm._native import vmm_vcpu_state as vmm_vcpu_state
     from vmm._native import vmm_virtio as vmm_virtio
     from vmm._native import vmm_vm as vmm_vm
+    from vmm.errors import VmmError
 
 __all__ = [
-    "PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "HookUpcall", "Upcall", "VirtioUpcall", "check", "ffi", "lib",
-    "pause", "wait",
+    "PYTHON_OPS", "PYTHON_SAY", "PYTHON_VIRTIO_OPS", "HookUpcall", "Upcall", "VirtioUpcall", "check", "ffi",
+    "from_native", "lib", "pause", "wait",
 ]  # fmt: skip
 
 _MASK = (1 << 64) - 1
 _SLICE_MS = 100  # of a native wait: how late a signal's handler may run on a thread that waits
+
+
+def from_native(code: int, text: str, source: int) -> VmmError:
+    """The exception for a native ``-errno``, the text that came with it (``vmm_error_text``), and where it comes from
+    (``vmm_error_source``): the one table of native codes.
+
+    A number means one thing as the host's answer to a system call and another as native code's own refusal: only the
+    latter is named here. A device range that is taken is :class:`BusError`, which :mod:`vmm.bus` and
+    :mod:`vmm.hooks` raise, as they know that they asked for one.
+    """
+    import errno
+    import os
+
+    if source == lib.VMM_ERROR_REFUSED and -code in (errno.EBUSY, errno.EALREADY, errno.EEXIST, errno.EDEADLK):
+        error: StateError | ConfigError | HostError = StateError(
+            f"{text}: call it from another thread" if code == -errno.EDEADLK else text
+        )
+    elif source == lib.VMM_ERROR_REFUSED and code == -errno.ENOSPC:
+        error = ConfigError(f"{text}: that is as many as there can be")
+    elif source == lib.VMM_ERROR_UNTOLD:
+        error = HostError(f"a request to native code failed: {os.strerror(-code)}")
+    else:
+        error = HostError(f"{text}: {os.strerror(-code)}{FIXES.get(-code, '') if source == lib.VMM_ERROR_HOST else ''}")
+    error.errno = -code
+    return error
 
 
 def check(code: int) -> int:

@@ -15,6 +15,8 @@ from vmm.printable import printable_lines
 if TYPE_CHECKING:
     import argparse
 
+    from vmm._ffi import vmm_vm
+
 KVM_PATH = "/dev/kvm"
 
 _KEYS = {"native": "guest_kernel_code", "missing": "missing_instructions"}  # where the report's name is another
@@ -66,7 +68,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     return report
 
 
-def _withheld(vm: Any) -> list[str]:
+def _withheld(vm: vmm_vm) -> list[str]:
     from vmm.cpu.cpuid import offered, saved_msrs
     from vmm.cpu.features import withheld
 

@@ -12,6 +12,8 @@ from vmm.errors import HostError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vmm._ffi import vmm_vcpu, vmm_vm
+
 MAX_ENTRIES = 256
 
 # CPUID.1:ECX
@@ -36,7 +38,7 @@ _STAMPED = (1, 4, 0xB, 0x1F, 0x8000001E)  # leaves that tell a vCPU's place
 class _Supported:
     """The leaves KVM supports, as far as a guest may have them, and where each function's entries are among them."""
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: vmm_vm) -> None:
         entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
         self.count = check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES))
         self.places: dict[int, list[int]] = {}
@@ -54,13 +56,13 @@ def _leaves(entries: Any, count: int) -> features.Leaves:
     return {(row[0], row[1]): dict(zip(_COLUMNS[3:], row[3:], strict=True)) for row in leaves}
 
 
-def offered(vm: Any) -> features.Leaves:
+def offered(vm: vmm_vm) -> features.Leaves:
     """The leaves that KVM supports, before any is withheld."""
     entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
     return _leaves(entries, check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES)))
 
 
-def saved_msrs(vm: Any) -> list[int]:
+def saved_msrs(vm: vmm_vm) -> list[int]:
     """The MSRs that are saved of a vCPU that has them."""
     indices = ffi.new("uint32_t[]", lib.VMM_STATE_MSRS_MAX)
     return [indices[i] for i in range(check(lib.vmm_vm_saved_msrs(vm, indices, len(indices))))]
@@ -75,7 +77,7 @@ class CpuidTable:
     """The host's supported leaves without the features whose state is not saved (:mod:`vmm.cpu.features`), edited once
     for the machine, then stamped for each vCPU."""
 
-    def __init__(self, vm: Any, cpus: int, *, hypercalls: bool = True) -> None:
+    def __init__(self, vm: vmm_vm, cpus: int, *, hypercalls: bool = True) -> None:
         global _supported
         _supported = _supported or _Supported(vm)
         self._places = _supported.places
@@ -141,7 +143,7 @@ class CpuidTable:
         shift, threads, kind = ((0, 1, 1), (width, self.cpus, 2))[e.index] if e.index < 2 else (0, 0, 0)
         e.eax, e.ebx, e.ecx = shift, threads, kind << 8 | e.index
 
-    def apply(self, vcpu: Any, apic_id: int) -> None:
+    def apply(self, vcpu: vmm_vcpu, apic_id: int) -> None:
         """Give the leaves to a vCPU with this APIC id."""
         for e in self._per_vcpu:
             if e.function == 1:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import select
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm._ffi import check, ffi, lib
 from vmm.cpu.paging import PageFault
@@ -20,16 +20,19 @@ from vmm.errors import ConfigError, HostError, LinearMemoryError, StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.cpu.vcpu import Vcpu
     from vmm.memory import GuestMemory
 
-# enum vmm_debug_kind
-_SOFTWARE, _EXECUTE, _WRITE, _ACCESS, _STEP, _COUNT = 1, 2, 3, 4, 5, 6
-KINDS = {
-    _SOFTWARE: "breakpoint", _EXECUTE: "hardware", _WRITE: "write", _ACCESS: "access", _STEP: "step", _COUNT: "count",
-}  # fmt: skip
+KINDS: dict[int, str] = {
+    lib.VMM_DEBUG_SOFTWARE: "breakpoint",
+    lib.VMM_DEBUG_EXECUTE: "hardware",
+    lib.VMM_DEBUG_WRITE: "write",
+    lib.VMM_DEBUG_ACCESS: "access",
+    lib.VMM_DEBUG_STEP: "step",
+    lib.VMM_DEBUG_COUNT: "count",
+}
 NATIVE_KINDS = {name: number for number, name in KINDS.items()}
-WATCH_BY_STEP = 1  # enum vmm_debug_flags
 
 
 class Point:
@@ -101,7 +104,7 @@ class Debugger:
 
     def __init__(
         self,
-        vm: Any,
+        vm: vmm_vm,
         vcpus: Sequence[Vcpu],
         ram: GuestMemory,
         *,
@@ -129,7 +132,7 @@ class Debugger:
         self._turn = threading.RLock()  # whoever takes events or lets vCPUs go
         self._setting = threading.RLock()  # of points: not _turn, which is held while a vCPU makes a step
         with self._standing():
-            check(lib.vmm_debug_open(vm, WATCH_BY_STEP if emulated else 0))
+            check(lib.vmm_debug_open(vm, lib.VMM_DEBUG_WATCH_BY_STEP if emulated else 0))
         self.slots = int(lib.vmm_debug_slots(vm))
         self._event_fd = int(lib.vmm_debug_fd(vm))
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

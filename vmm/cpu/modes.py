@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vmm._ffi import check, ffi, lib
 
 if TYPE_CHECKING:
+    from vmm._ffi import vmm_vcpu
     from vmm.boot import Entry
 
 # Control register bits (SDM vol. 3, 2.5)
@@ -42,7 +43,7 @@ def _segment(s: Any, selector: int, base: int, kind: int, *, long: bool, wide: b
     s.g = 1 if wide else 0
 
 
-def enter(vcpu: Any, entry: Entry) -> None:
+def enter(vcpu: vmm_vcpu, entry: Entry) -> None:
     """Set a new vCPU's registers to what ``entry`` asks for."""
     sregs = ffi.new("vmm_sregs *")
     check(lib.vmm_vcpu_get_sregs(vcpu, sregs))

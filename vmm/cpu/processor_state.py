@@ -12,6 +12,7 @@ from vmm._ffi import check, ffi, lib
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.cpu.vcpu import Vcpu
     from vmm.devices.device import State
 
@@ -19,7 +20,7 @@ VERSION = 2
 _MSRS = ("n_msrs", "msrs")  # a counted list in C, a list here
 
 
-def save(vm: Any, vcpus: Sequence[Vcpu]) -> State:
+def save(vm: vmm_vm, vcpus: Sequence[Vcpu]) -> State:
     """The state of a machine that is paused or does not run."""
     native, chips = ffi.new("vmm_vcpu_state[]", len(vcpus)), ffi.new("vmm_chips_state *")
     check(lib.vmm_vm_save(vm, native, chips))
@@ -30,7 +31,7 @@ def save(vm: Any, vcpus: Sequence[Vcpu]) -> State:
     }
 
 
-def load(vm: Any, vcpus: Sequence[Vcpu], state: State, *, ahead: bool = False) -> None:
+def load(vm: vmm_vm, vcpus: Sequence[Vcpu], state: State, *, ahead: bool = False) -> None:
     """Become what :func:`save` gave, on a machine with as many vCPUs and the same chips.
 
     TSCs and kvmclock go on from there; ``ahead``: from where they would be by now (:func:`passed_since`).

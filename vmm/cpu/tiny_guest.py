@@ -18,7 +18,6 @@ OUT_DONE = b"\xe6\x10"  # out 0x10, al
 CODE, UPPER_CODE, STACK, DATA = 0x8000, 0x9000, 0xF000, 0x10000
 UPPER = 0xFFFFFFFF80000000
 
-_HOST, _POWEROFF, _TRIPLE_FAULT, _EMULATION = 1, 2, 6, 7  # enum vmm_stop_reason
 _COUNTED = ("insn_emulation", "exits")
 _PACE = 0.01  # s: how often the processor time of a guest that has not ended is read
 _STARVED = 120.0  # s without any processor time: nothing is known of the guest then, and nothing is said of it
@@ -78,7 +77,7 @@ class TinyGuest:
         check(lib.vmm_vcpu_set_cpuid(self.vcpu, entries, n))
 
     def _write(self, offset: int, size: int, value: int) -> None:
-        lib.vmm_vm_stop(self.vm, _POWEROFF, value)
+        lib.vmm_vm_stop(self.vm, lib.VMM_STOP_POWEROFF, value)
 
     def enter(self, code: bytes, *, cpl: int = 0, **registers: int) -> None:
         """Put code in place and the vCPU at its start."""
@@ -123,12 +122,17 @@ class TinyGuest:
         thread.join()
         code, number = ffi.new("uint64_t *"), ffi.new("uint32_t *")
         reason = lib.vmm_vm_stop_reason(self.vm, code, number)
-        if reason == _HOST and starved:
+        if reason == lib.VMM_STOP_HOST and starved:
             raise Starved(
                 f"a guest of a few instructions was given no processor time in {_STARVED:.0f} s: "
                 "end what keeps this host busy, and start again"
             )
-        return {_POWEROFF: "done", _EMULATION: "failed", _TRIPLE_FAULT: "fault", _HOST: "stuck"}.get(reason, "other")
+        return {
+            lib.VMM_STOP_POWEROFF: "done",
+            lib.VMM_STOP_EMULATION: "failed",
+            lib.VMM_STOP_TRIPLE_FAULT: "fault",
+            lib.VMM_STOP_HOST: "stuck",
+        }.get(reason, "other")
 
     def stops_at(self, kind: str, address: int, size: int, *, emulated: bool) -> bool:
         """Run until a debugger's point of this ``kind`` (:data:`vmm.cpu.debug.KINDS`) stops it, or to its end: whether
@@ -136,9 +140,9 @@ class TinyGuest:
 
         Raises :class:`Starved`.
         """
-        from vmm.cpu.debug import NATIVE_KINDS, WATCH_BY_STEP
+        from vmm.cpu.debug import NATIVE_KINDS
 
-        if lib.vmm_debug_open(self.vm, WATCH_BY_STEP if emulated else 0) < 0:
+        if lib.vmm_debug_open(self.vm, lib.VMM_DEBUG_WATCH_BY_STEP if emulated else 0) < 0:
             return False
         if kind == "breakpoint":
             check(lib.vmm_debug_plant(self.vm, address, ffi.new("uint8_t *")))
@@ -148,7 +152,7 @@ class TinyGuest:
         thread.start()
         event = lib.vmm_debug_fd(self.vm)
         ready = select.select([event, lib.vmm_vm_stop_fd(self.vm)], [], [], _STARVED)[0]
-        lib.vmm_vm_stop(self.vm, _HOST, 0)
+        lib.vmm_vm_stop(self.vm, lib.VMM_STOP_HOST, 0)
         thread.join()
         if not ready:
             raise Starved(
@@ -169,14 +173,14 @@ class TinyGuest:
             if now > spent:
                 spent, progress = now, time.monotonic()
             elif time.monotonic() - progress > _STARVED:
-                lib.vmm_vm_stop(self.vm, _HOST, 0)
+                lib.vmm_vm_stop(self.vm, lib.VMM_STOP_HOST, 0)
                 return True
             if self.patience_ns is None or not due(looks, now, self.patience_ns):
                 continue
             looks.append(self._look(now))
             self.why_stuck = stuck(looks, self.patience_ns)
             if self.why_stuck:
-                lib.vmm_vm_stop(self.vm, _HOST, 0)
+                lib.vmm_vm_stop(self.vm, lib.VMM_STOP_HOST, 0)
                 break
         ended.wait()
         return False

@@ -11,7 +11,7 @@ from vmm.errors import ConfigError, HostError, StateError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm._ffi import vmm_vcpu
+    from vmm._ffi import vmm_vcpu, vmm_vm
     from vmm.cpu.cpuid import CpuidTable
     from vmm.cpu.paging import LinearMemory, Paging
     from vmm.memory import GuestMemory
@@ -31,7 +31,6 @@ _FPU = {
 }  # fmt: skip
 _XSTATE_BV = 512  # of the header: bit 0 says that x87's part holds, bit 1 SSE's, bit 2 AVX's
 _AVX = 2  # the state component with the upper halves of YMM (SDM vol. 1, 13.1)
-_STATE_MP, _STATE_LAPIC, _STATE_XSAVE = 0, 3, 5  # enum vmm_state
 
 
 def _width(name: str) -> int:
@@ -49,14 +48,31 @@ _RIGHTS = (("type", 0, 4), ("s", 4, 1), ("dpl", 5, 2), ("present", 7, 1), ("avl"
            ("g", 15, 1), ("unusable", 16, 1))  # fmt: skip
 
 
-# KVM exit reasons (linux/kvm.h) by number
-EXIT_REASONS = {
-    0: "unknown", 1: "exception", 2: "io", 3: "hypercall", 4: "debug", 5: "hlt", 6: "mmio", 7: "irq-window",
-    8: "shutdown", 9: "fail-entry", 10: "intr", 17: "internal-error", 24: "system-event", 29: "rdmsr", 30: "wrmsr",
-}  # fmt: skip
+EXIT_REASONS: dict[int, str] = {
+    lib.KVM_EXIT_UNKNOWN: "unknown",
+    lib.KVM_EXIT_EXCEPTION: "exception",
+    lib.KVM_EXIT_IO: "io",
+    lib.KVM_EXIT_HYPERCALL: "hypercall",
+    lib.KVM_EXIT_DEBUG: "debug",
+    lib.KVM_EXIT_HLT: "hlt",
+    lib.KVM_EXIT_MMIO: "mmio",
+    lib.KVM_EXIT_IRQ_WINDOW_OPEN: "irq-window",
+    lib.KVM_EXIT_SHUTDOWN: "shutdown",
+    lib.KVM_EXIT_FAIL_ENTRY: "fail-entry",
+    lib.KVM_EXIT_INTR: "intr",
+    lib.KVM_EXIT_INTERNAL_ERROR: "internal-error",
+    lib.KVM_EXIT_SYSTEM_EVENT: "system-event",
+    lib.KVM_EXIT_X86_RDMSR: "rdmsr",
+    lib.KVM_EXIT_X86_WRMSR: "wrmsr",
+}
 
-# struct kvm_mp_state
-MP_STATES = {0: "runnable", 1: "uninitialized", 2: "init-received", 3: "halted", 4: "sipi-received"}
+MP_STATES: dict[int, str] = {
+    lib.KVM_MP_STATE_RUNNABLE: "runnable",
+    lib.KVM_MP_STATE_UNINITIALIZED: "uninitialized",
+    lib.KVM_MP_STATE_INIT_RECEIVED: "init-received",
+    lib.KVM_MP_STATE_HALTED: "halted",
+    lib.KVM_MP_STATE_SIPI_RECEIVED: "sipi-received",
+}
 
 
 class Exit:
@@ -127,7 +143,7 @@ class Vcpu:
     :class:`~vmm.errors.HostError` where KVM refuses a value.
     """
 
-    def __init__(self, vm: Any, number: int, ram: GuestMemory, cpuid: CpuidTable) -> None:
+    def __init__(self, vm: vmm_vm, number: int, ram: GuestMemory, cpuid: CpuidTable) -> None:
         self.number = number
         self._ram = ram
         self._cpuid = cpuid
@@ -249,18 +265,18 @@ class Vcpu:
 
     def xsave(self) -> bytes:
         """Its XSAVE area in the standard format (SDM vol. 1, 13.4), 4096 bytes: all components the guest may have."""
-        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_XSAVE))
-        check(lib.vmm_vcpu_get_state(self.native, _STATE_XSAVE, buffer, len(buffer)))
+        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(lib.VMM_STATE_XSAVE))
+        check(lib.vmm_vcpu_get_state(self.native, lib.VMM_STATE_XSAVE, buffer, len(buffer)))
         return bytes(buffer)
 
     def set_xsave(self, area: bytes | bytearray) -> None:
         """Set what :meth:`xsave` gave. Raises :class:`~vmm.errors.ConfigError` for another size,
         :class:`~vmm.errors.HostError` for components this processor has not."""
-        size = lib.vmm_state_size(_STATE_XSAVE)
+        size = lib.vmm_state_size(lib.VMM_STATE_XSAVE)
         if len(area) != size:
             raise ConfigError(f"an XSAVE area has {size} bytes, not {len(area)}")
         self.changes += 1
-        check(lib.vmm_vcpu_set_state(self.native, _STATE_XSAVE, bytes(area), size))
+        check(lib.vmm_vcpu_set_state(self.native, lib.VMM_STATE_XSAVE, bytes(area), size))
 
     @property
     def bits(self) -> int:
@@ -287,7 +303,7 @@ class Vcpu:
     def mp_state(self) -> str:
         """What it waits for: "runnable" (nothing), "halted" (an interrupt), "uninitialized" (INIT and SIPI)..."""
         state = ffi.new("uint32_t *")
-        check(lib.vmm_vcpu_get_state(self.native, _STATE_MP, ffi.cast("void *", state), 4))
+        check(lib.vmm_vcpu_get_state(self.native, lib.VMM_STATE_MP, ffi.cast("void *", state), 4))
         return MP_STATES.get(state[0], f"state-{state[0]}")
 
     def has_msr(self, index: int) -> bool:
@@ -364,6 +380,6 @@ class Vcpu:
 
     def local_apic(self) -> bytes:
         """The register page of its local APIC (SDM vol. 3, table 10-1): 1024 bytes."""
-        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(_STATE_LAPIC))
-        check(lib.vmm_vcpu_get_state(self.native, _STATE_LAPIC, buffer, len(buffer)))
+        buffer = ffi.new("uint8_t[]", lib.vmm_state_size(lib.VMM_STATE_LAPIC))
+        check(lib.vmm_vcpu_get_state(self.native, lib.VMM_STATE_LAPIC, buffer, len(buffer)))
         return bytes(buffer)

@@ -18,6 +18,7 @@ from vmm.devices.device import Device
 from vmm.devices.saved_state import accept, checked, listed
 
 if TYPE_CHECKING:
+    from vmm._ffi import vmm_vm
     from vmm.boot.acpi import Tables
     from vmm.devices.device import State
 
@@ -45,7 +46,9 @@ class PciHost(Device):
 
     name = "pci"
 
-    def __init__(self, vm: Any, *, window: tuple[int, int], ecam: int, ports: int, gsis: range, isa_irq: int) -> None:
+    def __init__(
+        self, vm: vmm_vm, *, window: tuple[int, int], ecam: int, ports: int, gsis: range, isa_irq: int
+    ) -> None:
         self.window, self.ecam, self.port, self.gsis = window, ecam, ports, gsis
         self.functions: dict[int, str] = {}
         self.registers = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmm import layout
 from vmm._ffi import lib
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import ExitStack
 
+    from vmm._ffi import vmm_vm
     from vmm.boot.acpi import Tables
     from vmm.bus import Attachment, Bus
     from vmm.devices.device import Device
@@ -42,7 +43,7 @@ class Board:
         self._failed = failed
 
     @property
-    def native(self) -> Any:
+    def native(self) -> vmm_vm:
         """The native machine, for the constructors of devices whose model is C."""
         return self._vm.handle
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from vmm.outcome import Outcome, Replayed
     from vmm.snapshot.origin import Origin
 
-KVM_CAP_MAX_VCPUS = 66
-
 
 class Builder:
     """Builds the parts of ``machine``, from its image or from an ``origin``, whose machine it continues.
@@ -132,7 +130,7 @@ class Builder:
         from vmm.cpu.cpuid import CpuidTable
 
         machine, cpus = self._machine, self._config.cpus
-        limit = machine.vm.extension(KVM_CAP_MAX_VCPUS) or 1
+        limit = machine.vm.extension(lib.KVM_CAP_MAX_VCPUS) or 1
         if cpus > limit:
             raise ConfigError(f"{cpus} vCPUs are more than this host allows: give --cpus 1 to {limit}")
         machine.cpuid = CpuidTable(machine.native, cpus, hypercalls=not machine.host.vmcall_loops)

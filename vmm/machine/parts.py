@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmm.machine.message_log import MessageLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm._ffi import vmm_vm
     from vmm.boot import Entry, Image
     from vmm.bus import Bus
     from vmm.config import MachineConfig
@@ -79,7 +80,7 @@ class Parts:
     # ---- the board's ----
 
     @property
-    def native(self) -> Any:
+    def native(self) -> vmm_vm:
         """The native machine, for the constructors of devices whose model is C."""
         return self.vm.handle
 

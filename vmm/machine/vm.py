@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm._ffi import PYTHON_SAY, check, ffi, lib, pause
 from vmm.errors import StateError, kvm_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vmm._ffi import vmm_vm
 
 KVM_PATH = "/dev/kvm"
 
@@ -34,14 +36,14 @@ class Vm:
         code = lib.vmm_vm_create(path.encode(), flags, out)
         if code < 0:
             raise kvm_refused(path, code, ffi.string(lib.vmm_error_text()).decode())
-        self._handle: Any = out[0]
+        self._handle: vmm_vm | None = out[0]
         self._say = ffi.new_handle(say)  # native code holds the only other reference
         lib.vmm_vm_on_message(self._handle, PYTHON_SAY, self._say)
         self._pauses = 0
         self._lock = threading.Lock()
 
     @property
-    def handle(self) -> Any:
+    def handle(self) -> vmm_vm:
         """The ``vmm_vm *``. Raises :class:`~vmm.errors.StateError` once the machine is closed."""
         if self._handle is None:
             raise StateError("the machine is closed: make a new one")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmm.snapshot.subject import Stateful
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm._ffi import vmm_vm
     from vmm.devices.device import State
     from vmm.memory import GuestMemory
     from vmm.snapshot.subject import BackgroundTask
@@ -32,7 +33,7 @@ class Arriving(Protocol):
     @property
     def memory(self) -> GuestMemory: ...
     @property
-    def native(self) -> Any: ...
+    def native(self) -> vmm_vm: ...
     def arrive(self, state: State) -> None: ...
     def run_beside(self, task: BackgroundTask) -> None: ...
     def on_close(self, closer: Callable[[], object]) -> None: ...

@@ -9,6 +9,7 @@ from vmm.observe.verdict import Named
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.boot.entry import Entry
     from vmm.bus import Bus
     from vmm.config import MachineConfig
@@ -117,7 +118,7 @@ class Ended(Named, Protocol):
     @property
     def memory(self) -> GuestMemory: ...
     @property
-    def native(self) -> Any: ...
+    def native(self) -> vmm_vm: ...
     @property
     def pci(self) -> PciHost | None: ...
     @property

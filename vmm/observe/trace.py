@@ -30,13 +30,6 @@ INTERVAL = 0.05  # seconds between two looks into the rings while iterating
 CODE_MAX = 1 << 16  # places whose instruction is remembered
 _BEFORE, _AT = 15, 15  # an instruction has at most 15 bytes
 
-# vmm_trace_event (native/include/vmmtrace.h)
-_NATIVE = [
-    ("tsc", "<u8"), ("rip", "<u8"), ("address", "<u8"), ("value", "<u8"), ("duration", "<u4"), ("tag", "<u4"),
-    ("count", "<u4"), ("kind", "<u2"), ("vcpu", "<i2"), ("size", "<u2"), ("write", "u1"), ("claimed", "u1"),
-    ("reserved", "V12"),
-]  # fmt: skip
-
 
 class Trace(Recording):
     """A recording that grows. Made by ``machine.trace()``; begun already.
@@ -138,7 +131,7 @@ class Trace(Recording):
             raw, lost = self._rings.read()
             self.lost += lost
             self._last = self._rings.clock()
-            native = np.frombuffer(raw, np.dtype(_NATIVE))
+            native = np.frombuffer(raw, np.dtype(self._rings.event_layout()))
             native = native[np.argsort(native["tsc"], kind="stable")]
             events = self._translated(native)
             self._add(events)

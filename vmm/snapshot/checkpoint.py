@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from vmm._ffi import vmm_vm
     from vmm.console import Console
     from vmm.devices.device import Device
 
@@ -30,7 +31,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, vm: Any, devices: Sequence[Device], console: Console, *, closed: Callable[[Checkpoint], None]
+        self, vm: vmm_vm, devices: Sequence[Device], console: Console, *, closed: Callable[[Checkpoint], None]
     ) -> None:
         self._when_closed: Callable[[Checkpoint], None] | None = closed
         self._console = console

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.memory import GuestMemory
     from vmm.snapshot.reading import Snapshot
     from vmm.snapshot.regions import Region
@@ -39,7 +40,7 @@ class LazyMemory:
     allow it, with what to change, and for memory that is private or in huge pages.
     """
 
-    def __init__(self, vm: Any, memory: GuestMemory) -> None:
+    def __init__(self, vm: vmm_vm, memory: GuestMemory) -> None:
         self._memory = memory
         out = ffi.new("vmm_lazy **")
         check(lib.vmm_lazy_create(vm, out))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.boot.entry import Entry
     from vmm.config import MachineConfig
     from vmm.devices.device import State
@@ -62,7 +63,7 @@ class Restorable(Built, Protocol):
     @property
     def notes(self) -> list[str]: ...
     @property
-    def native(self) -> Any: ...
+    def native(self) -> vmm_vm: ...
     @property
     def timeline(self) -> Loadable: ...
     def close(self) -> None: ...

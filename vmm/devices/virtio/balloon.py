@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vmm._ffi import vmm_vm
 
 PAGE = 4096
 
@@ -31,7 +34,13 @@ class Balloon(VirtioDevice):
     remembers = ("target", *(f"progress{queue}" for queue in range(5)))  # pages; bytes into the oldest buffer
 
     def __init__(
-        self, vm: Any, index: int = 0, *, deflate_on_oom: bool = True, reporting: bool = True, statistics: bool = True
+        self,
+        vm: vmm_vm,
+        index: int = 0,
+        *,
+        deflate_on_oom: bool = True,
+        reporting: bool = True,
+        statistics: bool = True,
     ) -> None:
         import errno
 

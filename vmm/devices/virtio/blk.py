@@ -13,6 +13,7 @@ from vmm.errors import ConfigError, StateError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.disk.image import Image
     from vmm.disk.overlay import Overlay
 
@@ -37,7 +38,7 @@ class Blk(VirtioDevice):
 
     def __init__(
         self,
-        vm: Any,
+        vm: vmm_vm,
         index: int,
         path: str | os.PathLike[str],
         *,

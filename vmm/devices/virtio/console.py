@@ -8,6 +8,7 @@ from vmm._ffi import check, ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
+    from vmm._ffi import vmm_vm
     from vmm.console import Console
 
 
@@ -21,7 +22,7 @@ class VirtioConsole(VirtioDevice):
     device_id = 3
     remembers = ("sent",)  # bytes of the oldest transmit buffer that the console has already
 
-    def __init__(self, vm: Any, index: int, console: Console, *, size: tuple[int, int] | None = None) -> None:
+    def __init__(self, vm: vmm_vm, index: int, console: Console, *, size: tuple[int, int] | None = None) -> None:
         self.name = f"virtio-console{index}"
         out = ffi.new("vmm_vconsole **")
         check(lib.vmm_vconsole_create(vm, self.name.encode(), console.native, *(size or (0, 0)), out))

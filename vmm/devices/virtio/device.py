@@ -10,6 +10,7 @@ from vmm.devices.saved_state import accept, checked, listed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm._ffi import vmm_vm
     from vmm.devices.device import State, Undo
 
 STATUS = {1: "ACKNOWLEDGE", 2: "DRIVER", 4: "DRIVER_OK", 8: "FEATURES_OK", 64: "NEEDS_RESET", 128: "FAILED"}
@@ -35,7 +36,7 @@ class VirtioDevice:
     remembers: tuple[str, ...] = ()
     """What its native half remembers of requests and commands, beside queues and configuration: names of numbers."""
 
-    def connect(self, vm: Any, failed: Callable[[BaseException], None]) -> None:
+    def connect(self, vm: vmm_vm, failed: Callable[[BaseException], None]) -> None:
         """Make the native half, where the constructor did not; ``failed`` takes exceptions of upcalls."""
 
     def reset(self) -> None:

@@ -18,6 +18,7 @@ from vmm.errors import ConfigError, HostError, StateError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm._ffi import vmm_vm
     from vmm.devices.device import State
 
 TAG_MAX = 36  # bytes: 5.11.4
@@ -38,7 +39,7 @@ class Fs(VirtioDevice):
     device_id = 26
 
     def __init__(
-        self, vm: Any, index: int, directory: str | os.PathLike[str], tag: str, *, readonly: bool = False
+        self, vm: vmm_vm, index: int, directory: str | os.PathLike[str], tag: str, *, readonly: bool = False
     ) -> None:
         self.name = f"virtio-fs{index}"
         self.tag = checked_tag(tag)

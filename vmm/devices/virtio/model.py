@@ -10,6 +10,8 @@ from vmm.devices.virtio.device import VirtioDevice
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm._ffi import vmm_vm
+
 _TURN = 256  # requests taken before the machine's other devices get the I/O thread again
 
 
@@ -110,7 +112,7 @@ class VirtioModel(VirtioDevice):
 
     # ---- the machinery ----
 
-    def connect(self, vm: Any, failed: Callable[[BaseException], None]) -> None:
+    def connect(self, vm: vmm_vm, failed: Callable[[BaseException], None]) -> None:
         """Make the native half. ``failed`` takes what :meth:`handle` raises."""
         self.agreed = 0
         self._era = 0

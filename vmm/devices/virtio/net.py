@@ -11,6 +11,7 @@ from vmm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vmm._ffi import vmm_vm
     from vmm.net.end import End
 
 DEVICE_ID = 1
@@ -35,7 +36,7 @@ class Net(VirtioDevice):
 
     def __init__(
         self,
-        vm: Any,
+        vm: vmm_vm,
         index: int,
         end: End,
         *,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm._ffi import check, ffi, lib
 from vmm.devices.virtio.device import VirtioDevice
+
+if TYPE_CHECKING:
+    from vmm._ffi import vmm_vm
 
 
 class Rng(VirtioDevice):
@@ -13,7 +16,7 @@ class Rng(VirtioDevice):
 
     device_id = 4
 
-    def __init__(self, vm: Any, index: int = 0) -> None:
+    def __init__(self, vm: vmm_vm, index: int = 0) -> None:
         self.name = f"virtio-rng{index}"
         out = ffi.new("vmm_rng **")
         check(lib.vmm_rng_create(vm, self.name.encode(), out))

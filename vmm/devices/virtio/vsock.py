@@ -15,6 +15,7 @@ from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vmm._ffi import vmm_vm
     from vmm.private_socket import PrivateSocket
 
 PATH_MAX = 95  # bytes: a UNIX socket's path has 107, and "_4294967295" goes behind this one
@@ -30,7 +31,7 @@ class Vsock(VirtioDevice):
     device_id = 19
     remembers = ("connected",)  # 1: a guest that is loaded is told that its connections are gone
 
-    def __init__(self, vm: Any, index: int = 0, *, cid: int = 3, path: str | os.PathLike[str]) -> None:
+    def __init__(self, vm: vmm_vm, index: int = 0, *, cid: int = 3, path: str | os.PathLike[str]) -> None:
         self.name = f"virtio-vsock{index}"
         self.path = os.fspath(path)
         if not 3 <= cid < 0xFFFFFFFF:
