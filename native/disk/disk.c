@@ -221,8 +221,14 @@ static void end_step(struct vmm_disk *disk, struct vmm_disk_io *io, int64_t resu
         *(io->allocate_mode & FALLOC_FL_PUNCH_HOLE ? &disk->no_punch : &disk->no_zero) = true;
         return; /* another way */
     }
-    if (result > 0 && (io->op == VMM_DISK_WRITE || io->op == VMM_DISK_ZERO) && disk->kind->written)
+    if (result > 0 && (io->op == VMM_DISK_WRITE || io->op == VMM_DISK_ZERO) && disk->kind->written) {
         result = (int64_t)disk->kind->written(disk, at, (uint64_t)result, size);
+        if (!result && !io->stalled) { /* once more, for the rest of it or for the host's reason */
+            io->stalled = true;
+            return;
+        }
+        io->stalled = false;
+    }
     if (result <= 0) {
         io->error = result ? (int)result : io->op == VMM_DISK_READ ? -ENODATA : -EIO;
         return;
@@ -296,13 +302,18 @@ static void step_done(struct vmm_host_io_op *op, int64_t result)
 /* 0 or -errno: the round is over. VMM_HOST_IO_PENDING: the host is syncing. */
 static int64_t flush_round(struct vmm_disk *disk, int64_t result)
 {
-    while (result == 0 && !disk->recorded) {
-        disk->recorded = true;
-        result = disk->kind->record ? disk->kind->record(disk) : 0;
-        if (result > 0)
-            result = vmm_host_io_sync(&disk->host_io, &disk->flush_op, disk->fd);
+    for (;;) {
+        if (result == 0 && !disk->recorded) {
+            disk->recorded = true;
+            const int more = disk->kind->record ? disk->kind->record(disk) : 0;
+            if (more <= 0)
+                return more;
+        } else if (result != -EINTR && result != -EAGAIN) {
+            return result;
+        }
+        /* Also where it was interrupted: as with a transfer, nothing has failed. */
+        result = vmm_host_io_sync(&disk->host_io, &disk->flush_op, disk->fd);
     }
-    return result;
 }
 
 static void flush_over(struct vmm_disk *disk, int64_t result)
@@ -355,7 +366,7 @@ bool vmm_disk_start(struct vmm_disk *disk, struct vmm_disk_io *io)
     io->disk = disk;
     io->error = 0;
     io->finished = 0;
-    io->later = io->over = io->unkept = false;
+    io->later = io->over = io->unkept = io->stalled = false;
     io->bounce = NULL;
     io->buffer = NULL;
     io->bounce_iov.iov_base = NULL;

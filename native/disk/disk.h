@@ -37,8 +37,9 @@ struct vmm_disk_io {
     /* The disk's own. */
     struct vmm_host_io_op op_under_way;
     struct vmm_disk *disk;
-    bool over, later;         /* later: start has answered false */
-    int allocate_mode;        /* of the fallocate under way; 0: none is */
+    bool over, later;  /* later: vmm_disk_start has returned false */
+    bool stalled;      /* the last step wrote something, and none of it counts (vmm_disk_kind.written) */
+    int allocate_mode; /* of the fallocate under way; 0: none is */
     struct vmm_disk_io *next; /* in one of the disk's lists */
     uint64_t piece;           /* bytes under way */
     unsigned cut;             /* pieces of iov under way; the last is shortened to end with the piece */
