@@ -141,7 +141,8 @@ fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/unit -m hypothesis --timeout 3600 $(PYTEST_ARGS)
 
 # libFuzzer under AddressSanitizer and UBSan: RUNS inputs for each target in native/fuzz. What was found stays in
-# build/fuzz/corpus, and the next run goes on from there; an input that fails is written to build/fuzz.
+# build/fuzz/corpus, and the next run goes on from there, and from native/fuzz/seeds; an input that fails is written to
+# build/fuzz.
 RUNS ?= 1000000
 FUZZ_TARGETS = $(patsubst native/fuzz/%.c,%,$(wildcard native/fuzz/fuzz_*.c))
 ## fuzz-native: libFuzzer over the native half (RUNS=1000000)
@@ -152,7 +153,8 @@ fuzz-native:
 	    mkdir -p build/fuzz/corpus/$$target; \
 	    echo "$$target: $(RUNS) runs"; \
 	    build/fuzz/$$target -runs=$(RUNS) -timeout=10 -max_len=1024 -print_final_stats=1 -verbosity=0 \
-	        -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target || exit 1; \
+	        -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target \
+	        $$(ls -d native/fuzz/seeds/$$target 2>/dev/null) || exit 1; \
 	done
 
 ## clean: remove everything that was built
