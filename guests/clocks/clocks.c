@@ -5,26 +5,14 @@
  * of the moment when the guest asked KVM for it, and kvmclock since then), the date and time of the RTC, and whether
  * KVM calls the kvmclock of all CPUs one. 'e' ends it, passed.
  *
- * Sources: Linux, Documentation/virt/kvm/x86/msr.rst, MSR_KVM_WALL_CLOCK_NEW and MSR_KVM_SYSTEM_TIME_NEW.
+ * Sources: Linux, Documentation/virt/kvm/x86/msr.rst, MSR_KVM_WALL_CLOCK_NEW; kvmclock.h.
  */
+#include "kvmclock.h"
 #include "smp.h"
 
-enum {
-    MSR_WALL_CLOCK = 0x4b564d00,
-    MSR_SYSTEM_TIME = 0x4b564d01,
-    LEAF_KVM = 0x40000001,
-    FEATURE_KVMCLOCK = 1 << 3,
-    STABLE = 1 << 0,
-    NS_PER_S = 1000000000,
-};
+enum { NS_PER_S = 1000000000 };
 
-static volatile struct {
-    uint32_t version, padding;
-    uint64_t tsc_timestamp, system_time;
-    uint32_t tsc_to_system_mul;
-    int8_t tsc_shift;
-    uint8_t flags, rest[2];
-} pages[2] __attribute__((aligned(64)));
+static kvmclock_page pages[2];
 
 static volatile struct {
     uint32_t version, seconds, nanoseconds;
@@ -34,31 +22,12 @@ static volatile uint64_t turn, others_ready; /* whose: the CPU's number */
 static uint64_t last_tsc, last_ns;
 static bool was_stable;
 
-static uint64_t kvmclock(unsigned cpu, uint64_t *tsc, bool *stable)
-{
-    uint32_t version;
-    unsigned __int128 ticks;
-    uint64_t ns;
-    do {
-        version = pages[cpu].version;
-        __asm__ volatile("lfence" ::: "memory");
-        *tsc = rdtsc();
-        ticks = *tsc - pages[cpu].tsc_timestamp;
-        const int8_t shift = pages[cpu].tsc_shift;
-        ticks = (uint64_t)(shift < 0 ? ticks >> -shift : ticks << shift);
-        ns = pages[cpu].system_time + (uint64_t)((ticks * pages[cpu].tsc_to_system_mul) >> 32);
-        *stable = pages[cpu].flags & STABLE;
-        __asm__ volatile("lfence" ::: "memory");
-    } while ((version & 1) || version != pages[cpu].version);
-    return ns;
-}
-
 /* Linux does not let time go back either where KVM does not say that all pages agree. */
 static void look(unsigned cpu)
 {
     uint64_t tsc;
     bool stable;
-    const uint64_t ns = kvmclock(cpu, &tsc, &stable);
+    const uint64_t ns = kvmclock_read(&pages[cpu], &tsc, &stable);
     CHECK(tsc >= last_tsc);
     if (stable && was_stable)
         CHECK(ns >= last_ns);
@@ -75,16 +44,11 @@ static void take_turns(unsigned cpu, unsigned cpus)
     turn = (cpu + 1) % cpus;
 }
 
-static void use_clock(unsigned cpu)
-{
-    wrmsr(MSR_SYSTEM_TIME, (uintptr_t)&pages[cpu] | 1);
-}
-
 static void other_cpu(unsigned number, uint32_t apic_id)
 {
     (void)apic_id;
     CHECK_EQ(number, 1);
-    use_clock(number);
+    kvmclock_use(&pages[number]);
     others_ready = 1;
     for (;;)
         take_turns(number, 2);
@@ -109,7 +73,7 @@ static void tell(void)
     unsigned now[sizeof(fields)], again[sizeof(fields)];
     uint64_t tsc;
     bool stable;
-    const uint64_t ns = kvmclock(0, &tsc, &stable) + wall.nanoseconds;
+    const uint64_t ns = kvmclock_read(&pages[0], &tsc, &stable) + wall.nanoseconds;
     do {
         for (unsigned i = 0; i < sizeof(fields); i++)
             now[i] = decimal(fields[i]);
@@ -120,21 +84,14 @@ static void tell(void)
           now[0], now[1], now[2], now[3], now[4], now[5], now[6], stable);
 }
 
-static bool has_kvmclock(void)
-{
-    uint32_t eax = LEAF_KVM, ebx, ecx = 0, edx;
-    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    return eax & FEATURE_KVMCLOCK;
-}
-
 void guest_main(void)
 {
     cpu_init();
     pic_init();
     lapic_init();
-    CHECK(has_kvmclock());
-    use_clock(0);
-    wrmsr(MSR_WALL_CLOCK, (uintptr_t)&wall);
+    CHECK(kvmclock_offered());
+    kvmclock_use(&pages[0]);
+    wrmsr(MSR_KVM_WALL_CLOCK, (uintptr_t)&wall);
     const unsigned cpus = smp_start(other_cpu) + 1;
     CHECK(cpus <= 2);
     while (cpus > 1 && !others_ready)

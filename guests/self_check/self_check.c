@@ -12,7 +12,7 @@
  *   jump=N      milliseconds that kvmclock may go forward between two looks at it (4000)
  *   tsc_jump=N  the same of the TSC (4000)
  */
-#include "cpu.h"
+#include "kvmclock.h"
 
 enum {
     PAGE = 4096,
@@ -20,19 +20,11 @@ enum {
     LOOK_EVERY = 64,
     CLOCKS_AGREE_NS = 1000000,
     UNSTABLE_NS = 1000000000,
-    STABLE = 1 << 0,
     CATCH_UP_NS = 1000000
 };
-enum { PAGES_AT = 16 << 20, MSR_KVMCLOCK = 0x4b564d01, LEAF_KVM = 0x40000001, FEATURE_KVMCLOCK = 1 << 3 };
+enum { PAGES_AT = 16 << 20 };
 
-/* Linux, Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW */
-static volatile struct {
-    uint32_t version, padding;
-    uint64_t tsc_timestamp, system_time;
-    uint32_t tsc_to_system_mul;
-    int8_t tsc_shift;
-    uint8_t flags, rest[2];
-} clock_page __attribute__((aligned(64)));
+static kvmclock_page clock_page;
 
 static bool has_clock;
 static uint64_t pages, ballast, rate, jump_ns, tsc_jump_ns;
@@ -40,25 +32,7 @@ static uint64_t *const memory = (uint64_t *)PAGES_AT;
 
 static uint64_t scaled(uint64_t ticks)
 {
-    const int8_t shift = clock_page.tsc_shift;
-    ticks = shift < 0 ? ticks >> -shift : ticks << shift;
-    return (uint64_t)(((unsigned __int128)ticks * clock_page.tsc_to_system_mul) >> 32);
-}
-
-/* Both clocks at one moment: nanoseconds of kvmclock, and ticks. Whether KVM has the first go by the second. */
-static uint64_t both(uint64_t *tsc, bool *stable)
-{
-    uint32_t version;
-    uint64_t ns;
-    do {
-        version = clock_page.version;
-        __asm__ volatile("lfence" ::: "memory");
-        *tsc = rdtsc();
-        ns = clock_page.system_time + scaled(*tsc - clock_page.tsc_timestamp);
-        *stable = clock_page.flags & STABLE;
-        __asm__ volatile("lfence" ::: "memory");
-    } while ((version & 1) || version != clock_page.version);
-    return ns;
+    return kvmclock_scaled(&clock_page, ticks);
 }
 
 /*
@@ -73,7 +47,7 @@ static void check_clocks(void)
     uint64_t tsc, ns = 0;
     bool stable = false;
     if (has_clock)
-        ns = both(&tsc, &stable);
+        ns = kvmclock_read(&clock_page, &tsc, &stable);
     else
         tsc = rdtsc();
     if (last_tsc) {
@@ -164,11 +138,9 @@ static uint64_t run(uint64_t unused)
 
 static bool find_clock(void)
 {
-    uint32_t eax = LEAF_KVM, ebx, ecx = 0, edx;
-    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    if (!(eax & FEATURE_KVMCLOCK))
+    if (!kvmclock_offered())
         return false;
-    wrmsr(MSR_KVMCLOCK, (uintptr_t)&clock_page | 1);
+    kvmclock_use(&clock_page);
     return clock_page.tsc_to_system_mul != 0;
 }
 
