@@ -241,7 +241,7 @@ static bool go_on_with(unsigned which, bool complete)
 
 void vmm_host_io_wait(struct vmm_host_io *io)
 {
-    vmm_host_io_submit(engine);
+    vmm_host_io_submit(io);
     for (unsigned i = 0; i < OPS; i++)
         if (host.ops[i].state == COMPLETED)
             return;

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from processors import traps_left_out
+from processors import is_tcg, traps_left_out
 
 from vmm import host
 from vmm.devices.device import Device
@@ -71,7 +71,7 @@ ENDING = [
 ]
 
 # Guests with a test of their own below.
-OTHERS = {"traps", "instructions", "debug_exit"}
+OTHERS = {"traps", "instructions", "debug_exit", "umip", "realmode"}
 # And that of test_diagnose.py.
 OTHERS |= {"deaths"}
 # And those of test_virtio_guests.py.
@@ -152,6 +152,19 @@ def test_the_processor_does_as_the_architecture_says(guest: GuestPath, name: str
     # Where kernel code is emulated some of it is beyond a monitor's power: each guest says what and why.
     sound = traps_left_out() if name == "traps" else ""
     assert_passed(run(guest(name), sound if host.findings().native else departures))
+
+
+def test_user_mode_instruction_prevention_holds_at_cpl_3_and_only_there(guest: GuestPath) -> None:
+    outcome = run(guest("umip"))
+    assert_passed(outcome)
+    if b"SKIP: no UMIP" in outcome.console:
+        pytest.skip("the processor or its KVM has no UMIP")
+
+
+@pytest.mark.skipif(is_tcg(), reason="QEMU's TCG 7.2 does not run guests/realmode to its end")
+def test_real_mode_is_as_the_manual_has_it(guest: GuestPath) -> None:
+    # The image lies from 16 KiB on, where loaders have their own tables otherwise. KVM's emulator has no DAA, AAA, AAS.
+    assert_passed(run(guest("realmode"), "" if host.findings().native else "decimal=0"))
 
 
 def test_hello_prints_nothing_before_its_greeting(guest: GuestPath) -> None:

@@ -38,6 +38,7 @@ CASES = [
     ("mmio", "pc", "addr=0x800000", (), PASSED),
     ("memory_map", "pc", f"mem={5 << 30}", ("-m", "5G"), PASSED),
     ("exits", "microvm", "pio=100 mmio=100 cpl=3", (), PASSED),
+    ("umip", "pc", "", ("-cpu", "max"), PASSED),
     ("poweroff", "pc", "", (), 0),
     ("poweroff", "microvm", "", (), 0),
     ("reset_i8042", "pc", "", (), 0),
