@@ -84,35 +84,39 @@ FIELDS: dict[str, Field] = {
     "timeout": Field(_seconds, None, "seconds after which the run ends with status 124"),
     "stall": Field(_stall, None, "seconds without progress (output, device I/O, RIP) that end the run with status 26"),
     "console": Field(_console, "none", f"where the serial console goes: {', '.join(CONSOLES)}"),
-    "kind": Field(read_one_of(*KINDS), "auto", f"take the image for this kind: {', '.join(KINDS)}"),
+    "kind": Field(read_one_of(*KINDS), "auto", f"kind of the image: {', '.join(KINDS)}"),
     "mode": Field(read_one_of(*MODES), "real", f"CPU mode a flat binary starts in: {', '.join(MODES)}"),
     "address": Field(_address, None, "guest-physical address a flat binary is loaded and entered at"),
-    "unpack": Field(read_one_of(*UNPACK), "auto", "who unpacks a bzImage: the host (fast), the guest, or as possible"),
+    "unpack": Field(
+        read_one_of(*UNPACK), "auto", "where a bzImage is unpacked: on the host (fast), in the guest, or automatic"
+    ),
     "compat": Field(
         read_one_of(*COMPAT), "auto", "remedies for what this host's KVM lacks: as probed, forced, or none"
     ),
     "gdb": Field(
         read_text,
         "",
-        "let gdb attach: PORT, HOST:PORT or a path; the guest waits for it unless ,nowait follows; ,arch=i386|x86-64",
+        "listen for gdb: PORT, HOST:PORT or a path; the guest waits for it unless ,nowait; ,arch=i386|x86-64",
     ),
     "huge_pages": Field(read_flag, False, "back guest RAM with 2 MiB pages from the host's pool"),
     "disks": Field(parts.read_disks, (), "disk image: FILE[,ro][,serial=S][,cache=none][,overlay=FILE]..."),
     "nets": Field(parts.read_nets, (), "network: user, tap=NAME or socket=PATH, [,mac=..][,hostfwd=..]..."),
-    "shares": Field(parts.read_shares, (), "host directory the guest can mount: DIR:TAG[,ro]"),
+    "shares": Field(parts.read_shares, (), "host directory that the guest can mount: DIR:TAG[,ro]"),
     "vsock": Field(parts.read_vsock, None, "sockets between host and guest: UNIX-SOCKET-PATH[,cid=N]"),
     "rng": Field(read_flag, True, "give the guest random numbers (virtio-rng)"),
-    "balloon": Field(read_flag, False, "let the host take memory back from the guest (virtio-balloon)"),
-    "console_device": Field(read_one_of(*CONSOLE_DEVICES), "uart", "what the console is to the guest: uart, virtio"),
-    "virtio": Field(read_one_of(*TRANSPORTS), "pci", f"how the guest finds virtio devices: {', '.join(TRANSPORTS)}"),
-    "symbols": Field(read_path, None, "names of the guest's functions: a vmlinux that is not stripped, or System.map"),
-    "control": Field(read_path, None, "a UNIX socket by which pyvmm migrate and pyvmm snapshot reach the machine"),
-    "checkpoint_dir": Field(read_path, None, "directory for a snapshot every so often"),
-    "checkpoint_every": Field(_period, 60.0, "seconds between snapshots, and between the states a standby gets"),
+    "balloon": Field(read_flag, False, "device that returns guest memory to the host (virtio-balloon)"),
+    "console_device": Field(
+        read_one_of(*CONSOLE_DEVICES), "uart", "device of the console: uart (ttyS0) or virtio (hvc0)"
+    ),
+    "virtio": Field(read_one_of(*TRANSPORTS), "pci", f"transport of virtio devices: {', '.join(TRANSPORTS)}"),
+    "symbols": Field(read_path, None, "symbols of the guest: a vmlinux that is not stripped, or System.map"),
+    "control": Field(read_path, None, "UNIX socket through which pyvmm migrate and pyvmm snapshot control the machine"),
+    "checkpoint_dir": Field(read_path, None, "directory for periodic snapshots"),
+    "checkpoint_every": Field(_period, 60.0, "seconds between snapshots, and between states sent to a standby"),
     "retain": Field(read_count(1, 1000, "a number of snapshots"), 8, "how many of the last snapshots to keep"),
-    "standby": Field(read_text, "", "where pyvmm standby waits to take over: unix:PATH, or tcp:HOST:PORT,fence=FILE"),
-    "screen": Field(read_flag, False, "at the end show the text screen at 0xb8000, whatever the end"),
-    "reboot": Field(read_flag, False, "start again when the guest asks for a reset, instead of ending"),
+    "standby": Field(read_text, "", "address where pyvmm standby listens: unix:PATH, or tcp:HOST:PORT,fence=FILE"),
+    "screen": Field(read_flag, False, "at every end show the text screen at 0xb8000"),
+    "reboot": Field(read_flag, False, "boot again when the guest requests a reset, instead of ending"),
 }
 
 

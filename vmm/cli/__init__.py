@@ -78,7 +78,7 @@ def check_writable(*paths: str | None) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one command line; answers the exit status."""
+    """Run one command line; return the exit status."""
     if argv and argv[0] in ("--version", "-V"):
         print(f"pyvmm {vmm.__version__}")
         return 0
@@ -109,8 +109,8 @@ def main(argv: list[str]) -> int:
 def open_missing_descriptors() -> None:
     """Put /dev/null on those of the descriptors 0 to 2 that this process was started without.
 
-    Else the next file to be opened has that number: a disk, guest memory, or the console's log, into which whoever
-    prints on standard error would write.
+    Else the next file to be opened has that number: a disk, guest memory, or the console's log, and text for
+    standard error would be written into it.
     """
     import os
 

@@ -25,8 +25,8 @@ _KEYS = {"native": "guest_kernel_code", "missing": "missing_instructions"}  # wh
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "doctor",
-        description="Say what this host's KVM is and can do: asked, and probed with tiny guests.",
-        epilog="exit status: 0 machines can run here; 2 they cannot, and the report says what to do",
+        description="Report what this host's KVM is and can do: its capabilities, and the results of tiny guests.",
+        epilog="exit status: 0 machines can run here; 2 they cannot, and the report states what to do",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--kvm", default=KVM_PATH, metavar="FILE", help=f"the device to examine (default: {KVM_PATH})")
@@ -117,7 +117,7 @@ def as_text(report: dict[str, Any]) -> str:
         return "\n".join([*lines, f"machines          cannot run here: {report['problem']}"])
     lines.append("machines          can run here")
     lines.append(f"guest kernel code {report['guest_kernel_code']} ({report['instruction_ns']:.4g} ns an instruction)")
-    lines.append(f"cost of an exit   {report['exit_us']:.3g} us (port I/O, to a port nobody claims)")
+    lines.append(f"cost of an exit   {report['exit_us']:.3g} us (port I/O, to a port without a device)")
     lines.append("capabilities")
     purposes = {name: purpose for name, purpose in (*host.NEEDED.values(), *host.USED.values())}
     for name, value in report["capabilities"].items():
@@ -138,7 +138,7 @@ def _access(path: str) -> str:
 
 
 def run(argv: list[str]) -> int:
-    """Print the report; answers 0, or 2 when machines cannot run here."""
+    """Print the report; return 0, or 2 when machines cannot run here."""
     args = _parser().parse_args(argv)
     report = examine(args.kvm)
     if args.json:

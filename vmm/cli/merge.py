@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "merge",
-        description="Write into the directory INTO a full snapshot that is what the one in DIR is with all those it is "
-        "built on, which may go then. All of them are compared with their checksums first.",
+        description="Write into the directory INTO a full snapshot with the content of the one in DIR and of all those "
+        "it is built on, which may be removed then. Their checksums are verified first.",
     )
     parser.add_argument("directory", metavar="DIR", help="the last snapshot of the chain; it is not changed")
-    parser.add_argument("into", metavar="INTO", help="made, or replaced when the new one is whole; may be DIR itself")
+    parser.add_argument(
+        "into", metavar="INTO", help="created, or replaced when the new one is complete; may be DIR itself"
+    )
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Merge; answers the exit status."""
+    """Merge; return the exit status."""
     from vmm import snapshot
 
     given = _parser().parse_args(argv)

@@ -18,27 +18,27 @@ def _parser() -> argparse.ArgumentParser:
         "migrate",
         description="Move the machine whose control socket is CONTROL to where pyvmm receive listens.",
     )
-    parser.add_argument("control", metavar="CONTROL", help="what the machine's --control says")
+    parser.add_argument("control", metavar="CONTROL", help="the machine's control socket (--control)")
     parser.add_argument("destination", metavar="DESTINATION", help="unix:PATH or tcp:HOST:PORT")
-    parser.add_argument("--postcopy", action="store_true", help="the machine first, its memory when it is touched")
+    parser.add_argument("--postcopy", action="store_true", help="send the state first, and memory when it is touched")
+    parser.add_argument("--mirror", action="store_true", help="copy its disks, including writes of the guest meanwhile")
     parser.add_argument(
-        "--mirror", action="store_true", help="its disks go along, with what the guest writes meanwhile"
+        "--mirror-disk", metavar="N", type=int, action="append", help="copy this disk (counted from 0); repeat for more"
     )
-    parser.add_argument(
-        "--mirror-disk", metavar="N", type=int, action="append", help="this one goes along (from 0); again for more"
-    )
-    parser.add_argument("--downtime", metavar="MS", type=float, default=300, help="longest pause wanted (300)")
+    parser.add_argument("--downtime", metavar="MS", type=float, default=300, help="longest final pause (300)")
     parser.add_argument("--bandwidth", metavar="RATE", help="bytes a second while the guest runs, e.g. 100M")
-    parser.add_argument("--fence", metavar="FILE", help="a file both sides see, by which they know whose it is")
+    parser.add_argument("--fence", metavar="FILE", help="file that both sides can access; its lock decides the owner")
     add_tls(parser)
     return parser
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:
-    """The flags by which both sides show who they are."""
+    """The options for mutual authentication by TLS."""
     parser.add_argument("--tls-certificate", metavar="FILE", help="this side's certificate (PEM)")
     parser.add_argument("--tls-key", metavar="FILE", help="its key")
-    parser.add_argument("--tls-authority", metavar="FILE", help="who must have issued the other side's certificate")
+    parser.add_argument(
+        "--tls-authority", metavar="FILE", help="authority that must have signed the other side's certificate"
+    )
 
 
 def tls_files(given: dict[str, Any]) -> dict[str, str]:
@@ -48,7 +48,7 @@ def tls_files(given: dict[str, Any]) -> dict[str, str]:
 
 
 def run(argv: list[str]) -> int:
-    """Migrate; answers the exit status."""
+    """Migrate; return the exit status."""
     from vmm.control import ask
 
     given = vars(_parser().parse_args(argv))

@@ -21,8 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "profile",
         usage="pyvmm profile [options] -- [boot options]",
-        description="Boot as pyvmm boot does, sample every vCPU's RIP, and print on standard error which symbols they "
-        "were in. A sample pauses the guest for tens of microseconds.",
+        description="Boot as pyvmm boot does, sample every vCPU's RIP, and print the symbols on standard "
+        "error. A sample pauses the guest for tens of microseconds.",
         epilog="The exit status is that of pyvmm boot.",
     )
     parser.add_argument("--hz", metavar="N", type=float, default=100.0, help="samples a second (default: 100)")
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Profile; answers the guest's exit status."""
+    """Profile; return the guest's exit status."""
     if "--" not in argv:
         _parser().parse_args(argv)
         raise ConfigError("profile what? give -- and then the options of pyvmm boot")

@@ -32,21 +32,21 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     for flag, (name, how) in FLAGS.items():
         if name in (*USES, *PLACES) and name != "reboot":
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
-    parser.add_argument("--fence", metavar="FILE", help="the source's fence, a file that both sides see")
-    parser.add_argument("--disks-in", metavar="DIR", help="make files here for disks that come along (disk0.img, ...)")
+    parser.add_argument("--fence", metavar="FILE", help="the source's fence, a file that both sides can access")
+    parser.add_argument("--disks-in", metavar="DIR", help="create files here for mirrored disks (disk0.img, ...)")
     add_clock(parser)
     add_tls(parser)
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print details on standard error")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Receive; answers the exit status."""
+    """Receive; return the exit status."""
     return receive(vars(_parser().parse_args(argv)))
 
 
 def receive(given: dict[str, Any], *, standby: bool = False) -> int:
-    """Wait as these arguments say, and serve the console; answers the exit status."""
+    """Wait as these arguments say, and serve the console; return the exit status."""
     from vmm.errors import ConfigError
     from vmm.migrate import Receiver, Tls
 

@@ -21,10 +21,10 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = command_parser(
         "restore",
-        description="Go on from the snapshot in DIR, which is not changed: it can be restored again; or from the one\n"
-        "that pyvmm serve has at unix:PATH.\n\n"
-        "Memory is read when it is looked at. Disks that the guest can write are the snapshot's copies, with a\n"
-        "temporary overlay that goes with the machine. A snapshot says of nothing where it is: --disk names the bases\n"
+        description="Restore the machine of the snapshot in DIR, which is not changed and can be restored again; or\n"
+        "of the one that pyvmm serve offers at unix:PATH.\n\n"
+        "Memory is read on demand. Disks that the guest can write are the snapshot's copies, with a\n"
+        "temporary overlay that is removed at the end. A snapshot locates no resources: --disk names the bases\n"
         "and disks that it does not hold (or all disks), --net and --vsock what the machine was connected to.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -32,31 +32,30 @@ def _parser() -> argparse.ArgumentParser:
         "directory", metavar="DIR", help="the snapshot: of pyvmm snapshot, or Machine.snapshot; or unix:PATH"
     )
     parser.add_argument(
-        "--check", action="store_true", help="only compare the snapshot and all it is built on with its checksums"
+        "--check", action="store_true", help="only verify the checksums of the snapshot and of those it is built on"
     )
-    parser.add_argument("--no-check", action="store_true", help="do not compare its memory before it is used")
+    parser.add_argument("--no-check", action="store_true", help="do not verify its memory before it is used")
     parser.add_argument(
         "--identity",
         choices=identity.KINDS,
         default="new",
-        help="same: it is the machine that was saved, with its addresses, of which there is no other any more "
-        "(default: new, another one)",
+        help="same: keep the saved machine's addresses; only if that machine no longer exists (default: new, others)",
     )
     add_clock(parser)
     parser.add_argument(
         "--later",
         action="store_true",
-        help="have pages come when they are touched (userfaultfd), first those that --record has recorded",
+        help="lazy memory: read pages when they are touched (userfaultfd), recorded ones in advance",
     )
     parser.add_argument(
         "--record",
         action="store_true",
-        help="as --later, and keep in DIR which pages were touched first, for the next time",
+        help="as --later, and record in DIR which pages are touched, for the next restore",
     )
     for flag, (name, how) in FLAGS.items():
         if name in (*USES, *PLACES) and name not in ("reboot", "huge_pages"):
             parser.add_argument(flag, dest=name, default=None, help=FIELDS[name].help.replace("%", "%%"), **how)
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print details on standard error")
     return parser
 
 
@@ -66,12 +65,12 @@ def add_clock(parser: argparse.ArgumentParser) -> None:
         "--clock",
         choices=clock.KINDS,
         default="advanced",
-        help="kept: the guest's clocks go on from where they stood (default: advanced, to this host's time)",
+        help="kept: the guest's clocks continue from their saved values (default: advanced, to this host's time)",
     )
 
 
 def run(argv: list[str]) -> int:
-    """Restore; answers the exit status."""
+    """Restore; return the exit status."""
     given = vars(_parser().parse_args(argv))
     if given["directory"].startswith(SERVED) and (given["check"] or given["record"]):
         raise ConfigError("--check and --record are for a snapshot's directory: use them where that is")

@@ -57,7 +57,7 @@ class CommandOutput:
         self._raw = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Take output of the console; answers what of the command's is certain by now."""
+        """Take output of the console; return the part of the command's output that is certain by now."""
         self._raw += data
         # A CR at the end may be half of a CR LF.
         whole = len(self._raw) - self._raw.endswith(b"\r")
@@ -108,7 +108,7 @@ class CommandEnd(Stdio):
         return data if self._everything else certain
 
     def finish(self) -> int | None:
-        """Print what was held back; answers the command's exit status if it came."""
+        """Print what was held back; return the command's exit status if it came."""
         rest, status = self.output.finish()
         if rest and not self._everything:
             slow_reader.deliver(1, rest)
@@ -138,7 +138,7 @@ def configure(given: dict[str, Any], command: list[str]) -> MachineConfig:
 
 
 def run(argv: list[str]) -> int:
-    """Run the command; answers the exit status."""
+    """Run the command; return the exit status."""
     at = argv.index("--") if "--" in argv else len(argv)
     options, command = argv[:at], argv[at + 1 :]
     if "-h" in options or "--help" in options:

@@ -16,16 +16,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "serve",
         description="Serve the snapshot in DIR at the UNIX socket PATH, for any number of pyvmm restore unix:PATH, "
-        "until Ctrl-C. It is compared with its checksums first. For machines on another host have ssh forward the "
-        "socket (ssh -L or -R). Its disks are not served.",
+        "until Ctrl-C. Its checksums are verified first. For machines on another host, forward the socket with "
+        "ssh -L or -R. Its disks are not served.",
     )
     parser.add_argument("directory", metavar="DIR", help="the snapshot; it is not changed")
-    parser.add_argument("path", metavar="PATH", help="the socket, which is its owner's alone")
+    parser.add_argument("path", metavar="PATH", help="the socket, created with mode 0600")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Serve; answers the exit status."""
+    """Serve; return the exit status."""
     from vmm import snapshot
     from vmm.snapshot.serving import PageListener
 

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "snapshot",
-        description="Write the machine whose control socket is CONTROL into the directory DIR, for pyvmm restore. It "
-        "is held meanwhile, and goes on.",
+        description="Snapshot the machine whose control socket is CONTROL into the directory DIR, for pyvmm restore. "
+        "It is paused meanwhile, and then continues.",
     )
-    parser.add_argument("control", metavar="CONTROL", help="what the machine's --control says")
-    parser.add_argument("directory", metavar="DIR", help="made, or replaced when the new one is whole")
-    parser.add_argument("--differential", action="store_true", help="only what was written since the last one")
+    parser.add_argument("control", metavar="CONTROL", help="the machine's control socket (--control)")
+    parser.add_argument("directory", metavar="DIR", help="created, or replaced when the new one is complete")
+    parser.add_argument("--differential", action="store_true", help="only the memory written since the last one")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Take a snapshot; answers the exit status."""
+    """Take a snapshot; return the exit status."""
     from vmm.control import ask
 
     given = _parser().parse_args(argv)

@@ -19,5 +19,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Stand by; answers the exit status."""
+    """Stand by; return the exit status."""
     return receive.receive(vars(_parser().parse_args(argv)), standby=True)

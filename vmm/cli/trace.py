@@ -33,11 +33,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The exit status of a boot is that of pyvmm boot.",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="a trace that --save wrote")
-    parser.add_argument("--lines", metavar="FILE", help="write the lines to FILE, as they come")
+    parser.add_argument("--lines", metavar="FILE", help="write the lines to FILE, as the events occur")
     parser.add_argument("--save", metavar="FILE", help="write the trace itself, to be shown later")
-    parser.add_argument("--summary", action="store_true", help="print how often and how long, by reason, device, "
+    parser.add_argument("--summary", action="store_true", help="print number and time of events, by reason, device, "
                         "register and symbol")  # fmt: skip
-    parser.add_argument("--html", metavar="FILE", help="write a timeline for a browser, one file that needs no other")
+    parser.add_argument("--html", metavar="FILE", help="write a timeline for a browser, as one self-contained file")
     parser.add_argument("--perfetto", metavar="FILE", help="write JSON for ui.perfetto.dev or chrome://tracing")
     parser.add_argument("--symbols", metavar="FILE", help="names for a saved trace: a vmlinux or a System.map")
     parser.add_argument("--keep", metavar="N", type=int, default=1 << 20, help="keep the newest N events "
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Trace; answers the guest's exit status, or 0 for a file."""
+    """Trace; return the guest's exit status, or 0 for a file."""
     at = argv.index("--") if "--" in argv else len(argv)
     given = _parser().parse_args(argv[:at])
     if given.keep < 1:
@@ -125,7 +125,7 @@ class _Follower:
         self._thread.start()
 
     def _run(self, trace: Trace, newline: str) -> None:
-        with suppress(slow_reader.ReaderStopped, OSError):  # nobody reads any more; the guest goes on
+        with suppress(slow_reader.ReaderStopped, OSError):  # the reader has closed the pipe; the guest continues
             _write_lines(trace, trace, self._write, newline)
             self._flush()
 
@@ -176,7 +176,7 @@ def _write_lines(
                 lost = recording.lost
             write(recording.line(event) + newline)
     except BrokenPipeError:
-        return  # whoever read them has gone; the guest goes on
+        return  # the reader has closed the pipe; the guest continues
 
 
 def _results(recording: Recording, given: argparse.Namespace) -> Iterable[str]:
