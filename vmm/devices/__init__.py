@@ -1,1 +1,1 @@
-"""Device models: what answers the guest's port and memory-mapped accesses. ``device.py`` is the contract."""
+"""Device models, which implement the guest's port and memory-mapped accesses. ``device.py`` is the contract."""

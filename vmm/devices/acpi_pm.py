@@ -122,9 +122,9 @@ class PowerManagement(Device):
 
 
 class PmTimer(Device):
-    """A 24-bit counter at 3.579545 MHz. It raises no overflow event (TMR_STS): who reads it often enough needs none.
+    """A 24-bit counter at 3.579545 MHz, without the overflow event (TMR_STS): a guest must read it often enough.
 
-    ``clock`` answers nanoseconds and never runs backwards.
+    ``clock`` returns nanoseconds and never runs backwards.
     """
 
     name = "pm-timer"
@@ -150,7 +150,7 @@ class PmTimer(Device):
         return {"version": 1, "ticks": self._ticks() & 0xFFFFFF}
 
     def load(self, state: State) -> None:
-        """Go on counting from :meth:`save`'s value. Raises ``ValueError`` for one beyond 24 bits."""
+        """Continue counting from :meth:`save`'s value. Raises ``ValueError`` for one beyond 24 bits."""
         ticks = checked(self.name, state, {"ticks": 0xFFFFFF})["ticks"]
         # Rounded up, or the division in _ticks would lose a tick on every save and load.
         self._zero = self._clock() + (-ticks * 10**9) // PM_TIMER_HZ
@@ -160,7 +160,7 @@ class PmTimer(Device):
         return self._clock() - self._zero
 
     def roll_back(self, captured: Any) -> None:
-        """Go on counting from there."""
+        """Continue counting from the loaded value."""
         self._zero = self._clock() - int(captured)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class DebugExit(Device):
-    """Calls ``on_exit(v)`` with the value written; whoever ends the run makes ``(v << 1) | 1`` of it."""
+    """Call ``on_exit(v)`` with the value written; the exit status of the run is ``(v << 1) | 1``."""
 
     name = "debug-exit"
     registers = {0: "exit"}

@@ -1,6 +1,6 @@
 """The device contract.
 
-A device answers reads and writes by ``(offset, size)``. It knows no address, no interrupt number and no machine:
+A device implements reads and writes by ``(offset, size)``. It knows no address, no interrupt number and no machine:
 the machine's layout attaches it to a range, gives it a :class:`Line`, and asks it to describe itself to the guest.
 An empty subclass is legal: it reads as all-ones and ignores writes, as unclaimed space does.
 """
@@ -63,7 +63,7 @@ class Device:
     registers: dict[int, str] = {}
     """Offset -> register name, for traces."""
     line: Line = UNCONNECTED
-    """The interrupt line, set by whoever attaches the device."""
+    """The interrupt line, set when the device is attached."""
 
     def read(self, offset: int, size: int) -> int:
         """Answer a guest read of ``size`` bytes (1, 2, 4 or 8) at ``offset``; bits above ``size`` are dropped."""
@@ -87,7 +87,7 @@ class Device:
         return None
 
     def capture(self) -> Any:
-        """What :meth:`save` would answer, in whatever form is quickest: for :meth:`roll_back` of this very device."""
+        """Return the state in the fastest form, for :meth:`roll_back` of this same device."""
         return self.save()
 
     def roll_back(self, captured: Any) -> None:

@@ -2,7 +2,7 @@
 
 A guest that finds them changed knows that what it takes for its own exists twice: keys, random numbers to come,
 transaction numbers. Linux (from 5.18, ``CONFIG_VMGENID``) reseeds its random number generator. It has no registers: the
-guest is told of a change by an edge of an interrupt line, on which ACPI's Generic Event Device notifies its driver.
+guest is notified of a change by an edge of an interrupt line, on which ACPI's Generic Event Device notifies its driver.
 
 Source: Microsoft, "Virtual Machine Generation ID" (2018); ACPI 6.5, 5.6.9.
 """
@@ -57,7 +57,7 @@ class GenerationId(Device):
         self._memory.write(self._address, value)
 
     def renew(self, value: bytes | None = None) -> None:
-        """Another ID, by default a random one, and the guest is told so."""
+        """Set another ID, by default a random one, and notify the guest."""
         self.place(value)
         self.line.pulse()
 

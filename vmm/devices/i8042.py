@@ -29,7 +29,7 @@ KEYBOARD_INTERRUPT, KEYBOARD_OFF, SECOND_OFF = 0x01, 0x10, 0x20  # of the comman
 RESET_HIGH, A20 = 0x01, 0x02  # of the output port: bit 0 low resets
 NO_ANSWER = 0xFE
 
-# Commands that answer with a constant. Port tests: 0 is good; 1, clock stuck low, is how there is no second port.
+# Commands that return a constant. Port tests: 0 is good; 1, clock stuck low, is how there is no second port.
 ANSWERS = {0xAA: 0x55, 0xAB: 0x00, 0xA9: 0x01, 0xC0: 0x80}
 COMMAND_BYTE_BITS = {
     0xA7: (SECOND_OFF, True),
@@ -42,7 +42,7 @@ COMMAND_BYTE_BITS = {
 class I8042(Device):
     """Calls ``on_reset`` when the reset line is pulsed (commands 0xf0-0xff with bit 0 clear) or driven low (0xd1).
 
-    Bytes for a keyboard are answered at once with 0xfe and the timeout bit, so that a driver gives up without
+    Bytes for a keyboard result immediately in 0xfe and the timeout bit, so that a driver gives up without
     waiting. A20 is remembered, and always open.
     """
 
@@ -115,7 +115,7 @@ class I8042(Device):
                 self._on_reset()
         elif command == 0xD2:
             self._answer(value)
-        else:  # for the keyboard (no command), or the second port (0xd3, 0xd4): nobody is there
+        else:  # for the keyboard (no command), or the second port (0xd3, 0xd4): there is no device
             self._answer(NO_ANSWER, TIMEOUT)
 
     def _update_line(self) -> None:

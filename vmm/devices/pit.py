@@ -37,7 +37,7 @@ class Pit(Device):
 
     A thread sleeps until the next rise (:meth:`start`, :meth:`stop`). Ticks come at least ``min_period`` seconds
     apart (and 200 us); those that fall due in between, or while the thread is late, are merged into one. ``clock``
-    answers nanoseconds and never runs backwards.
+    returns nanoseconds and never runs backwards.
     """
 
     name = "pit"
@@ -99,13 +99,13 @@ class Pit(Device):
             self._held = True
 
     def release(self) -> None:
-        """Ticks again; the one that fell due meanwhile comes now."""
+        """Resume ticks; one that fell due meanwhile is delivered immediately."""
         with self._changed:
             self._held = False
             self._changed.notify()
 
     def stop(self) -> None:
-        """Stop the thread and wait for it; counters go on. Not to be called from the line."""
+        """Stop the thread and wait for it; counters continue. Must not be called from the line."""
         with self._changed:
             self._running = False
             self._changed.notify()

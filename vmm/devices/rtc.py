@@ -53,7 +53,7 @@ class Rtc(Device):
     """Time of day from ``clock`` (POSIX seconds, default the host's), in UTC; the guest may set it, for itself.
 
     A state that is loaded has the host's time again, but for what the guest set, until it is :meth:`set_back`; one
-    that was captured goes on from the time it had.
+    that was captured continues from the saved time.
 
     ``memory`` is the size of RAM below 4 GiB in bytes, for guests that ask CMOS.
     """
@@ -181,7 +181,7 @@ class Rtc(Device):
         return self._index, bytes(self._cmos), self._now()
 
     def roll_back(self, captured: Any) -> None:
-        """Become that again, and go on from the time of then."""
+        """Load a captured state, and continue from its time."""
         self._index, cmos, now = captured
         self._cmos = bytearray(cmos)
         self._offset += now - self._now()

@@ -121,11 +121,11 @@ class BochsShutdown(Device):
             self._on_poweroff()
 
     def reset(self) -> None:
-        """Nothing heard."""
+        """Forget the letters received."""
         self._heard = 0
 
     def save(self) -> State:
-        """Letters heard."""
+        """Return the number of letters received."""
         return {"version": 1, "heard": self._heard}
 
     def load(self, state: State) -> None:
@@ -133,7 +133,7 @@ class BochsShutdown(Device):
         self._heard = checked(self.name, state, {"heard": len(self._WORD) - 1})["heard"]
 
     def capture(self) -> Any:
-        """Letters heard."""
+        """Return the number of letters received."""
         return self._heard
 
     def roll_back(self, captured: Any) -> None:

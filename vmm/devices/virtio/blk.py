@@ -27,7 +27,7 @@ class Blk(VirtioDevice):
     the guest writes; with ``temporary``, a file without a name holds it and goes with the machine. ``layers``:
     overlays over ``path`` and under that file, the lowest first, only read.
 
-    ``cache``: ``writeback`` (the host's page cache) or ``none`` (O_DIRECT); either way what a flush was answered for
+    ``cache``: ``writeback`` (the host's page cache) or ``none`` (O_DIRECT); either way, data whose flush was completed
     is on stable storage. ``sector``: logical, 512 or 4096 bytes. ``iops`` and ``bps``: operations and bytes a second,
     0 for no limit. Raises :class:`~vmm.errors.ConfigError`. The model is ``native/virtio/blk.c``, the host's end
     ``native/disk``.
@@ -138,9 +138,9 @@ class Blk(VirtioDevice):
         return int(lib.vmm_blk_size(self._blk))
 
     def resize(self, new_size: int | None = None) -> int:
-        """Another size in bytes while the machine runs; the guest is told. Answers the size.
+        """Resize the disk to this many bytes while the machine runs, and notify the guest. Return the size.
 
-        ``None``: the file's own, which somebody else has changed. A file is made longer or shorter (the guest had
+        ``None``: the file's own, which another program has changed. A file is made longer or shorter (the guest had
         better know before its disk shrinks); an overlay only grows. Raises :class:`~vmm.errors.ConfigError`, and
         :class:`~vmm.errors.StateError` while a checkpoint is open, or the disk is copied to where the machine moves.
         """
@@ -171,7 +171,7 @@ class Blk(VirtioDevice):
         check(lib.vmm_blk_sync(self._blk))
 
     def let_go(self) -> None:
-        """Put all of it on stable storage and give its locks up, for the machine to go on elsewhere; it is held.
+        """Sync the paused disk and release its locks, before the machine runs on another host.
         Raises :class:`~vmm.errors.HostError`."""
         if not self.readonly:
             self.sync()
@@ -179,7 +179,7 @@ class Blk(VirtioDevice):
             image.unlock()
 
     def take_back(self) -> None:
-        """Go on here after :meth:`let_go`. Raises :class:`~vmm.errors.ConfigError` while another machine has it."""
+        """Lock the disk again after :meth:`let_go`. Raises :class:`~vmm.errors.ConfigError` if it is in use."""
         for image in self.files():
             image.lock()
 
@@ -212,7 +212,7 @@ class Blk(VirtioDevice):
         check(lib.vmm_blk_peek(self._blk, at, len(buffer), ffi.from_buffer(buffer)))
 
     def statistics(self) -> dict[str, Any]:
-        """Since the start: reads, writes, flushes, discards, zeroings (requests answered without an error),
+        """Since the start: reads, writes, flushes, discards, zeroings (requests completed without an error),
         bytes_read, bytes_written, errors, unsupported; throttled, how often the rate limits held requests back;
         and ``queues``, the same counts for each queue."""
         stats = ffi.new("vmm_blk_stats *")
@@ -260,7 +260,7 @@ class DiskUndo:
 
 class DiskDirtyLog:
     """The clusters of a disk that were written since this was made, or since :meth:`take`: :class:`vmm.memory.DirtyLog`
-    of a disk. It keeps its size meanwhile. Raises :class:`~vmm.errors.HostError`."""
+    of a disk, which cannot be resized meanwhile. Raises :class:`~vmm.errors.HostError`."""
 
     def __init__(self, blk: Blk) -> None:
         self._blk = blk
@@ -274,15 +274,17 @@ class DiskDirtyLog:
         return int(lib.vmm_blk_dirty_count(self._blk._blk, self._log))
 
     def take(self, most: int) -> Iterator[tuple[int, int]]:
-        """The ranges ``(at, size)`` in the log, ascending, of at most ``most`` bytes each, clean once it is answered.
-        What is written meanwhile before that range waits for the next call."""
+        """Yield the ranges ``(at, size)`` in the log, ascending, of at most ``most`` bytes each, and mark them clean.
+
+        Writes meanwhile below the current range are returned by the next call.
+        """
         at = ffi.new("uint64_t *")
         while size := int(lib.vmm_blk_dirty_take(self._blk._blk, self._log, at, most)):
             yield int(at[0]), size
             at[0] += size
 
     def close(self) -> None:
-        """Give it up. Twice is fine, and after the device."""
+        """Release it. Idempotent; may be called after the device was closed."""
         if self._log is not None and self._blk._blk is not None:
             lib.vmm_blk_dirty_close(self._blk._blk, self._log)
             self._blk.held -= 1

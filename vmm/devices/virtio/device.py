@@ -112,7 +112,7 @@ class VirtioDevice:
 
         The machine is paused. Guest memory may be written and interrupts raised on the way, so memory, vCPUs and
         interrupt controllers are saved afterwards. Raises :class:`~vmm.errors.StateError` where requests are held by
-        somebody who does not let go of them.
+        a caller that does not release them.
         """
         s = ffi.new("vmm_virtio_state *")
         check(lib.vmm_virtio_save(self.virtio, s))
@@ -138,7 +138,7 @@ class VirtioDevice:
         accept(lib.vmm_virtio_load(self.virtio, s))
 
     def capture(self) -> Any:
-        """What :meth:`save_driven` and :meth:`save` would answer, for :meth:`roll_back` in this process: quicker."""
+        """Return what :meth:`save_driven` and :meth:`save` return, for :meth:`roll_back` in this process, faster."""
         driven, own = ffi.new("vmm_virtio_state *"), ffi.new("uint64_t[]", lib.VMM_VIRTIO_OWN)
         check(lib.vmm_virtio_save(self.virtio, driven))
         lib.vmm_virtio_save_own(self.virtio, own)
@@ -155,7 +155,7 @@ class VirtioDevice:
         return None
 
     def announce(self) -> None:
-        """The machine goes on at another place than before: have those hear of it who send to it."""
+        """Ask the guest to announce itself: the machine runs on another host after a migration."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

@@ -1,4 +1,4 @@
-"""virtio devices written in Python: subclass :class:`VirtioModel`, say what it is, answer requests."""
+"""virtio devices written in Python: subclass :class:`VirtioModel`, declare its properties, handle requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Request:
 
     @property
     def writable(self) -> int:
-        """Bytes of room for the answer, in all."""
+        """Total writable bytes of the request."""
         return int(lib.vmm_chain_size(self._chain, 1))
 
     def read(self, size: int = -1) -> bytes:
@@ -52,7 +52,7 @@ class Request:
         return bytes(buffer)
 
     def write(self, data: bytes) -> int:
-        """Put bytes after those written before; answers how many there was room for."""
+        """Append bytes to those written before; return the number that fitted."""
         written = 0
 
         def put() -> None:
@@ -64,7 +64,7 @@ class Request:
         return written
 
     def later(self) -> None:
-        """Do not answer when ``handle`` returns: :meth:`complete` will be called, from any thread."""
+        """Defer the completion: ``handle`` may return, and :meth:`complete` is called later, from any thread."""
         self.deferred = True
 
     def complete(self) -> None:
@@ -93,7 +93,7 @@ class VirtioModel(VirtioDevice):
     configuration: bytes = b""
 
     def handle(self, request: Request) -> None:
-        """Answer one request: read from it, write into it. The default answers every request with nothing."""
+        """Handle one request: read from it, write into it. The default completes every request without data."""
 
     def started(self) -> None:
         """The driver is ready: ``self.agreed`` holds the features both sides have. Called on a vCPU's thread."""
@@ -102,8 +102,8 @@ class VirtioModel(VirtioDevice):
         """The driver went away or broke a rule: forget every request."""
 
     def quiesce(self) -> None:
-        """The machine is paused and about to be saved: answer every request that is held. The default holds none; one
-        that is held afterwards makes the save fail. Whatever else the device remembers, :meth:`save` answers, and
+        """The machine is paused and about to be saved: complete every deferred request. The default defers none; one
+        that remains makes the save fail. :meth:`save` returns the device's other state, and
         :meth:`load` takes after :meth:`started`. Called on the saving thread, and before one queue is reset."""
 
     def waits(self, queue: int) -> bool:

@@ -1,6 +1,6 @@
 """The entropy device (virtio 1.2, 5.4) in Python: the readable twin of ``native/virtio/rng.c``.
 
-The reference for :class:`~vmm.devices.virtio.model.VirtioModel`: a whole device is what it is and how it answers.
+The reference for :class:`~vmm.devices.virtio.model.VirtioModel`: properties and a request handler.
 """
 
 from __future__ import annotations

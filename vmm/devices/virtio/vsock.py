@@ -1,8 +1,8 @@
 """The socket device (virtio 1.2, 5.10): streams between guest ports and UNIX sockets. ``native/virtio/vsock.c``.
 
 The convention is Firecracker's. A host program connects to ``path``, writes ``CONNECT <port>`` and a newline, reads
-``OK <host port>``, and has a stream to the guest's port; a guest that connects to CID 2, port n, reaches whoever
-listens on the UNIX socket ``<path>_<n>``.
+``OK <host port>``, and has a stream to the guest's port; a guest that connects to CID 2, port n, reaches the program
+that listens on the UNIX socket ``<path>_<n>``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Vsock(VirtioDevice):
     """
 
     device_id = 19
-    remembers = ("connected",)  # 1: a guest that is loaded is told that its connections are gone
+    remembers = ("connected",)  # 1: a restored guest is told that its connections were reset
 
     def __init__(self, vm: vmm_vm, index: int = 0, *, cid: int = 3, path: str | os.PathLike[str]) -> None:
         self.name = f"virtio-vsock{index}"
