@@ -185,7 +185,7 @@ def test_connecting_to_what_is_no_machine_is_refused(path: str, stop: int) -> No
         end = opened(path)
         stranger, _ = server.accept()
         stranger.sendall(b"220 mail.example\r\n\r\n")
-        with stranger, pytest.raises(Refusal, match="no machine of this version"):
+        with stranger, pytest.raises(Refusal, match="is not a machine of this version"):
             end.connect(stop)
         end.close()
 

@@ -44,7 +44,7 @@ class Image:
 
     @classmethod
     def temporary(cls) -> Image:
-        """An empty file without a name, which nobody else has. Raises :class:`~vmm.errors.HostError`."""
+        """Return an empty unnamed file, which no other process can open. Raises :class:`~vmm.errors.HostError`."""
         image = cls.__new__(cls)
         with temporary_file() as file:
             image.fd = os.dup(file.fileno())
@@ -120,7 +120,7 @@ def _open(path: str, readonly: bool, create: bool, kind: str) -> int:
     try:
         mode = os.stat(path).st_mode if not create or os.path.exists(path) else stat.S_IFREG
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise ConfigError(f"{kind} {path} is no file and no block device: give one of the two")
+            raise ConfigError(f"{kind} {path} is neither a file nor a block device; give one of the two")
         # A block device: EBUSY if the host has mounted it or something lies on it.
         return os.open(path, flags | (os.O_EXCL if stat.S_ISBLK(mode) and not readonly else 0), 0o666)
     except OSError as error:
@@ -162,7 +162,7 @@ def _lock(fd: int, path: str, readonly: bool) -> None:
             "(ro on both)"
         ) from error
     except OSError:
-        pass  # a file system without locks: nobody can be asked
+        pass  # a file system without locks: other users cannot be detected
 
 
 def _go_direct(fd: int, path: str) -> int:

@@ -234,6 +234,6 @@ def _read(image: Image, base: Layer) -> Layout:
     if (layout.base_size, layout.base_check) != (base.size, base.check()):
         raise ConfigError(
             f"overlay {image.path} was made over another disk than {base.image.path}, or that was written since: "
-            "give the base it was made over, or remove the overlay to begin anew"
+            "give the base it was made over, or remove the overlay to discard its changes"
         )
     return layout

@@ -1,5 +1,5 @@
 """A link between two machines: frames with their virtio-net header over a stream socket, so that a large frame crosses
-uncut and nobody sums what never left the host.
+unsegmented, without checksums, since they never leave the host.
 
 Who connects says hello first: 8 bytes of magic, the version, the largest frame (32 bits each, little-endian). Either
 side hangs up on any other hello. Every frame follows its length, 32 bits big-endian, header included.
@@ -22,7 +22,7 @@ MAGIC, VERSION, FRAME_MAX = b"pyvmmnet", 1, 65597
 HELLO = MAGIC + VERSION.to_bytes(4, "little") + FRAME_MAX.to_bytes(4, "little")
 
 _SEATS = 64  # machines that may wait for a place on one link
-_HELLO_TIME = 5.0  # seconds for who connected; then the next may
+_HELLO_TIME = 5.0  # seconds for a peer's greeting; then the next may connect
 
 _links = 0
 
@@ -71,7 +71,8 @@ class SocketLink(End):
     other waits for the next at the same place. A third waits until one of them leaves.
 
     Each has a seat at the link, the first that is free: a lock on one byte of ``path.lock``, which goes with the
-    process. The MAC address is made of it: two machines never share one, and who returns has the one it had.
+    process. The MAC address is made of it: two machines never share one, and a
+    machine that reconnects keeps its address.
     """
 
     backend = "socket"
@@ -115,7 +116,7 @@ class SocketLink(End):
         return True
 
     def _join(self) -> None:
-        """Connect to who listens; if nobody does, listen. One machine at a time: two would both find nobody."""
+        """Connect to a listening machine; if there is none, listen. Only one at a time: two would both find none."""
         import fcntl
         import socket
 
@@ -166,8 +167,10 @@ class SocketLink(End):
                 return None
             if self._named is None:
                 if not answer:
-                    raise Refusal(f"link {self.path}: who listened there left")
-                raise Refusal(f"link {self.path}: who listens there is no machine of this version of pyvmm")
+                    raise Refusal(f"link {self.path}: the machine that listened there has left; start it again")
+                raise Refusal(
+                    f"link {self.path}: the listener is not a machine of this version of pyvmm; use another path"
+                )
 
     def close(self) -> None:
         """Leave the link; the seat is free."""

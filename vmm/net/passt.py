@@ -142,8 +142,8 @@ class Passt(End):
 def _folder() -> str:
     """A directory for the file with its process number, which no other user can put another number into.
 
-    passt goes into the background by itself, so that it is no child of ours. One that root starts becomes the user
-    nobody before it writes the file.
+    passt goes into the background by itself, so that it is no child of ours. One that root starts becomes the
+    user ``nobody`` before it writes the file.
     """
     import tempfile
 
@@ -193,7 +193,7 @@ def reason(text: str) -> str:
 
 
 def _check_port(protocol: str, address: str, port: int) -> None:
-    """passt goes on without a port it cannot have, and does not say so: find out before."""
+    """Check that the port can be bound: passt continues silently without a port that it cannot bind."""
     import socket
 
     try:

@@ -78,6 +78,6 @@ class Tap(End):
         return fds
 
     def close(self) -> None:
-        """Close queues that nobody took."""
+        """Close the queues that no device has taken."""
         for fd in self.descriptors():
             os.close(fd)
