@@ -124,7 +124,7 @@ class Tables:
     def add_virtio_mmio(self, address: int, size: int, gsi: int) -> None:
         """A virtio-mmio device: ``size`` bytes of registers at ``address``, a level-triggered line ``gsi``.
 
-        ``LNRO0005`` is the id Linux's driver binds to. A kernel that is told ``acpi=off`` needs the words of
+        ``LNRO0005`` is the id Linux's driver binds to. A kernel with ``acpi=off`` needs the words of
         :attr:`virtio_mmio` on its command line instead; given both, it would find every device twice.
         """
         uid = len(self.virtio_mmio)

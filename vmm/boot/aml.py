@@ -68,7 +68,7 @@ def path(text: str) -> Term:
     rest = text[len(prefix) :]
     if not rest:
         if not prefix:
-            raise ConfigError("AML: a name is empty")
+            raise ConfigError("AML: a name is empty; give 1 to 4 of A-Z, 0-9 and _")
         return prefix.encode() + b"\x00"
     segments = [_segment(part) for part in rest.split(".")]
     if len(segments) > 255:
@@ -179,7 +179,7 @@ def uuid(text: str) -> Term:
     except ValueError:
         raw = b""
     if len(raw) != 16:
-        raise ConfigError(f"AML: {text!r} is no UUID")
+        raise ConfigError(f"AML: {text!r} is not a UUID; write 8-4-4-4-12 hexadecimal digits")
     return buffer(raw[3::-1] + raw[5:3:-1] + raw[7:5:-1] + raw[8:])
 
 

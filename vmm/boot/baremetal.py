@@ -21,7 +21,7 @@ _REAL_MAX = 0x100000
 def load_elf(request: Request, elf: Elf) -> Entry:
     """An ELF64 starts in long mode, an ELF32 in protected mode, at its entry point, with a stack of 64 KiB.
 
-    RBX holds the address of an hvm_start_info as for PVH: memory map, command line and modules for who wants
+    RBX holds the address of an hvm_start_info as for PVH: memory map, command line and modules for images that use
     them.
     """
     rip = elf.physical_entry()

@@ -23,7 +23,7 @@ from vmm.errors import ImageError
 if TYPE_CHECKING:
     from vmm.boot.image import BytesLike
 
-# Unpacked kernels take 20 to 60 MB each; someone who builds kernels all day should not fill a disk.
+# Unpacked kernels take 20 to 60 MB each; builds of many kernels must not fill a disk.
 KERNELS_KEPT = 16
 _KEYS_KEPT = 256
 # A file changed within its clock's tick after it was stamped could keep its stamp: one this young has no key

@@ -85,7 +85,7 @@ class Claims:
         return gpa
 
     def _highest_free(self, size: int, low: int, high: int) -> int | None:
-        """The highest page-aligned piece of low RAM in [low, high) that nobody has."""
+        """Return the highest unclaimed page-aligned range of low RAM in [low, high)."""
         gpa = (min(high, self.low_end) - size) & -places.PAGE
         while gpa >= low:  # each round goes below a claim that was above before, so it ends
             taken = self._in_the_way(gpa, size)

@@ -1,4 +1,4 @@
-"""The memory map a guest is told: RAM, the legacy hole below 1 MiB, and what others reserved."""
+"""The memory map of a guest: RAM, the legacy hole below 1 MiB, and reserved ranges."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def load(
     files = [item if isinstance(item, Image) else Image.of(item[1], item[0]) for item in initrds]
     request = Request(memory, source, cmdline, files, acpi_rsdp, e820, fresh)
     entry = _load_kind(request, kind, load_address, flat_mode, unpack)
-    # What a boot loader has started does without: Xen makes a call whose result it does not need, and goes on.
+    # Images started by a boot loader do not need a BIOS: Xen makes one call, and ignores the result.
     bios.leave(request.claims, vectors=entry.mode == "real")
     entry.notes = request.notes
     return entry

@@ -129,7 +129,7 @@ def decompress(data: bytes, size: int) -> bytearray:
 
 
 def _length(data: bytes, at: int, bits: int, full: int) -> tuple[int, int]:
-    """A length whose few ``bits`` are zero goes on in the bytes that follow, 255 for each zero byte."""
+    """A length whose few ``bits`` are zero continues in the following bytes, 255 for each zero byte."""
     if bits:
         return bits, at
     while data[at] == 0:

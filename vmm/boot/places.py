@@ -39,7 +39,7 @@ EBDA = 0x9FC00
 VIDEO = 0xA0000
 HIGH_RAM = 0x100000
 
-# Low RAM ends here at the latest: the 32-bit MMIO hole follows, and RAM goes on at 4 GiB.
+# Low RAM ends here at the latest: the 32-bit MMIO hole follows, and RAM continues at 4 GiB.
 HOLE = 3 * GIB
 FOUR_GIB = 4 * GIB
 

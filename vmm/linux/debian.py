@@ -52,7 +52,9 @@ def fetch(package: str, progress: store.Progress = store.quiet) -> DebianPackage
     download or unpack it, and no earlier version is there either.
     """
     if len(package) < 2 or not _NAME_CHARACTERS.issuperset(package) or not package[0].isalnum():
-        raise ConfigError(f"{package!r} is not the name of a Debian package")
+        raise ConfigError(
+            f"{package!r} is not the name of a Debian package; use lower-case letters, digits, +, - and ."
+        )
     try:
         deb = _archive_entry(package)
     except HostError:

@@ -80,7 +80,7 @@ def tree(host: Path, below: str = "") -> list[Entry]:
     Symbolic links stay links; sockets and FIFOs are left out. ConfigError: no such directory.
     """
     if not host.is_dir():
-        raise ConfigError(f"{host} is not a directory")
+        raise ConfigError(f"{host} is not a directory; give the path of one")
     entries = []
     for top, directories, names in os.walk(host):
         inside = Path(below) / Path(top).relative_to(host)

@@ -66,7 +66,7 @@ class SmallKernel:
 def small_kernel(variant: str = "small", progress: store.Progress = store.quiet, refresh: bool = False) -> SmallKernel:
     """The kernel of that variant, built on first use (minutes); later uses take microseconds.
 
-    ``refresh``: build anew when the archive has a newer source. ConfigError: no such variant. HostError: a tool
+    ``refresh``: build again when the archive has a newer source. ConfigError: no such variant. HostError: a tool
     is missing, the source cannot be had, or the build failed; the sentence says which package or log file.
     """
     place = None if refresh else _built(variant)
@@ -82,7 +82,7 @@ def small_kernel(variant: str = "small", progress: store.Progress = store.quiet,
 
 
 def is_built(variant: str = "small") -> bool:
-    """Whether ``small_kernel`` has its answer ready. ConfigError: no such variant."""
+    """Return whether ``small_kernel`` can return without a build. ConfigError: no such variant."""
     return _built(variant) is not None
 
 
@@ -205,7 +205,7 @@ class _Output:
         self._fd = fd
 
     def run(self, argv: list[str], step: Callable[[int], None] | None = None) -> None:
-        """Run ``argv``; ``step`` is told of the lines it has printed, at most _BUILD_STEPS. HostError: it failed."""
+        """Run ``argv``; ``step`` gets the number of lines printed, at most _BUILD_STEPS. HostError: it failed."""
         import subprocess
 
         # Nothing of the caller's environment may change the kernel built: not its make's flags, not its compiler's.

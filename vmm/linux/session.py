@@ -1,4 +1,4 @@
-"""Commands to a Linux guest that was booted with a session's initramfs, and what it answers; see init-session.sh."""
+"""Commands to a Linux guest that was booted with a session's initramfs, and their results; see init-session.sh."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Things that take long to make, made once: a directory appears whole or not at all, and one process makes it.
 
 An item is made in a temporary directory beside its place, synced, and renamed into it. Makers of the same item
-wait for each other on a lock file (flock: it goes with its process, so a killed maker blocks nobody). What a
-killed maker left is swept by the next one, which holds the lock and so knows that nobody is at work there.
+wait for each other on a lock file (flock: the kernel releases it when its process ends, so a killed maker blocks
+no other). The next maker removes the remains of a killed one: it holds the lock, so no other maker is active.
 """
 
 from __future__ import annotations
