@@ -282,7 +282,7 @@ def test_a_hypercall_that_never_returns_is_named(flat: Any) -> None:
         assert machine.run(timeout=2.0).reason == "timeout"
         found = machine.diagnose()
     assert found.cause == "hypercall"
-    assert "vmcall at 0x100005 (rax 0xb), which KVM runs for ever; see pyvmm doctor" in found.sentence
+    assert "vmcall at 0x100005 (rax 0xb), which KVM executes forever; see pyvmm doctor" in found.sentence
 
 
 def test_32_bit_paging_is_named_where_it_cannot_work(flat: Any) -> None:

@@ -1,6 +1,6 @@
 """What looking at a guest may cost the host: seconds, bytes of guest memory that are looked at, bytes that are kept.
 
-A guest can make its memory as tedious to read as it likes: symbol tables that unpack to gigabytes, page tables that
+A guest can make its memory arbitrarily expensive to analyse: symbol tables that unpack to gigabytes, page tables that
 lead round in circles, a million places that look like the beginning of something. Each reader therefore spends as it
 goes, in a part of one budget::
 
@@ -42,7 +42,7 @@ class Budget:
     """``seconds`` of this thread's processor time from now on, ``looked`` bytes of guest memory, and ``kept`` bytes in
     this process. No more than ``within`` seconds of any time pass (four times ``seconds`` if it is not given).
 
-    ``notes`` are sentences about the parts that were ended, for whoever reads the result.
+    ``notes`` are sentences about the parts that were ended, for the reader of the result.
     """
 
     __slots__ = ("_begun", "_deadline", "_kept", "_left", "_looked", "_parent", "_seconds", "_what", "notes")

@@ -58,7 +58,7 @@ def hypercall(machine: Ended, cpu: Processor, insn: Any, samples: list[Sample]) 
         return None
     if any(sample.rip != cpu.rip for sample in samples[-2:]):
         return None
-    text = f"{insn.mnemonic} at {place(machine, cpu.rip)} (rax {cpu.registers['rax']:#x}), which KVM runs for ever"
+    text = f"{insn.mnemonic} at {place(machine, cpu.rip)} (rax {cpu.registers['rax']:#x}), which KVM executes forever"
     return say("hypercall", f"{text}; {_DOCTOR}", ["Linux makes none where CPUID offers none: see --compat"])
 
 

@@ -1,4 +1,4 @@
-"""Why a guest died or does not go on: one cause, one sentence, and what shows it.
+"""Why a guest died or makes no progress: one cause, one sentence, and the evidence.
 
 What can be known is worked out, never guessed: registers, page tables and descriptors after a fault
 (:mod:`~vmm.observe.faults`), interrupt controllers and samples of RIP where nothing moves

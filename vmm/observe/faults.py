@@ -39,8 +39,8 @@ _EFER, _EFER_DEFINED = 0xC0000080, 0xFD01
 class Fault(NamedTuple):
     """An exception and its cause (an identifier of ``vmm.observe.diagnose.CAUSES``), said in ``text``.
 
-    ``intended``: the instruction raises it by design, so the fault is with whoever should have taken it. ``address``:
-    what a page fault loads into CR2.
+    ``intended``: the instruction raises it by design, so the fault lies in the missing handler.
+    ``address``: what a page fault loads into CR2.
     """
 
     cause: str

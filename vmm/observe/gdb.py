@@ -1,7 +1,7 @@
 """A remote stub for GDB: ``target remote`` to a machine (GDB manual, appendix E, all-stop mode).
 
 One thread, which sleeps until a client, the debugger or the end of the machine has something for it. Every vCPU is a
-thread, numbered from 1. What a client sends is answered as the protocol says: unknown packets with an empty packet,
+thread, numbered from 1. Replies follow the protocol: unknown packets get an empty packet,
 wrong ones with an error; none of it hurts the machine beyond what a debugger may do to it, which is everything.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "127.0.0.1:1234"
 
-# Errors of the protocol carry a number; GDB shows it. These are errno's, for who looks them up.
+# Errors of the protocol carry a number; GDB shows it. These are errno values.
 _BAD_ADDRESS, _BAD_REQUEST, _NO_ROOM = b"E0e", b"E16", b"E1c"
 _SIGINT, _SIGTRAP = 2, 5
 _KINDS = {0: "breakpoint", 1: "hardware", 2: "write", 3: "access", 4: "access"}
@@ -65,8 +65,11 @@ def _answer_at_once(client: socket.socket) -> None:
 
 
 def _is_wide(machine: Debugged) -> bool:
-    """Whether GDB is told of x86-64: the guest starts in long mode, or its image or its symbols are for that (ELF class
-    2), as of a kernel that is entered in 32-bit mode and goes on in 64-bit mode."""
+    """Return whether the target description is x86-64's.
+
+    It is if the guest starts in long mode, or if its image or its symbols are for long mode (ELF class 2), as with a
+    kernel that is entered in 32-bit mode and switches to 64-bit mode.
+    """
     if machine.load().mode == "long" or machine.config.kernel is None:
         return True
     return any(map(_is_elf64, filter(None, (machine.config.kernel, machine.config.symbols))))
@@ -81,7 +84,7 @@ class GdbServer:
     """Serves one client at a time on ``address`` until :meth:`close`.
 
     ``address``: ``PORT``, ``HOST:PORT`` or the path of a UNIX socket (:mod:`vmm.private_socket`). ``wait``: the machine
-    does not execute its first instruction until a client lets it. ``wide``: GDB is told of x86-64, or of i386
+    does not execute its first instruction until a client lets it. ``wide``: describe x86-64, or i386
     (``False``); ``None``: as the image and its symbols have it. Raises :class:`~vmm.errors.ConfigError` or
     :class:`~vmm.errors.HostError`.
     """
@@ -119,7 +122,7 @@ class GdbServer:
         self.close()
 
     def close(self) -> None:
-        """Tell the client how the machine ended, if it has, and serve nobody any more. Twice is fine; before the
+        """Report the machine's end to the client, if it has ended, and stop serving. Idempotent; before the
         machine is closed."""
         if self._closing:
             return
@@ -144,7 +147,7 @@ class GdbServer:
             if self._wake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-                while self._stops:  # nobody is here to be told: its breakpoint is gone
+                while self._stops:  # no client is connected: its breakpoint was removed
                     self._debug.forget(self._stops.popleft())
                     self._machine.resume()
             elif not self._closing:
@@ -180,7 +183,7 @@ class GdbServer:
 
 
 class Session:
-    """One client: what it has set, which vCPU it means, and the answers to its packets."""
+    """One client: its breakpoints, its selected vCPU, and the replies to its packets."""
 
     def __init__(self, machine: Debugged, registers: Registers, client: socket.socket) -> None:
         self.standing = True
@@ -363,7 +366,7 @@ class Session:
         return self._go(actions, "c")
 
     def _go(self, actions: dict[Vcpu, str], others: str) -> bytes | None:
-        """Let vCPUs go: "c" on, "s" for a step, "" not at all. The answer comes with the stop."""
+        """Let vCPUs go: "c" on, "s" for a step, "" not at all. The reply is sent when the vCPU stops."""
         if not self.standing:
             return _BAD_REQUEST
         chosen = {vcpu: actions.get(vcpu, others) for vcpu in self._machine.vcpus}
@@ -404,7 +407,7 @@ class Session:
         return self._last
 
     def leave(self) -> None:
-        """The client is gone: what it set goes; a machine that stands goes on standing, for the next client."""
+        """Handle a disconnected client: remove its breakpoints; a stopped machine stays stopped for the next client."""
         for points in self._points.values():
             for point in points:
                 point.remove()

@@ -1,4 +1,4 @@
-"""What GDB is told of a vCPU's registers: the target description, and values to and from its packets.
+"""A vCPU's registers as GDB sees them: the target description, and values to and from its packets.
 
 Feature and register names, and their order, are GDB's own (GDB manual, G.5.13); the control registers are a feature of
 ours. Values are those of ``Vcpu.registers()`` and ``Vcpu.fpu()``.

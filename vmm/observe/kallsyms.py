@@ -98,7 +98,7 @@ def find(memory: GuestMemory, budget: Budget | None = None) -> Kallsyms | None:
             start = at + 1
 
     def window(digits: int, before: int, after: int, part: Budget) -> tuple[bytes, int]:
-        # Parts that nobody has touched are zeroes, and reading them would give the guest pages.
+        # Untouched parts are zeroes, and reading them would allocate guest pages.
         low, high = digits - before - (digits - before) % 8, digits + after
         number = next(n for n, (gpa, size) in enumerate(memory.regions) if gpa <= digits < gpa + size)
         gpa, size = memory.regions[number]
@@ -143,7 +143,7 @@ def _first(
         for at in places(part):
             part.spend()
             try:
-                # A look around first: who fills memory with digits does not have megabytes copied for each.
+                # Check the surroundings first: memory full of digits must not cause megabytes of copies for each.
                 near, low = window(at, _TOKENS_MAX, 2 * _TOKENS_MAX, part)
                 _Tokens(near, at - low)
                 wide, low = window(at, _BEFORE, _AFTER, part)

@@ -92,7 +92,7 @@ def told(machine: Ended, outcome: Outcome) -> Diagnosis | None:
     guest = guest_of(machine)
     found = read(text, guest)
     if found is not None and not machine.console.end and (why := unheard(text, guest)):
-        found = found._replace(evidence=(*found.evidence, f"and nobody heard: {why.sentence}"))
+        found = found._replace(evidence=(*found.evidence, f"and no console printed it: {why.sentence}"))
     if found is not None:
         found = found._replace(evidence=tuple(_named(machine, line) for line in found.evidence))
     if found is not None and found.cause == "kernel-panic" and len(found.evidence) < 2:
@@ -247,7 +247,7 @@ def _init(lines: list[str], guest: Guest) -> Diagnosis | None:
     code = int(ended[1], 16)
     how = f"was killed by signal {code & 0x7F}" if code & 0x7F else f"exited with status {code >> 8 & 0xFF}"
     ran = _find(lines, r"Run (\S+) as init process")
-    return say("init-ended", f"{ran[1] if ran else 'init'} {how}, and a kernel does not go on without",
+    return say("init-ended", f"{ran[1] if ran else 'init'} {how}, and a kernel cannot run without",
                [ended[0], *_trace(lines)])  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def _initrd(lines: list[str], guest: Guest) -> Diagnosis | None:
 # ---- its silence ----
 
 
-# Drivers register consoles until init is run: who has not come so far may yet print. A panic is printed at any level.
+# Drivers register consoles until init runs; before that, a kernel may still print. A panic is printed at any level.
 _CONSOLES_BEHIND = r"Run \S+ as init process|Freeing unused kernel|Warning: unable to open an initial console"
 _PANIC = r"Kernel panic - not syncing"
 

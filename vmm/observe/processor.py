@@ -22,7 +22,7 @@ class NotRam(PageFault):
 
 class Processor:
     """``registers`` as of ``Vcpu.registers()``, ``bits`` of its code (16, 32, 64), its ``paging``, and
-    ``read(gpa, n)``, which answers RAM or raises ``IndexError``."""
+    ``read(gpa, n)``, which returns RAM or raises ``IndexError``."""
 
     def __init__(
         self, registers: Mapping[str, int], bits: int, paging: Paging, read: Callable[[int, int], bytes]

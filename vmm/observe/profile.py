@@ -5,7 +5,7 @@
     print(profile.table())
 
 A sample pauses the machine, reads registers, and resumes: tens of microseconds in which no vCPU runs, and a kick for
-each of them. The guest's own clocks go on meanwhile. A sample falls where the guest can be paused, between two
+each of them. The guest's own clocks continue meanwhile. A sample falls where the guest can be paused, between two
 instructions: an exit that takes long is counted at the instruction behind it. A halted vCPU is found behind its HLT.
 """
 
@@ -63,7 +63,7 @@ class Profile:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more samples, and name what was found while the machine is still there. Twice is fine."""
+        """Stop sampling, and resolve symbols while the machine is still open. Idempotent."""
         self._asked.set()
         self._thread.join()
         symbols = self._machine.symbols

@@ -6,7 +6,7 @@ An event is one record of :data:`FIELDS`:
 time       i8   nanoseconds since the trace began
 rip        u8   of the guest; 0: none. After a write, KVM may have moved it behind the instruction already
 address    u8   port or guest-physical address; MSR; queue of a doorbell, a request, an interrupt
-value      u8   what was written, or what a read was answered; requests served at a doorbell
+value      u8   the value written or read; requests served at a doorbell
 duration   u8   nanoseconds from the exit to the end of its handling; 0: an event without duration
 register   i8   the offset in the device; -1: none
 device     u4   key into ``devices``; 0: none
@@ -15,7 +15,7 @@ vcpu       i2   -1: the I/O thread, or a device
 reason     u2   KVM's exit reason, or :data:`DOORBELL`, :data:`INTERRUPT`, :data:`REQUESTS`
 size       u2   bytes of the access
 write      ?    the guest wrote
-claimed    ?    a device (or, for an MSR or an emulation failure, pyvmm) answered
+claimed    ?    a device (or, for an MSR or an emulation failure, pyvmm) handled it
 ========== ==== =================================================================================================
 
 The file, little-endian: ``pyvmmtrc``, u32 version (1), u32 length of a JSON header, that header, zeroes up to a
@@ -80,7 +80,7 @@ class TracedDevice:
 
 
 class Code:
-    """The bytes around one RIP, as they were when somebody looked: ``before`` end where it points, ``at`` begin."""
+    """The bytes around one RIP, as they were when they were read: ``before`` end where it points, ``at`` begin."""
 
     __slots__ = ("at", "before", "bits", "linear")
 
@@ -95,7 +95,7 @@ class Recording:
     """Events in order of time, and their names.
 
     ``events``: the array; ``devices``: by the events' ``device``; ``code``: by RIP; ``lost``: events that were
-    overwritten in the rings before anybody read them; ``dropped``: read, and then given up, being the oldest, for
+    overwritten in the rings before they were read; ``dropped``: read, and then discarded as the oldest, for
     more than were to be kept; ``vcpus``: how many there were; ``note``: what was traced.
     """
 
@@ -155,7 +155,7 @@ class Recording:
         return "io" if vcpu < 0 else f"vcpu{vcpu}"
 
     def device(self, event: Any) -> str:
-        """The device's name, ``(unclaimed)`` for an access that none answered, or an empty string."""
+        """Return the device's name, ``(unclaimed)`` for an access without a device, or an empty string."""
         tag = int(event["device"])
         if tag and tag in self.devices:
             return self.devices[tag].name

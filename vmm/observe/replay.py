@@ -8,7 +8,7 @@ death in time: run for half of what is left, see whether the guest still lives, 
 
 A step ends where the next instruction begins, but an exception's handler runs unstepped until it returns, since the
 processor clears TF. So the last step's instruction may have raised an exception that was delivered, and the guest have
-died in the handler. That is seen by breakpoints at all handlers; the search then goes on from the one that is hit.
+died in the handler. That is seen by breakpoints at all handlers; the search then continues from the one that is hit.
 """
 
 from __future__ import annotations

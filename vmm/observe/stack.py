@@ -1,4 +1,4 @@
-"""Who called whom in a stopped guest: its stack, walked in 64-bit mode.
+"""The call stack of a stopped guest, walked in 64-bit mode.
 
 Three ways, the first that holds for a frame: Linux's ORC tables, where the kernel has them (they describe every
 instruction); frame pointers; and guessing, which takes every word on the stack that follows a call instruction.
@@ -148,7 +148,7 @@ def _guesses(rsp: int, memory: Memory, symbols: Symbols) -> Iterator[Frame]:
 
 _UNDEFINED, _PREV_SP, _BP, _SP, _BP_INDIRECT, _SP_INDIRECT = 0, 1, 4, 5, 8, 9
 _CALL, _REGS, _PARTIAL, _END = "call", "regs", "partial", "end"
-# How the type is told: in two bits with an end bit above (until Linux 6.3), or in three (since 6.4).
+# The encoding of the type: in two bits with an end bit above (until Linux 6.3), or in three (since 6.4).
 _OLD_TYPES = (_CALL, _REGS, _PARTIAL)
 _NEW_TYPES = (_END, _END, _CALL, _REGS, _PARTIAL)
 # struct pt_regs: rbp, rip and rsp

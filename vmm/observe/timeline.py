@@ -20,7 +20,7 @@ _DATA = "/*DATA*/"
 
 
 def write_page(recording: Recording, path: str) -> str:
-    """Write one HTML file that needs nothing else; answers a sentence about what is not in it, or "".
+    """Write one self-contained HTML file; return a sentence about the events that are not in it, or "".
 
     Raises :class:`~vmm.errors.ConfigError` when it cannot be written.
     """
@@ -122,7 +122,7 @@ class _Strings:
 
 def write_perfetto(recording: Recording, path: str) -> str:
     """Write Chrome's trace event JSON ("Trace Event Format", complete events), a track a vCPU and one for the I/O
-    thread; answers a sentence about what is not in it, or "". Raises :class:`~vmm.errors.ConfigError`."""
+    thread; return a sentence about the events that are not in it, or "". Raises :class:`~vmm.errors.ConfigError`."""
     every = recording.events
     events = every[-PERFETTO_EVENTS:]
     cut = f"of {len(every)} events the newest {len(events)} are in {path}" if len(every) > len(events) else ""

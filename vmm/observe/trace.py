@@ -59,7 +59,7 @@ class Trace(Recording):
     # ---- life ----
 
     def stop(self) -> None:
-        """Trace no more, and take in what there is. Twice is fine."""
+        """Stop tracing, and read the remaining events. Idempotent."""
         if self.on:
             self.on = False
             self._rings.stop()
@@ -122,7 +122,7 @@ class Trace(Recording):
             self._machine.resume()
 
     def collect(self) -> Any:
-        """Take in what the rings have, and answer these events, by time."""
+        """Read the events in the rings, and return them in order of time."""
         import numpy as np
 
         if self._closed:

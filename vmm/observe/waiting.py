@@ -1,4 +1,4 @@
-"""What a guest that does not end is doing: halted (and who could wake it), looping, or at work."""
+"""What a guest that does not end is doing: halted (and what could wake it), looping, or running."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def _executing(machine: Ended, vcpu: Vcpu, outcome: Outcome) -> Diagnosis:
     code, _ = cpu.fetch(cpu.rip)
     if len(code) > 1 and not any(code):
         vectors = departures.empty_vectors(cpu)
-        return vectors or say("zeroes", f"it executes zeroes at {place(machine, cpu.rip)}, and goes on through them")
+        return vectors or say("zeroes", f"it executes zeroes at {place(machine, cpu.rip)}, and continues through them")
     insn = faults.decode(cpu, code)
     if hypercall := departures.hypercall(machine, cpu, insn, samples):
         return hypercall

@@ -1,16 +1,16 @@
 """Looking at a machine while it runs: samples of where its vCPUs are, and whether it has stalled.
 
-A guest is stalled when for so many seconds (``stall``; nobody is asked who did not ask for it) all of these hold:
+A guest is stalled when for ``stall`` seconds (off by default) all of these hold:
 
 - nothing was printed on the console;
 - no virtio queue had a request or a doorbell;
-- no access to a device was one that had not been seen in that time already: polling a register that always answers
+- no access to a device was one that had not been seen in that time already: polling a register that always returns
   the same is no progress, nor is reading a clock or programming a timer;
 - each vCPU, sampled :data:`ROUNDS` times, is in an endless loop (:func:`~vmm.observe.samples.looping`), or was halted
   in at least a quarter of the samples: idle, with ticks in between.
 
 A loop that computes has other registers each time round: a counter, a pointer that moves. It is not endless for all
-that can be seen, and never a stall; the price is that a loop which counts up for ever is none either.
+that can be seen, and never a stall; the price is that a loop which counts up forever is no stall either.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Watch:
         return max(0.0, until - time.monotonic())
 
     def due(self) -> int | None:
-        """Do what is due; answers the code to end the machine with, once it is to end."""
+        """Do the work that is due; return the code to end the machine with, once it is stalled."""
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             return TIMEOUT
