@@ -47,9 +47,9 @@ def test_what_cannot_be_a_disk_is_refused_with_the_way_out(tmp_path: Path) -> No
     assert f"truncate -s 1G {path}" in refused(path)
     path.touch()
     assert "is empty" in refused(path)
-    assert "no file and no block device" in refused(tmp_path)
+    assert "neither a file nor a block device" in refused(tmp_path)
     os.mkfifo(tmp_path / "fifo")
-    assert "no file and no block device" in refused(tmp_path / "fifo")
+    assert "neither a file nor a block device" in refused(tmp_path / "fifo")
 
 
 @pytest.mark.parametrize(
