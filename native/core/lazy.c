@@ -183,7 +183,8 @@ static void abandon(struct vmm_lazy *l, const char *why)
     if (over)
         return;
     /* In this order: a vCPU that is woken by the end of the thread finds the request to stop before it enters the guest. */
-    vmm_vm_say(l->vm, "%s", why);
+    if (why)
+        vmm_vm_say(l->vm, "%s", why);
     vmm_vm_stop(l->vm, VMM_STOP_MEMORY, 0);
     pthread_mutex_lock(&l->lock);
     enter_locked(l, VMM_LAZY_ABANDONED);

@@ -78,8 +78,9 @@ int vmm_lazy_state(vmm_lazy *lazy); /* enum vmm_lazy_state */
 int vmm_lazy_wait(vmm_lazy *lazy, int timeout_ms);
 
 /*
- * The pages will not come: the machine is stopped with VMM_STOP_MEMORY and `why` as its message. Then whoever waits
- * finds zeros: vCPUs execute nothing any more, but a device may finish the request it is at with them.
+ * Stop the machine with VMM_STOP_MEMORY, if it has not stopped, since the pages will not come; `why` is its message
+ * (NULL: none). Pending faults resolve to zero pages: vCPUs execute nothing any more, but a device may finish the
+ * request that it is at with them. Idempotent.
  */
 void vmm_lazy_abandon(vmm_lazy *lazy, const char *why);
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from vmm.cli import main
 from vmm.errors import HostError, SnapshotError, StateError
 from vmm.machine import Machine
 from vmm.snapshot import working_set
+from vmm.testing.ring import VirtioDriver, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,6 +144,22 @@ def test_a_machine_can_be_stopped_while_its_source_is_gone(path: Path) -> None:
                 time.sleep(0.01)
             machine.stop()
             assert machine.wait(30).reason == "stopped"
+
+
+def test_a_machine_closes_while_a_device_waits_for_a_page_that_does_not_come(path: Path) -> None:
+    with server(path / "top", path / "door") as process, call(path / "door") as connection:
+        machine, memory = restore(connection)
+        driver = VirtioDriver.of(machine, machine.virtio[-1], arena=(END, END + (1 << 20)))
+        driver.start()
+        process.send_signal(signal.SIGSTOP)
+        driver.rings[0].offer([writable(FIRST, 64)])
+        driver.transport.notify(0)
+        while not memory.statistics()["faults"]:
+            time.sleep(0.001)
+        closing = threading.Thread(target=machine.close, daemon=True)
+        closing.start()
+        closing.join(60)
+        assert not closing.is_alive()
 
 
 def test_a_working_set_of_another_snapshot_is_none_and_a_damaged_one_is_refused(path: Path) -> None:

@@ -269,7 +269,7 @@ import sys
 def test_it():
     import vmm.testing.plugin
     ours = sorted(name for name in sys.modules if name.partition(".")[0] == "vmm")
-    assert ours == ["vmm", "vmm.testing", "vmm.testing.plugin"]
+    assert ours == ["vmm", "vmm.lazy_names", "vmm.testing", "vmm.testing.plugin"]
 """
     )
     pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=60).assert_outcomes(passed=1)

@@ -163,9 +163,12 @@ class Builder:
             vm, execution, firmware, vcpus, memory, machine.host, machine.closed
         )
         background = machine.background = Background(vm, timeline, machine.log)
-        # In reverse: what runs beside the guest, the guest, what looks at it, then what they have touched.
-        for close in (timeline.close_lazy, board.reset, timeline.close, view.close, interception.close,
-                      execution.close, background.stop):  # fmt: skip
+        # In reverse: what runs beside the guest; the guest, none of whose threads may wait for lazy memory; what looks
+        # at it; then what they have touched.
+        for close in (
+            timeline.close_lazy, board.reset, timeline.close, view.close, interception.close, execution.close,
+            timeline.give_up_lazy, execution.ask_end, background.stop,
+        ):  # fmt: skip
             machine.closing.callback(close)
 
     def create_devices(self) -> None:

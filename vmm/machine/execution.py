@@ -166,10 +166,15 @@ class Execution:
         if any(thread.current for thread in self._threads):
             raise StateError("a device's own code cannot wait for the end: ask for it with interrupt()")
 
-    def close(self) -> None:
-        """Stop the machine if it runs, and end the threads. Idempotent."""
+    def ask_end(self) -> None:
+        """:meth:`interrupt`, of a machine that runs. Idempotent."""
         if self._threads:
             self.interrupt(0)
+
+    def close(self) -> None:
+        """Stop the machine if it runs, and end the threads. Idempotent."""
+        self.ask_end()
+        if self._threads:
             self._end()
         for runner in self._runners:
             runner.close()

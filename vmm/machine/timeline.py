@@ -173,7 +173,12 @@ class Timeline:
         if self._series is not None:
             self._series.close()
 
+    def give_up_lazy(self) -> None:
+        """Let no thread wait for lazy memory any more; before threads are joined and devices are reset. Idempotent."""
+        if self.lazy is not None:
+            self.lazy.give_up()
+
     def close_lazy(self) -> None:
-        """Stop filling lazy memory; after the devices were reset, which may still wait for a page. Idempotent."""
+        """Stop filling lazy memory; after the devices were reset, which may still touch it. Idempotent."""
         if self.lazy is not None:
             self.lazy.close()

@@ -116,6 +116,14 @@ class LazyMemory:
             if self.state == "lost":
                 raise StateError("guest memory is still to come and its source is gone: connect it to another")
 
+    def give_up(self) -> None:
+        """Resolve pending faults to zero pages, silently: the machine is about to be closed. Idempotent.
+
+        A device that waits for a page holds its lock, which a reset needs.
+        """
+        if self._native is not None:
+            lib.vmm_lazy_abandon(self._native, ffi.NULL)
+
     def abandon(self, why: str) -> None:
         """Give up: the machine stops with ``why`` as its message, and the outcome ``memory-lost``."""
         lib.vmm_lazy_abandon(self.native, why.encode())
