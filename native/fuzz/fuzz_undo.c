@@ -335,6 +335,13 @@ static void writes_end(struct slot *s, unsigned range, enum end end)
     }
 }
 
+/* A read that was offered and not yet taken is one of the disk as it was brought back. */
+static void reads_may_see(struct slot *s, const uint8_t *disk)
+{
+    for (uint64_t at = s->at[0]; at < s->at[0] + s->size[0]; at++)
+        add_tag(&s->tags[at / SECTOR], disk[at]);
+}
+
 static void check_read(unsigned slot)
 {
     const struct slot *s = &slots[slot];
@@ -529,6 +536,9 @@ static void log_back(struct log *log)
             CHECK(!"the disk of then");
         }
     memcpy(model.bytes, now, SIZE);
+    for (unsigned i = 0; i < SLOTS; i++)
+        if (slots[i].used && slots[i].reads)
+            reads_may_see(&slots[i], now);
     collect(true); /* what the going back waited for was of before */
 }
 
