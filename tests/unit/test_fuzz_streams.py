@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import zlib
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,10 +23,10 @@ from vmm.disk.image import OVERLAY_MAGIC
 from vmm.errors import ConfigError, MigrationError, SnapshotError
 from vmm.migrate import destination, wire
 from vmm.migrate.wire import Channel, Kind
-from vmm.snapshot import cbor, disks, reading, records
+from vmm.snapshot import cbor, disks, reading, records, serving
 from vmm.snapshot.description import describe
 from vmm.snapshot.origin import Origin
-from vmm.snapshot.regions import PAGE, bitmap_size, checksums_size
+from vmm.snapshot.regions import PAGE, Region, bitmap_size, checksums_size
 
 if TYPE_CHECKING:
     import random
@@ -183,3 +185,42 @@ def test_any_header_of_an_overlay_is_read_or_refused() -> None:
         assert overlay._length(layout) < 1 << 62  # a file may be so long
 
     run(examples(TIMES), 3, once)
+
+
+def test_any_bytes_are_requests_for_pages_or_end_the_connection() -> None:
+    pages, held = SIZE // PAGE, 0b1011
+    memory = os.memfd_create("pages")
+    os.ftruncate(memory, SIZE)
+    os.pwrite(memory, b"".join(bytes([n + 1]) * PAGE for n in range(4)), 0)
+    bitmap = held.to_bytes(bitmap_size(SIZE), "little")
+    region = Region(gpa=0x100000, size=SIZE, offset=0, held=bitmap, checksums=bytes(checksums_size(SIZE)))
+    layer = SimpleNamespace(regions=(region,), memory_fd=memory, path="pages")
+    snapshot: Any = SimpleNamespace(layers=(layer,), regions=(region,), state={})
+    server = serving.PageServer(snapshot)
+    corpus = [struct.pack("<Q", region.gpa + n * PAGE) * (1 + n % 3) for n in range(6)]
+    corpus += [struct.pack("<3Q", region.gpa, region.gpa + SIZE - PAGE, region.gpa + SIZE), struct.pack("<Q", 7)]
+
+    def once(chance: random.Random) -> None:
+        sent = mutated(chance, corpus)[:512]
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            theirs.sendall(sent)
+            theirs.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ValueError):
+                serving.answer_requests(ours, server.answer)
+            ours.shutdown(socket.SHUT_WR)
+            came = b"".join(iter(lambda: theirs.recv(1 << 20), b""))
+        asked = [int.from_bytes(sent[at : at + 8], "little") for at in range(0, len(sent) // 8 * 8, 8)]
+        numbers = [divmod(gpa - region.gpa, PAGE) for gpa in asked]
+        good = all(0 <= number < pages and not rest for number, rest in numbers)
+        wanted = b""  # one turn takes all of them, and one that is no page's ends it
+        for gpa, (number, _) in zip(asked, numbers, strict=True) if good else ():
+            held_here = number < 4 and held >> number & 1
+            wanted += serving.answer_with(gpa, bytes([number + 1]) * PAGE if held_here else None)
+        assert came == wanted
+
+    try:
+        run(examples(300, fuzzing=100_000), 4, once)
+    finally:
+        os.close(memory)
