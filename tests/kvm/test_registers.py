@@ -21,11 +21,12 @@ def vcpu() -> Iterator[Vcpu]:
         yield machine.vcpus[0]
 
 
+# A segment's G is 1 where its limit is beyond 1 MiB: kvm-amd, whose processors do not keep the bit, gives it so.
 @pytest.mark.parametrize(
     ("name", "value"),
     [("rax", (1 << 64) - 1), ("r15", 1), ("rip", 0x1234), ("rflags", 0x202), ("cr2", 1 << 63), ("cr8", 15),
-     ("fs_base", 0x7000), ("gs_base", 0xFFFF800000000000), ("ds", 0x18), ("es_limit", 0xFFFFFFFF),
-     ("es_rights", 0xC0F3), ("idt_base", 0x5000), ("gdt_limit", 0x7F)],
+     ("fs_base", 0x7000), ("gs_base", 0xFFFF800000000000), ("ds", 0x18), ("es_limit", 0xFFFFF),
+     ("es_rights", 0x40F3), ("idt_base", 0x5000), ("gdt_limit", 0x7F)],
 )  # fmt: skip
 def test_a_register_that_is_set_reads_back(vcpu: Vcpu, name: str, value: int) -> None:
     before = vcpu.registers()
