@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from effort import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +21,7 @@ SAID = "Hello from long mode\nPASS\n"
 
 def trace(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vmm", "trace", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
 
 
 def written(lines: str) -> str:

@@ -6,6 +6,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from effort import PATIENCE
 
 from vmm import layout
 from vmm.machine import Machine
@@ -44,9 +45,9 @@ def assert_passed(outcome: Outcome) -> str:
 
 
 def run(path: str, transport: str, append: str = "", **fields: Any) -> str:
-    """Run a guest to its end, 20 seconds at most; what it said."""
+    """Run a guest to its end; what it said."""
     with machine(path, transport, append, **fields) as made:
-        return assert_passed(made.run(timeout=20))
+        return assert_passed(made.run(timeout=PATIENCE))
 
 
 @pytest.mark.parametrize(
@@ -128,5 +129,5 @@ def test_two_machines_on_a_link_exchange_frames(guest: GuestPath, tmp_path: Path
     ):
         other.start()
         lead.start()
-        assert_passed(lead.wait(timeout=20))
-        assert_passed(other.wait(timeout=20))
+        assert_passed(lead.wait(timeout=PATIENCE))
+        assert_passed(other.wait(timeout=PATIENCE))
