@@ -8,8 +8,8 @@
 #ifndef VMM_CORE_H
 #define VMM_CORE_H
 
+#include "base/error.h"
 #include "core/debug.h"
-#include "core/error.h"
 #include "core/trace.h"
 #include "engine/engine.h"
 #include "vmmcore.h"
@@ -181,6 +181,7 @@ bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t
                     bool write, uint32_t *tag);
 
 int vmm_vm_create_chips(struct vmm_vm *vm);
+void vmm_memory_deinit(struct vmm_vm *vm); /* every region; the engine has forgotten them */
 int vmm_region_set_flags(struct vmm_vm *vm, uint32_t region, uint32_t flags);
 
 /* n bytes of guest memory at `host` were written by us; after the write. */
@@ -196,34 +197,5 @@ void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
 /* Registers that wait in the run structure for the next KVM_RUN: given to KVM now, before anybody asks it for them. Not
  * while the vCPU runs. */
 int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu);
-
-/* vmm_vm_load of what vmm_vm_save gave for this machine, where it may be known that no page table was written meanwhile. */
-int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
-                    bool remapped);
-
-/* ---- clocks (clocks.c): for state.c ---- */
-
-struct vmm_moment {
-    uint64_t host_tsc, clock; /* ns of kvmclock, at one moment */
-    uint64_t passed;          /* ns that kvmclock has gone on since the moment that was saved */
-};
-
-/* Once KVM has made the vCPU, before it is one of the machine's. */
-int vmm_clocks_created(struct vmm_vcpu *vcpu);
-int vmm_clocks_save(struct vmm_vm *vm, vmm_chips_state *to, struct vmm_moment *at);
-/* `value` is what its MSR held; `read_at` the host's TSC before it was read. */
-void vmm_clocks_save_tsc(const struct vmm_vcpu *vcpu, const struct vmm_moment *at, uint64_t value,
-                         uint64_t read_at, vmm_vcpu_state *to);
-/* `ahead`: by the time that the host's clock says has passed since they were saved. */
-int vmm_clocks_load(struct vmm_vm *vm, const vmm_chips_state *from, bool ahead, struct vmm_moment *at);
-/* vCPUs in their order; then the deadline, once it has its local APIC. */
-int vmm_clocks_load_tsc(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const struct vmm_moment *at,
-                        uint64_t *beyond);
-int vmm_clocks_load_deadline(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, uint64_t beyond);
-/* Tell a guest's watchdogs (PVCLOCK_GUEST_STOPPED) that it was not the guest that stood still. */
-void vmm_clocks_jumped(const struct vmm_vcpu *vcpu);
-
-/* Have every vCPU look at its requests; under vm->lock. */
-void vmm_vm_kick_locked(struct vmm_vm *vm);
 
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The one owner of KVM_SET_GUEST_DEBUG: what each vCPU's debug registers hold, what it stops for, and the events. */
-#include "core/core.h"
-#include "core/thread.h"
+#include "base/thread.h"
+#include "core/stop.h"
 
 #include <errno.h>
 #include <stdlib.h>

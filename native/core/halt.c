@@ -14,6 +14,7 @@
  * programmed so. LINT1 is connected to nothing. (Intel SDM 3A, 11.5.1; 3A, 9.4.4.)
  */
 #include "core/halt.h"
+#include "core/stop.h"
 
 #include <errno.h>
 #include <linux/kvm.h>
@@ -97,7 +98,8 @@ void vmm_halt_active_locked(struct vmm_vm *vm)
     begin(vm->halt);
 }
 
-void vmm_halt_active(struct vmm_vm *vm)
+/* A doorbell that the I/O thread has served is no exit, but activity too. */
+static void active(struct vmm_vm *vm)
 {
     pthread_mutex_lock(&vm->lock);
     vmm_halt_active_locked(vm);
@@ -287,6 +289,7 @@ static struct vmm_halt *halt_create(struct vmm_vm *vm)
     halt->source = (struct vmm_source){.fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK),
                                        .ready = timer_ready,
                                        .opaque = halt};
+    vmm_loop_on_activity(loop, active);
     if (halt->source.fd < 0)
         vmm_error_errno("timerfd_create");
     else if (vmm_loop_add(loop, &halt->source, EPOLLIN) == 0)

@@ -9,7 +9,6 @@ struct vmm_halt;
 
 /* The guest does something again, after VMM_REQUEST_WATCH was set. */
 void vmm_halt_active_locked(struct vmm_vm *vm);
-void vmm_halt_active(struct vmm_vm *vm);
 
 /* A vCPU has parked. true: all have, as a look asked for, and nothing can wake any of them. */
 bool vmm_halt_judge_locked(struct vmm_vm *vm);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The I/O thread: epoll, and a lock that is taken only between batches of events. */
-#include "core/halt.h"
-#include "core/thread.h"
+#include "core/loop.h"
+#include "base/thread.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -22,6 +22,7 @@ struct vmm_loop {
     uint32_t pauses;
     bool parked, ending;
     uint64_t turns; /* batches finished */
+    void (*active)(struct vmm_vm *vm);
 };
 
 /* ---- the thread ---- */
@@ -67,8 +68,8 @@ static void *loop_main(void *opaque)
         int n = epoll_wait(loop->epoll, events, BATCH, -1);
         const bool watched = atomic_load(&loop->vm->requests) & VMM_REQUEST_WATCH;
         dispatch(loop, events, n);
-        if (unlikely(watched)) /* a doorbell is no exit */
-            vmm_halt_active(loop->vm);
+        if (unlikely(watched)) /* its watcher set `active` before */
+            loop->active(loop->vm);
     }
     return NULL;
 }
@@ -177,6 +178,11 @@ void vmm_loop_remove(vmm_loop *loop, struct vmm_source *source)
 bool vmm_loop_current(const vmm_loop *loop)
 {
     return loop->started && pthread_equal(loop->thread, pthread_self());
+}
+
+void vmm_loop_on_activity(vmm_loop *loop, void (*active)(struct vmm_vm *vm))
+{
+    loop->active = active;
 }
 
 /* ---- from other threads ---- */

@@ -40,6 +40,9 @@ void vmm_loop_resume(vmm_loop *loop);
 /* Is this the I/O thread? */
 bool vmm_loop_current(const vmm_loop *loop);
 
+/* Call `active` after each batch of events that begins while VMM_REQUEST_WATCH is set. Before it is set first. */
+void vmm_loop_on_activity(vmm_loop *loop, void (*active)(struct vmm_vm *vm));
+
 /* Ends the thread; sources are forgotten. */
 void vmm_loop_destroy(vmm_loop *loop);
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "disk/dirty.h"
-#include "core/bitmap.h"
+#include "base/bitmap.h"
 
 #include <errno.h>
 #include <stdlib.h>

@@ -2,7 +2,7 @@
 /* Operations step by step: a step is one run of the disk that lies together, and one call of host_io.c. */
 #include "disk/disk.h"
 #include "disk/dirty.h"
-#include "disk/undo.h"
+#include "disk/undo_log.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -422,34 +422,7 @@ int vmm_disk_resize(struct vmm_disk *disk, uint64_t size, bool follow)
     return rc;
 }
 
-/* ---- whole transfers, on the spot ---- */
-
-int64_t vmm_disk_read_whole(int fd, uint8_t *to, uint64_t n, uint64_t at)
-{
-    uint64_t done = 0;
-    while (done < n) {
-        const ssize_t got = pread(fd, to + done, n - done, (off_t)(at + done));
-        if (got < 0 && errno != EINTR)
-            return -errno;
-        if (got == 0)
-            break;
-        done += got > 0 ? (uint64_t)got : 0;
-    }
-    return (int64_t)done;
-}
-
-int vmm_disk_write_whole(int fd, const uint8_t *from, uint64_t n, uint64_t at)
-{
-    for (uint64_t done = 0; done < n;) {
-        const ssize_t put = pwrite(fd, from + done, n - done, (off_t)(at + done));
-        if (put < 0 && errno != EINTR)
-            return -errno;
-        if (put == 0)
-            return -EIO;
-        done += put > 0 ? (uint64_t)put : 0;
-    }
-    return 0;
-}
+/* ---- clearing a file, on the spot ---- */
 
 int vmm_disk_clear(int fd, uint64_t at, uint64_t size)
 {
@@ -461,25 +434,6 @@ int vmm_disk_clear(int fd, uint64_t at, uint64_t size)
         rc = vmm_disk_write_whole(fd, zeros, n, at);
     }
     return rc;
-}
-
-int vmm_disk_read_now(struct vmm_disk *disk, uint64_t at, uint64_t size, uint8_t *to)
-{
-    while (size) {
-        struct vmm_extent extent = disk->kind->map(disk, at, size);
-        if (extent.fd < 0) {
-            memset(to, 0, extent.size);
-        } else {
-            const int64_t got = vmm_disk_read_whole(extent.fd, to, extent.size, extent.at);
-            if (got <= 0)
-                return got ? (int)got : -ENODATA; /* the file has shrunk */
-            extent.size = (uint64_t)got; /* less: it ends within the last sector, or is looked at again */
-        }
-        to += extent.size;
-        at += extent.size;
-        size -= extent.size;
-    }
-    return 0;
 }
 
 /* ---- life ---- */

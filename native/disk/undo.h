@@ -25,7 +25,4 @@ int vmm_disk_undo_open(struct vmm_disk *disk, int fd, struct vmm_undo **out);
 int64_t vmm_disk_undo_back(struct vmm_undo *undo);
 void vmm_disk_undo_close(struct vmm_undo *undo);
 
-/* Before [at, at + size) is written, with the disk's logs open: keep what they have not. 0 or -errno. */
-int vmm_disk_undo_keep(struct vmm_disk *disk, uint64_t at, uint64_t size);
-
 #endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The KVM engine: a vCPU, its thread and its state. */
-#include "core/error.h"
+#include "base/error.h"
 #include "engine/kvm.h"
 
 #include <errno.h>

@@ -437,9 +437,6 @@ int vmm_vm_rearm(vmm_vm *vm);
 int vmm_vm_watch_halt(vmm_vm *vm);
 uint64_t vmm_vm_halt_looks(vmm_vm *vm);
 
-/* Break KVM_RUN of one vCPU so that it looks at its requests. */
-void vmm_vcpu_kick(vmm_vcpu *vcpu);
-
 /* ---- what happened ----------------------------------------------------------------------------------------- */
 
 /* One exit, as kept in each vCPU's ring of the last 64. reason is KVM's exit reason. */

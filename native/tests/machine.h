@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "core/core.h"
-#include "core/thread.h"
+#include "base/thread.h"
 
 #include <errno.h>
 #include <sys/mman.h>

@@ -2,7 +2,7 @@
 /* Memory that comes later: touched by threads and by the kernel, from files, sockets and by hand. */
 #include "machine.h"
 
-#include "core/lazy.h"
+#include "time/lazy.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>

@@ -7,7 +7,7 @@
  */
 #include "vmmballoon.h"
 
-#include "core/thread.h"
+#include "base/thread.h"
 #include "virtio/virtio.h"
 
 #include <endian.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "virtio/vhost_user.h"
-#include "core/lazy.h"
+#include "time/lazy.h"
 
 #include <errno.h>
 #include <poll.h>

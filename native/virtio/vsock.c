@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The guest's side of the socket device: packets, credit, and the table of connections (virtio 1.2, 5.10). */
+/* The socket device, and packets from the guest (virtio 1.2, 5.10). */
 #include "virtio/vsock.h"
 
 #include <errno.h>
@@ -8,221 +8,9 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { RECEIVE = 0, TRANSMIT = 1, EVENT = 2, QUEUES = 3, QUEUE_SIZE = 128 };
+enum { QUEUES = 3, QUEUE_SIZE = 128 };
 enum { F_STREAM = 0 };
-enum { TYPE_STREAM = 1, EVENT_TRANSPORT_RESET = 0 };
-#define TURN (4u << 20)        /* bytes from the guest in one turn on the I/O thread */
-enum { PACKETS = 64 };         /* to the guest, of one connection in one turn */
-#define PACKET_MAX (64u << 10) /* data in one packet to the guest */
-
-/* ---- connections ---- */
-
-uint32_t vsock_credit(const struct vsock_connection *c)
-{
-    const uint32_t outstanding = c->sent - c->peer_fwd;
-    return outstanding < c->peer_alloc ? c->peer_alloc - outstanding : 0;
-}
-
-static void forget_owed(struct vsock_connection *c)
-{
-    if (c->owed)
-        c->device->owing--;
-    c->owed = 0;
-}
-
-void vsock_owe(struct vsock_connection *c, enum vsock_op op)
-{
-    if (!c->owed)
-        c->device->owing++;
-    c->owed |= 1u << op;
-}
-
-void vsock_free(struct vsock_connection *c)
-{
-    forget_owed(c);
-    vsock_close(c);
-    c->state = VSOCK_FREE;
-    c->device->info.connections--;
-    vsock_listen(c->device, c->device->virtio.running);
-}
-
-void vsock_reset(struct vsock_connection *c)
-{
-    if (c->state == VSOCK_GREETING || c->owed & 1u << VSOCK_REQUEST) {
-        vsock_free(c); /* the guest never heard of it */
-        return;
-    }
-    forget_owed(c);
-    vsock_close(c);
-    c->state = VSOCK_RESETTING;
-    vsock_owe(c, VSOCK_RST);
-}
-
-/* The guest's (guest_port, host_port): those it may speak of. A lingering connection is none of its any more. */
-static struct vsock_connection *find(struct vmm_vsock *device, uint32_t guest_port, uint32_t host_port)
-{
-    for (unsigned i = 0; i < VSOCK_CONNECTIONS; i++) {
-        struct vsock_connection *c = &device->connections[i];
-        if (c->guest_port == guest_port && c->host_port == host_port && c->state >= VSOCK_REQUESTED &&
-            c->state <= VSOCK_RESETTING)
-            return c;
-    }
-    return NULL;
-}
-
-/* ---- packets to the guest ---- */
-
-/* A buffer for a packet with at least `data` bytes behind its header. false: there is none, and a doorbell will ring. */
-static bool take_buffer(struct vmm_vsock *device, struct vmm_chain *chain, uint32_t data)
-{
-    struct vmm_queue *ring = &device->virtio.queues[RECEIVE].ring;
-    vmm_queue_suppress(ring);
-    while (!vmm_virtio_pop(&device->virtio, RECEIVE, chain))
-        if (!device->virtio.running || !vmm_queue_arm(ring))
-            return false;
-    if (chain->in_size >= sizeof(struct vsock_header) + data)
-        return true;
-    vmm_virtio_broken(&device->virtio, "a receive buffer of %llu bytes holds no packet",
-                      (unsigned long long)chain->in_size);
-    return false;
-}
-
-static void send_packet(struct vmm_vsock *device, const struct vmm_chain *chain, struct vsock_header *header)
-{
-    header->dst_cid = device->info.cid;
-    header->buf_alloc = VSOCK_BUFFER;
-    vmm_chain_write(chain, 0, header, sizeof *header);
-    vmm_queue_push(&device->virtio.queues[RECEIVE].ring, chain, (uint32_t)sizeof *header + header->len);
-}
-
-static void send_of(struct vsock_connection *c, const struct vmm_chain *chain, enum vsock_op op,
-                    uint32_t flags, uint32_t len)
-{
-    struct vsock_header header = {
-        .src_cid = VSOCK_HOST_CID,
-        .src_port = c->host_port,
-        .dst_port = c->guest_port,
-        .len = len,
-        .type = TYPE_STREAM,
-        .op = op,
-        .flags = flags,
-        .fwd_cnt = c->forwarded,
-    };
-    c->told = c->forwarded;
-    send_packet(c->device, chain, &header);
-}
-
-void vsock_receive(struct vsock_connection *c)
-{
-    struct vmm_vsock *device = c->device;
-    for (unsigned i = 0; i < PACKETS; i++) {
-        uint32_t n = vsock_credit(c);
-        if (n == 0) {
-            if (!c->asked)
-                vsock_owe(c, VSOCK_CREDIT_REQUEST);
-            c->asked = true;
-            return;
-        }
-        const struct vmm_queue_mark mark = vmm_queue_mark(&device->virtio.queues[RECEIVE].ring);
-        struct vmm_chain chain;
-        if (!take_buffer(device, &chain, 1)) {
-            c->starved = true; /* until the receive queue's doorbell */
-            return;
-        }
-        n = n < PACKET_MAX ? n : PACKET_MAX;
-        struct iovec pieces[VMM_CHAIN_PIECES];
-        const unsigned n_pieces = vmm_chain_slice(&chain, true, sizeof(struct vsock_header), n, pieces);
-        const ssize_t got = readv(c->source.fd, pieces, (int)n_pieces);
-        if (got > 0) {
-            c->sent += (uint32_t)got;
-            send_of(c, &chain, VSOCK_RW, 0, (uint32_t)got);
-            continue;
-        }
-        const int error = errno;
-        vmm_queue_rewind(&device->virtio.queues[RECEIVE].ring, mark);
-        if (got == 0 || error == ECONNRESET) { /* the latter: closed with bytes of ours unread */
-            c->host_shutdown |= got == 0 ? VSOCK_NO_SEND : VSOCK_NEITHER;
-            vsock_owe(c, VSOCK_SHUTDOWN);
-        } else if (error != EAGAIN && error != EINTR) {
-            vsock_reset(c);
-        }
-        return;
-    }
-}
-
-/* One packet a connection owes, in an order in which each makes sense after the one before. */
-static void send_owed(struct vsock_connection *c, const struct vmm_chain *chain)
-{
-    static const enum vsock_op order[] = {VSOCK_RST,           VSOCK_REQUEST,        VSOCK_RESPONSE,
-                                          VSOCK_CREDIT_UPDATE, VSOCK_CREDIT_REQUEST, VSOCK_SHUTDOWN};
-    unsigned i = 0;
-    while (!(c->owed & 1u << order[i]))
-        i++;
-    const uint16_t owed =
-        c->owed & (uint16_t) ~(1u << order[i] | 1u << VSOCK_CREDIT_UPDATE); /* in every header */
-    forget_owed(c);
-    if (owed) {
-        c->owed = owed;
-        c->device->owing++;
-    }
-    send_of(c, chain, order[i], order[i] == VSOCK_SHUTDOWN ? c->host_shutdown : 0, 0);
-    if (order[i] == VSOCK_RST) {
-        c->device->info.resets++;
-        vsock_free(c);
-    } else {
-        vsock_watch(c); /* data may follow a RESPONSE */
-    }
-}
-
-static void send_refusal(struct vmm_vsock *device, const struct vmm_chain *chain)
-{
-    const struct vsock_refusal *refusal = &device->refusals[--device->refused];
-    struct vsock_header header = {
-        .src_cid = refusal->src_cid,
-        .src_port = refusal->src_port,
-        .dst_port = refusal->dst_port,
-        .type = refusal->type,
-        .op = VSOCK_RST,
-    };
-    device->info.resets++;
-    send_packet(device, chain, &header);
-}
-
-static void send_event(struct vmm_vsock *device)
-{
-    struct vmm_chain chain;
-    if (!vmm_virtio_pop(&device->virtio, EVENT, &chain))
-        return; /* until its doorbell */
-    const uint32_t event = EVENT_TRANSPORT_RESET;
-    if (vmm_chain_write(&chain, 0, &event, sizeof event) != sizeof event) {
-        vmm_virtio_broken(&device->virtio, "an event buffer of %llu bytes",
-                          (unsigned long long)chain.in_size);
-        return;
-    }
-    device->reset_owed = false;
-    vmm_queue_push(&device->virtio.queues[EVENT].ring, &chain, sizeof event);
-    vmm_virtio_publish(&device->virtio, EVENT);
-}
-
-void vsock_settle(struct vmm_vsock *device)
-{
-    struct vmm_virtio *dev = &device->virtio;
-    struct vmm_chain chain;
-    while (device->refused > 0 && take_buffer(device, &chain, 0))
-        send_refusal(device, &chain);
-    while (device->owing > 0 && take_buffer(device, &chain, 0)) {
-        while (!device->connections[device->next_owed].owed) /* ends: one does */
-            device->next_owed = (device->next_owed + 1) % VSOCK_CONNECTIONS;
-        send_owed(&device->connections[device->next_owed], &chain);
-        device->next_owed = (device->next_owed + 1) % VSOCK_CONNECTIONS;
-    }
-    if (dev->running)
-        vmm_virtio_publish(dev, RECEIVE);
-    if (device->transmit_waits && device->refused < VSOCK_REFUSALS) {
-        device->transmit_waits = false;
-        vmm_virtqueue_ring(&dev->queues[TRANSMIT]);
-    }
-}
+#define TURN (4u << 20) /* bytes from the guest in one turn on the I/O thread */
 
 /* ---- packets from the guest ---- */
 
@@ -260,7 +48,7 @@ static void shut(struct vsock_connection *c, const struct vsock_header *h)
         return;
     }
     refuse(c->device, h);
-    forget_owed(c);
+    vsock_forget_owed(c);
     if (c->received == c->forwarded) {
         vsock_free(c);
     } else {
@@ -326,7 +114,7 @@ static uint32_t transmit(void *opaque, unsigned queue, struct vmm_chain *chain)
         return VMM_SERVE_LATER;
     }
     if (device->turn == 0) {
-        vmm_virtqueue_ring(&device->virtio.queues[TRANSMIT]);
+        vmm_virtqueue_ring(&device->virtio.queues[VSOCK_TRANSMIT]);
         return VMM_SERVE_LATER;
     }
     struct vsock_header h;
@@ -336,8 +124,8 @@ static uint32_t transmit(void *opaque, unsigned queue, struct vmm_chain *chain)
         return VMM_SERVE_LATER;
     }
     device->turn -= h.len < device->turn ? h.len : device->turn;
-    const bool ours = h.src_cid == device->info.cid && h.dst_cid == VSOCK_HOST_CID && h.type == TYPE_STREAM;
-    struct vsock_connection *c = ours ? find(device, h.src_port, h.dst_port) : NULL;
+    const bool ours = h.src_cid == device->info.cid && h.dst_cid == VSOCK_HOST_CID && h.type == VSOCK_STREAM;
+    struct vsock_connection *c = ours ? vsock_find(device, h.src_port, h.dst_port) : NULL;
     if (c)
         take_packet(c, &h, chain);
     else if (ours && h.op == VSOCK_REQUEST)
@@ -358,12 +146,12 @@ static void kick(void *opaque, uint32_t queue)
 {
     struct vmm_vsock *device = opaque;
     device->turn = TURN;
-    if (queue == TRANSMIT)
-        vmm_virtio_serve(&device->virtio, TRANSMIT, transmit);
-    if (queue == EVENT && device->reset_owed)
-        send_event(device);
+    if (queue == VSOCK_TRANSMIT)
+        vmm_virtio_serve(&device->virtio, VSOCK_TRANSMIT, transmit);
+    if (queue == VSOCK_EVENT && device->reset_owed)
+        vsock_send_event(device);
     vsock_settle(device);
-    if (queue == RECEIVE) /* buffers came: who waited for them may read again */
+    if (queue == VSOCK_RECEIVE) /* buffers came: who waited for them may read again */
         for (unsigned i = 0; i < VSOCK_CONNECTIONS; i++)
             if (device->connections[i].starved) {
                 device->connections[i].starved = false;
@@ -413,7 +201,7 @@ static void resumed(void *opaque)
         return;
     vmm_virtio_set_config(&device->virtio, 0, &device->info.cid, sizeof device->info.cid);
     device->reset_owed = true;
-    vmm_virtqueue_ring(&device->virtio.queues[EVENT]);
+    vmm_virtqueue_ring(&device->virtio.queues[VSOCK_EVENT]);
 }
 
 static const vmm_virtio_ops ops = {
@@ -437,7 +225,8 @@ int vmm_vsock_create(vmm_vm *vm, const char *name, uint64_t cid, const char *pat
     device->info.cid = cid;
     memcpy(device->virtio.config, &cid, sizeof cid); /* virtio 1.2, 5.10.4 */
     snprintf(device->path, sizeof device->path, "%s", path);
-    device->listener.fd = listener;
+    device->listener = (struct vmm_source){.fd = listener, .ready = vsock_listener_ready, .opaque = device};
+    device->end_ready = vsock_end_ready;
     for (unsigned i = 0; i < VSOCK_CONNECTIONS; i++)
         device->connections[i] = (struct vsock_connection){.device = device, .source.fd = -1, .watched = -1};
     *out = device;
@@ -468,7 +257,7 @@ void vmm_vsock_disconnect(vmm_vsock *device)
     VMM_VIRTIO_LOCKED(&device->virtio);
     end_all(device);
     device->reset_owed = true;
-    vmm_virtqueue_ring(&device->virtio.queues[EVENT]);
+    vmm_virtqueue_ring(&device->virtio.queues[VSOCK_EVENT]);
 }
 
 void vmm_vsock_get_info(vmm_vsock *device, vmm_vsock_info *info)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The two halves of the socket device: vsock.c speaks with the guest in packets, vsock_host.c with the host through
- * UNIX sockets. The device's lock is held around every function here.
+ * The files of the socket device, each above the one before: vsock_table.c has the connections, vsock_packets.c sends to
+ * the guest, vsock_host.c speaks with the host through UNIX sockets, vsock.c takes the guest's packets and is the device.
+ * The device's lock is held around every function here, but for the two that the I/O thread calls, which take it.
  *
  * Nothing is sent to the guest on the spot but data: a packet is owed (vsock_owe), and vsock_settle sends what is owed
  * as the guest provides buffers. So what a guest that provides none can make the device remember is one bit a packet
@@ -13,6 +14,8 @@
 #include "virtio/virtio.h"
 #include "vmmvsock.h"
 
+enum { VSOCK_RECEIVE = 0, VSOCK_TRANSMIT = 1, VSOCK_EVENT = 2 }; /* queues: virtio 1.2, 5.10.2 */
+enum { VSOCK_STREAM = 1 };                                       /* a packet's type */
 #define VSOCK_HOST_CID 2
 #define VSOCK_CONNECTIONS 256
 #define VSOCK_BUFFER (128u << 10) /* buf_alloc: what the guest may send ahead of the host's end */
@@ -78,6 +81,7 @@ struct vmm_vsock {
     vmm_vsock_info info;
     char path[VSOCK_PATH];
     struct vmm_source listener;
+    void (*end_ready)(struct vmm_source *source, uint32_t events); /* of every connection */
     bool listening;
     bool reset_owed;           /* the event, not a packet */
     bool transmit_waits;       /* for room among the refusals */
@@ -89,21 +93,38 @@ struct vmm_vsock {
     struct vsock_connection connections[VSOCK_CONNECTIONS]; /* in place: their sources outlive any event */
 };
 
-/* ---- vsock.c ---- */
+/* ---- vsock_table.c ---- */
+
+uint32_t vsock_credit(const struct vsock_connection *c); /* bytes that the guest has room for */
+uint32_t vsock_kept(const struct vsock_connection *c); /* bytes from the guest that the host has not taken */
+bool vsock_hung_up(const struct vsock_connection *c);  /* the host's end, now */
+bool vsock_may_receive(const struct vsock_connection *c);
+/* The connection between these ports that the guest may speak of. NULL: none; a lingering one is not its any more. */
+struct vsock_connection *vsock_find(struct vmm_vsock *device, uint32_t guest_port, uint32_t host_port);
 
 void vsock_owe(struct vsock_connection *c, enum vsock_op op);
-void vsock_settle(struct vmm_vsock *device); /* at the end of every handler */
+void vsock_forget_owed(struct vsock_connection *c);
+
+/* Watch the host's end for what can be acted upon now, and nothing else: a level-triggered event must not spin. */
+void vsock_watch(struct vsock_connection *c);
+void vsock_listen(struct vmm_vsock *device, bool on);
+
 struct vsock_connection *vsock_allocate(struct vmm_vsock *device, int fd,
                                         enum vsock_state state); /* or NULL */
+void vsock_close(struct vsock_connection *c);                    /* the host's end */
 void vsock_free(struct vsock_connection *c);                     /* no word to the guest */
 void vsock_reset(struct vsock_connection *c); /* RST to the guest; the host's end is closed */
+uint32_t vsock_new_port(struct vmm_vsock *device);
+
+/* ---- vsock_packets.c ---- */
+
 /* Bytes of the host's end go to the guest, as long as there are bytes, credit and buffers. */
 void vsock_receive(struct vsock_connection *c);
-uint32_t vsock_credit(const struct vsock_connection *c);
+void vsock_send_event(struct vmm_vsock *device);
+void vsock_settle(struct vmm_vsock *device); /* at the end of every handler */
 
 /* ---- vsock_host.c ---- */
 
-void vsock_listen(struct vmm_vsock *device, bool on);
 int vsock_connect(const struct vmm_vsock *device, uint32_t port); /* a socket, or -1 */
 /* The guest took the host's connection. */
 void vsock_greet_back(struct vsock_connection *c);
@@ -111,8 +132,8 @@ void vsock_greet_back(struct vsock_connection *c);
 void vsock_forward(struct vsock_connection *c, const struct vmm_chain *chain, uint64_t at, uint32_t n);
 /* The guest said that it will not send or receive any more. */
 void vsock_guest_shut(struct vsock_connection *c);
-/* Watch the host's end for what can be acted upon now, and nothing else: a level-triggered event must not spin. */
-void vsock_watch(struct vsock_connection *c);
-void vsock_close(struct vsock_connection *c);
+/* A connection's end is ready; a client has connected. */
+void vsock_end_ready(struct vmm_source *source, uint32_t events);
+void vsock_listener_ready(struct vmm_source *source, uint32_t events);
 
 #endif

@@ -8,7 +8,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,86 +18,12 @@
 #include <unistd.h>
 
 enum { ACCEPTS = 16 }; /* of one turn; more wait in the backlog */
-enum { FIRST_PORT = 1 << 30 };
-
-static uint32_t kept(const struct vsock_connection *c)
-{
-    return c->received - c->forwarded;
-}
-
-/* Does the host's end hang up, really and now? */
-static bool hung_up(const struct vsock_connection *c)
-{
-    struct pollfd end = {.fd = c->source.fd};
-    return poll(&end, 1, 0) == 1 && end.revents & (POLLHUP | POLLERR);
-}
 
 /* Did the host's end write what was not read yet? A client may write, close, and count on it to arrive. */
 static bool has_bytes(const struct vsock_connection *c)
 {
     int n = 0;
     return ioctl(c->source.fd, FIONREAD, &n) == 0 && n > 0;
-}
-
-/* ---- what to wait for ---- */
-
-static bool may_receive(const struct vsock_connection *c)
-{
-    return c->state == VSOCK_OPEN && !(c->host_shutdown & VSOCK_NO_SEND) &&
-           !(c->guest_shutdown & VSOCK_NO_RECEIVE) && !(c->owed & 1 << VSOCK_RESPONSE) && !c->starved &&
-           vsock_credit(c) > 0;
-}
-
-/*
- * Zero waits for the hang-up alone, which cannot be masked: only where it is acted upon. While bytes of the host
- * may lie before it and cannot be read now, nothing is watched.
- */
-static int wanted(const struct vsock_connection *c)
-{
-    switch (c->state) {
-    case VSOCK_GREETING:
-        return EPOLLIN;
-    case VSOCK_REQUESTED:
-        return hung_up(c) ? -1 : 0; /* with bytes: they wait for the guest's answer */
-    case VSOCK_LINGERING:
-        return EPOLLOUT;
-    case VSOCK_OPEN: {
-        const int events = (may_receive(c) ? EPOLLIN : 0) | (kept(c) > 0 ? EPOLLOUT : 0);
-        const bool drained = c->host_shutdown & VSOCK_NO_SEND || c->guest_shutdown & VSOCK_NO_RECEIVE;
-        return events || drained ? events : -1;
-    }
-    default:
-        return -1;
-    }
-}
-
-void vsock_watch(struct vsock_connection *c)
-{
-    vmm_loop *loop = c->device->virtio.loop;
-    const int events = wanted(c);
-    if (events == c->watched)
-        return;
-    int rc = 0;
-    if (events < 0)
-        vmm_loop_remove(loop, &c->source);
-    else
-        rc = c->watched < 0 ? vmm_loop_add(loop, &c->source, (uint32_t)events)
-                            : vmm_loop_modify(loop, &c->source, (uint32_t)events);
-    c->watched = rc < 0 ? -1 : events;
-    if (rc < 0)
-        vsock_reset(c); /* the host is out of memory for watches */
-}
-
-void vsock_close(struct vsock_connection *c)
-{
-    if (c->source.fd < 0)
-        return;
-    vmm_loop_remove(c->device->virtio.loop, &c->source);
-    close(c->source.fd);
-    c->source.fd = c->watched = -1;
-    free(c->buffer);
-    c->buffer = NULL;
-    c->forwarded = c->received;
 }
 
 /* ---- bytes from the guest ---- */
@@ -119,7 +44,7 @@ static void taken(struct vsock_connection *c, uint32_t n)
     /* Half the buffer: the guest never waits for the other half, and is told once in a while. */
     if (c->state == VSOCK_OPEN && c->forwarded - c->told >= VSOCK_BUFFER / 2)
         vsock_owe(c, VSOCK_CREDIT_UPDATE);
-    if (kept(c) == 0 && c->guest_shutdown & VSOCK_NO_SEND)
+    if (vsock_kept(c) == 0 && c->guest_shutdown & VSOCK_NO_SEND)
         shutdown(c->source.fd, SHUT_WR);
 }
 
@@ -138,7 +63,7 @@ static uint32_t send_some(struct vsock_connection *c, struct iovec *pieces, unsi
 void vsock_forward(struct vsock_connection *c, const struct vmm_chain *chain, uint64_t at, uint32_t n)
 {
     uint32_t direct = 0;
-    if (kept(c) == 0 && n > 0 && !(c->host_shutdown & VSOCK_NO_RECEIVE)) {
+    if (vsock_kept(c) == 0 && n > 0 && !(c->host_shutdown & VSOCK_NO_RECEIVE)) {
         struct iovec pieces[VMM_CHAIN_PIECES];
         direct = send_some(c, pieces, vmm_chain_slice(chain, false, at, n, pieces));
         c->received += direct;
@@ -165,11 +90,11 @@ void vsock_forward(struct vsock_connection *c, const struct vmm_chain *chain, ui
 
 static void flush(struct vsock_connection *c)
 {
-    if (kept(c) == 0)
+    if (vsock_kept(c) == 0)
         return;
     const uint32_t start = c->forwarded % VSOCK_BUFFER;
-    const uint32_t first = kept(c) < VSOCK_BUFFER - start ? kept(c) : VSOCK_BUFFER - start;
-    struct iovec pieces[2] = {{c->buffer + start, first}, {c->buffer, kept(c) - first}};
+    const uint32_t first = vsock_kept(c) < VSOCK_BUFFER - start ? vsock_kept(c) : VSOCK_BUFFER - start;
+    struct iovec pieces[2] = {{c->buffer + start, first}, {c->buffer, vsock_kept(c) - first}};
     taken(c, send_some(c, pieces, 2));
 }
 
@@ -177,7 +102,7 @@ void vsock_guest_shut(struct vsock_connection *c)
 {
     if (c->guest_shutdown & VSOCK_NO_RECEIVE)
         shutdown(c->source.fd, SHUT_RD);
-    if (c->guest_shutdown & VSOCK_NO_SEND && kept(c) == 0)
+    if (c->guest_shutdown & VSOCK_NO_SEND && vsock_kept(c) == 0)
         shutdown(c->source.fd, SHUT_WR);
 }
 
@@ -200,22 +125,6 @@ static bool parse_greeting(const char *line, size_t length, uint32_t *port)
     return value < UINT32_MAX; /* that one means "any" */
 }
 
-static bool port_taken(const struct vmm_vsock *device, uint32_t port)
-{
-    for (unsigned i = 0; i < VSOCK_CONNECTIONS; i++)
-        if (device->connections[i].state != VSOCK_FREE && device->connections[i].host_port == port)
-            return true;
-    return false;
-}
-
-static uint32_t new_port(struct vmm_vsock *device)
-{
-    do { /* ends: there are fewer connections than ports */
-        device->next_port = FIRST_PORT | (device->next_port + 1);
-    } while (port_taken(device, device->next_port) || device->next_port == UINT32_MAX);
-    return device->next_port;
-}
-
 /* Reads to the newline and not beyond: what follows belongs to the stream. */
 static void read_greeting(struct vsock_connection *c)
 {
@@ -236,7 +145,7 @@ static void read_greeting(struct vsock_connection *c)
     }
     c->line_length += (uint8_t)got;
     if (newline && parse_greeting(c->line, c->line_length, &c->guest_port)) {
-        c->host_port = new_port(c->device);
+        c->host_port = vsock_new_port(c->device);
         c->state = VSOCK_REQUESTED;
         vsock_owe(c, VSOCK_REQUEST);
     } else if (newline || c->line_length == sizeof c->line) {
@@ -258,26 +167,26 @@ void vsock_greet_back(struct vsock_connection *c)
         vsock_reset(c);
 }
 
-static void end_ready(struct vmm_source *source, uint32_t events)
+void vsock_end_ready(struct vmm_source *source, uint32_t events)
 {
     struct vsock_connection *c = source->opaque;
     VMM_VIRTIO_LOCKED(&c->device->virtio);
     const bool hang_up = events & (EPOLLHUP | EPOLLERR) && c->watched >= 0;
     if (c->state == VSOCK_GREETING) {
         read_greeting(c);
-    } else if (c->state == VSOCK_REQUESTED && hang_up && hung_up(c)) {
+    } else if (c->state == VSOCK_REQUESTED && hang_up && vsock_hung_up(c)) {
         if (!has_bytes(c))
             vsock_reset(c);
     } else if (c->state == VSOCK_LINGERING) {
         flush(c);
-        if (kept(c) == 0)
+        if (vsock_kept(c) == 0)
             vsock_free(c);
     } else if (c->state == VSOCK_OPEN) {
         flush(c);
-        if (may_receive(c))
+        if (vsock_may_receive(c))
             vsock_receive(c);
         const bool drained = c->host_shutdown & VSOCK_NO_SEND || c->guest_shutdown & VSOCK_NO_RECEIVE;
-        if (c->state == VSOCK_OPEN && hang_up && drained && hung_up(c)) {
+        if (c->state == VSOCK_OPEN && hang_up && drained && vsock_hung_up(c)) {
             c->host_shutdown = VSOCK_NEITHER;
             vsock_owe(c, VSOCK_SHUTDOWN);
             vsock_close(c);
@@ -288,7 +197,7 @@ static void end_ready(struct vmm_source *source, uint32_t events)
     vsock_settle(c->device);
 }
 
-static void listener_ready(struct vmm_source *source, uint32_t events)
+void vsock_listener_ready(struct vmm_source *source, uint32_t events)
 {
     (void)events;
     struct vmm_vsock *device = source->opaque;
@@ -311,17 +220,6 @@ static void listener_ready(struct vmm_source *source, uint32_t events)
     }
 }
 
-void vsock_listen(struct vmm_vsock *device, bool on)
-{
-    if (on == device->listening)
-        return;
-    device->listener.ready = listener_ready;
-    device->listener.opaque = device;
-    if (!on)
-        vmm_loop_remove(device->virtio.loop, &device->listener);
-    device->listening = on && vmm_loop_add(device->virtio.loop, &device->listener, EPOLLIN) == 0;
-}
-
 /* ---- connections of the guest ---- */
 
 int vsock_connect(const struct vmm_vsock *device, uint32_t port)
@@ -335,22 +233,4 @@ int vsock_connect(const struct vmm_vsock *device, uint32_t port)
     if (fd >= 0)
         close(fd);
     return -1;
-}
-
-/* ---- slots ---- */
-
-struct vsock_connection *vsock_allocate(struct vmm_vsock *device, int fd, enum vsock_state state)
-{
-    for (unsigned i = 0; i < VSOCK_CONNECTIONS; i++) {
-        struct vsock_connection *c = &device->connections[i];
-        if (c->state != VSOCK_FREE)
-            continue;
-        *c = (struct vsock_connection){.device = device, .watched = -1, .state = state};
-        c->source.fd = fd;
-        c->source.ready = end_ready;
-        c->source.opaque = c;
-        device->info.connections++;
-        return c;
-    }
-    return NULL;
 }

@@ -1,6 +1,6 @@
 """The processors of a machine as a plain value: all vCPUs, the chips KVM models, the clock.
 
-The order in which KVM takes them is in ``native/core/state.c``; here its structs become values and values structs.
+The order in which KVM takes them is in ``native/time/state.c``; here its structs become values and values structs.
 """
 
 from __future__ import annotations

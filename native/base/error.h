@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Remember why a call failed, per thread, for vmm_error_text() and vmm_error_source(). Each returns `rc`. */
-#ifndef VMM_CORE_ERROR_H
-#define VMM_CORE_ERROR_H
+#ifndef VMM_BASE_ERROR_H
+#define VMM_BASE_ERROR_H
 
 /* The library's own refusal. */
 int vmm_error_set(int rc, const char *format, ...) __attribute__((format(printf, 2, 3)));

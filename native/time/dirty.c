@@ -5,7 +5,7 @@
  * Fetching empties both into every open log, so each log misses nothing whoever fetches. Who writes marks after the
  * write: a reader that copies a page after it fetched either has the write or will find the mark the next time.
  */
-#include "core/dirty.h"
+#include "time/dirty.h"
 
 #include <errno.h>
 #include <stdlib.h>

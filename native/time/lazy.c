@@ -6,9 +6,9 @@
  * slower source, would take back what the guest has written since. One thread answers faults and fetches; it is the only one that
  * reads the file and the socket, and holds no lock while it does.
  */
-#include "core/lazy.h"
-#include "core/bitmap.h"
-#include "core/thread.h"
+#include "time/lazy.h"
+#include "base/bitmap.h"
+#include "base/thread.h"
 #include "vmmsnapshot.h"
 
 #include <endian.h>

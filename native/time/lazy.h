@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#ifndef VMM_CORE_LAZY_H
-#define VMM_CORE_LAZY_H
+#ifndef VMM_TIME_LAZY_H
+#define VMM_TIME_LAZY_H
 
 #include "core/core.h"
 #include "vmmlazy.h"

@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A vCPU and everything KVM remembers of it; running it is run.c. */
-#include "core.h"
+/* A vCPU's registers and state, read and set while it does not run. */
+#include "core/core.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 _Static_assert(sizeof(vmm_regs) == sizeof(struct kvm_regs), "vmm_regs is kvm_regs");
@@ -19,51 +18,6 @@ _Static_assert(sizeof(vmm_cpuid_entry) == sizeof(struct kvm_cpuid_entry2),
 #define MAX_CPUID 512 /* KVM_MAX_CPUID_ENTRIES is 256 */
 
 _Thread_local struct vmm_vcpu *vmm_current_vcpu;
-
-int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
-{
-    *out = NULL;
-    if (vm->n_vcpus == VMM_MAX_VCPUS)
-        return vmm_error_set(-ENOSPC, "more than %d vCPUs", VMM_MAX_VCPUS);
-    int rc = vmm_vm_create_chips(vm);
-    if (rc < 0)
-        return rc;
-    struct vmm_vcpu *vcpu = calloc(1, sizeof(*vcpu));
-    if (!vcpu)
-        return vmm_error_set(-ENOMEM, "vCPU");
-    vcpu->vm = vm;
-    vcpu->id = id;
-    rc = vm->engine->ops->create_vcpu(vm->engine, id, &vcpu->engine);
-    if (rc == 0) {
-        vcpu->run = vcpu->engine->run;
-        rc = vmm_clocks_created(vcpu);
-    }
-    if (rc == 0 && vm->compat)
-        rc = vm->compat->vcpu_init(vcpu);
-    if (rc < 0) {
-        vmm_vcpu_destroy(vcpu);
-        return rc;
-    }
-    vm->vcpus[vm->n_vcpus++] = vcpu;
-    *out = vcpu;
-    return vmm_trace_vcpu_init(vcpu);
-}
-
-void vmm_vcpu_destroy(struct vmm_vcpu *vcpu)
-{
-    if (!vcpu)
-        return;
-    if (vcpu->engine)
-        vcpu->engine->ops->destroy_vcpu(vcpu->engine);
-    free(vcpu);
-}
-
-int vmm_vcpu_stats_fd(vmm_vcpu *vcpu)
-{
-    return vcpu->engine->ops->stats_fd(vcpu->engine);
-}
-
-/* ---- registers ---- */
 
 /* Without vm->lock, which a caller may hold: who paused the machine has seen every vCPU park under it. */
 static bool runs_elsewhere(const vmm_vcpu *vcpu)
@@ -152,18 +106,6 @@ struct cpuid_list {
     struct kvm_cpuid2 head;
     struct kvm_cpuid_entry2 entries[MAX_CPUID];
 };
-
-int vmm_vm_supported_cpuid(vmm_vm *vm, vmm_cpuid_entry *entries, uint32_t max)
-{
-    struct cpuid_list list = {.head.nent = MAX_CPUID};
-    const int rc = vm->engine->ops->supported_cpuid(vm->engine, &list.head);
-    if (rc < 0)
-        return rc;
-    if (list.head.nent > max)
-        return vmm_error_set(-E2BIG, "KVM_GET_SUPPORTED_CPUID has %u entries", list.head.nent);
-    memcpy(entries, list.entries, list.head.nent * sizeof(*entries));
-    return (int)list.head.nent;
-}
 
 int vmm_vcpu_set_cpuid(vmm_vcpu *vcpu, const vmm_cpuid_entry *entries, uint32_t n)
 {

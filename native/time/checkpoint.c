@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A checkpoint: a copy of guest memory and the processors' state, and the way back to them. */
-#include "core/bitmap.h"
-#include "core/dirty.h"
+#include "base/bitmap.h"
+#include "time/dirty.h"
+#include "time/state.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>

@@ -1,18 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A machine: /dev/kvm, guest memory, interrupt lines, life cycle. */
-#include "core/halt.h"
-#include "core/lazy.h"
-#include "core/loop.h"
-#include "core/thread.h"
+/* Guest memory: regions, each of one mapping and one memory slot of the engine. */
+#include "core/core.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,131 +13,11 @@
 #define MFD_HUGE_2MB (21 << 26)
 #endif
 
-_Static_assert(VMM_LAST_EXITS == 64 && (VMM_LAST_EXITS & (VMM_LAST_EXITS - 1)) == 0, "vmmcore.h promises 64");
-
-/* ---- create, destroy ---- */
-
-/*
- * KVM wants the interrupt controllers before the first vCPU; they come no earlier than that because a memory
- * slot that is set after them waits for the SRCU grace period in which KVM frees the buses they replaced (4
- * to 7 ms).
- */
-int vmm_vm_create_chips(struct vmm_vm *vm)
-{
-    if (vm->has_chips || !(vm->flags & VMM_VM_IRQCHIP))
-        return 0;
-    const int rc = vm->engine->ops->create_chips(vm->engine, vm->flags & VMM_VM_PIT);
-    vm->has_chips = rc == 0;
-    return rc;
-}
-
-static int prepare(struct vmm_vm *vm, const char *path)
-{
-    const int rc = vmm_kvm_engine.open(path, &vm->engine);
-    if (rc < 0)
-        return rc;
-    const int all = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
-    vm->sync_regs = (vmm_vm_check_extension(vm, KVM_CAP_SYNC_REGS) & all) == all;
-    vm->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (vm->stop_fd < 0)
-        return vmm_error_errno("eventfd");
-    vm->lines = calloc(VMM_MAX_LINES, sizeof(*vm->lines));
-    return vm->lines ? 0 : vmm_error_set(-ENOMEM, "interrupt lines");
-}
-
-int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
-{
-    *out = NULL;
-    struct vmm_vm *vm = calloc(1, sizeof(*vm));
-    if (!vm)
-        return vmm_error_set(-ENOMEM, "machine");
-    vm->stop_fd = -1;
-    vm->flags = flags;
-    vm->stop_vcpu = UINT32_MAX;
-    pthread_mutex_init(&vm->lock, NULL);
-    vmm_cond_init(&vm->changed);
-    pthread_mutex_init(&vm->io_trace_lock, NULL);
-    pthread_mutex_init(&vm->dirty_lock, NULL);
-    vmm_bus_init(&vm->bus);
-    int rc = prepare(vm, kvm_path);
-    if (rc < 0) {
-        vmm_vm_destroy(vm);
-        return rc;
-    }
-    *out = vm;
-    return 0;
-}
-
 static void close_fd(int fd)
 {
     if (fd >= 0)
         close(fd);
 }
-
-void vmm_vm_destroy(vmm_vm *vm)
-{
-    if (!vm)
-        return;
-    vmm_lazy_destroy(vm->lazy); /* first: the I/O thread may be waiting for a page */
-    vmm_loop_destroy(vm->loop);
-    vmm_halt_destroy(vm->halt);
-    vmm_trace_destroy(vm);
-    vmm_debug_deinit(vm);
-    pthread_mutex_destroy(&vm->io_trace_lock);
-    pthread_mutex_destroy(&vm->dirty_lock);
-    for (uint32_t i = 0; i < vm->n_vcpus; i++) {
-        if (vm->compat)
-            vm->compat->vcpu_fini(vm->vcpus[i]);
-        vmm_vcpu_destroy(vm->vcpus[i]);
-    }
-    if (vm->compat)
-        vm->compat->vm_fini(vm);
-    if (vm->engine)
-        vm->engine->ops->close(vm->engine);
-    for (uint32_t i = 0; i < vm->n_regions; i++) {
-        munmap(vm->regions[i].host, vm->regions[i].size);
-        close_fd(vm->regions[i].fd);
-    }
-    close_fd(vm->stop_fd);
-    vmm_bus_deinit(&vm->bus);
-    pthread_cond_destroy(&vm->changed);
-    pthread_mutex_destroy(&vm->lock);
-    free(vm->touched);
-    free(vm->msrs);
-    free(vm->lines);
-    free(vm);
-}
-
-int vmm_vm_check_extension(vmm_vm *vm, uint32_t capability)
-{
-    return vm->engine->ops->capability(vm->engine, capability);
-}
-
-int vmm_vm_enable_cap(vmm_vm *vm, uint32_t capability, uint64_t arg0, uint64_t arg1, uint64_t arg2,
-                      uint64_t arg3)
-{
-    const struct kvm_enable_cap cap = {.cap = capability, .args = {arg0, arg1, arg2, arg3}};
-    return vm->engine->ops->enable(vm->engine, &cap);
-}
-
-void vmm_vm_on_message(vmm_vm *vm, void (*say)(void *opaque, const char *text), void *opaque)
-{
-    vm->say_opaque = opaque;
-    vm->say = say;
-}
-
-void vmm_vm_say(struct vmm_vm *vm, const char *format, ...)
-{
-    char text[240];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof(text), format, args);
-    va_end(args);
-    if (vm->say)
-        vm->say(vm->say_opaque, text);
-}
-
-/* ---- memory ---- */
 
 static int check_region(const struct vmm_vm *vm, uint64_t gpa, uint64_t size, uint32_t flags)
 {
@@ -305,27 +177,10 @@ void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size)
     return NULL;
 }
 
-/* ---- lines ---- */
-
-static void set_engine_line(void *opaque, uint32_t gsi, int level)
+void vmm_memory_deinit(struct vmm_vm *vm)
 {
-    struct vmm_vm *vm = opaque;
-    vm->engine->ops->line(vm->engine, gsi, level != 0);
-}
-
-const vmm_line *vmm_vm_line(vmm_vm *vm, uint32_t gsi)
-{
-    if (gsi >= VMM_MAX_LINES)
-        return NULL;
-    pthread_mutex_lock(&vm->lock);
-    if (!vm->lines[gsi].set)
-        vm->lines[gsi] = (vmm_line){.set = set_engine_line, .opaque = vm, .n = gsi};
-    pthread_mutex_unlock(&vm->lock);
-    return &vm->lines[gsi];
-}
-
-void vmm_line_set(const vmm_line *line, int level)
-{
-    if (line && line->set)
-        line->set(line->opaque, line->n, level);
+    for (uint32_t i = 0; i < vm->n_regions; i++) {
+        munmap(vm->regions[i].host, vm->regions[i].size);
+        close_fd(vm->regions[i].fd);
+    }
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "core/thread.h"
-#include "core/error.h"
+#include "base/thread.h"
+#include "base/error.h"
 
 #include <signal.h>
 

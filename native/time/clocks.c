@@ -9,7 +9,7 @@
  * host's TSCs are not trusted, a vCPU's stands still while it does not run, and catches up with kvmclock when it enters
  * the guest again. And there are hosts on which it is the host's, whatever is set.
  */
-#include "core.h"
+#include "time/clocks.h"
 
 #include <errno.h>
 #include <string.h>

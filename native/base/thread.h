@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#ifndef VMM_CORE_THREAD_H
-#define VMM_CORE_THREAD_H
+#ifndef VMM_BASE_THREAD_H
+#define VMM_BASE_THREAD_H
 
 #include <pthread.h>
 #include <time.h>

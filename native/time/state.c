@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* All that KVM keeps of a machine's processors, read and set in the one order that works. */
-#include "core.h"
+#include "time/state.h"
+#include "time/clocks.h"
 
 #include <errno.h>
 #include <stdlib.h>

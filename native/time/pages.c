@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Pages of guest memory to and from a sparse file. */
-#include "core/bitmap.h"
+#include "base/bitmap.h"
+#include "base/thread.h"
 #include "core/core.h"
-#include "core/thread.h"
 #include "vmmsnapshot.h"
 
 #include <errno.h>

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Bitmaps of pages, or clusters of a disk, in words of 64: page n is bit n % 64 of word n / 64. */
-#ifndef VMM_CORE_BITMAP_H
-#define VMM_CORE_BITMAP_H
+#ifndef VMM_BASE_BITMAP_H
+#define VMM_BASE_BITMAP_H
 
 #include <stdbool.h>
 #include <stdint.h>
