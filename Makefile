@@ -15,7 +15,7 @@ help:
 ## setup: make .venv with pyvmm, editable, and the tools of test and lint
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml setup.py CMakeLists.txt $(wildcard native/include/*.h) vmm/_ffi/build.py $(wildcard native/*/*.[ch])
+$(VENV)/.done: pyproject.toml setup.py CMakeLists.txt $(wildcard native/include/*.h native/include/*/*.h) vmm/_ffi/build.py $(wildcard native/*/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/error.h"
-#include "vmmcore.h"
+#include "vmm/error.h"
 
 #include <errno.h>
 #include <stdarg.h>

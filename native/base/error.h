@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Remember why a call failed, per thread, for vmm_error_text() and vmm_error_source(). Each returns `rc`. */
+/* Record why a call failed, per thread, for vmm_error_text() and vmm_error_source(). Each returns `rc`. */
 #ifndef VMM_BASE_ERROR_H
 #define VMM_BASE_ERROR_H
 

@@ -73,7 +73,7 @@ int vmm_compat_enable(vmm_vm *vm, uint32_t flags)
     if (flags &
         ~(uint32_t)(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL | VMM_COMPAT_SHADOW | VMM_COMPAT_HYPERCALL))
         return vmm_error_set(-EINVAL, "vmm_compat_enable: unknown flags 0x%x", flags);
-    vm->shadowed = flags & VMM_COMPAT_SHADOW; /* the core's own affair: see state.c */
+    vm->shadow_paging = flags & VMM_COMPAT_SHADOW; /* the core's own affair: see state.c */
     if (flags & VMM_COMPAT_HYPERCALL)
         raise_at_hypercalls(vm);
     flags &= ~(uint32_t)(VMM_COMPAT_SHADOW | VMM_COMPAT_HYPERCALL);

@@ -2,9 +2,9 @@
 /*
  * Rate limits: a token bucket for bytes and one for operations, and a timer that says when to go on.
  *
- * A bucket holds one second's worth and fills at its rate. Whoever finds it open takes what one request needs, more
+ * A bucket holds one second's worth and fills at its rate. A caller that finds it open takes what one request needs, more
  * than is left if need be: the debt is waited off by the next. So a request larger than the bucket passes, and
- * nobody has to know a request's size before taking it from its ring.
+ * no caller has to know a request's size before taking it from its ring.
  *
  *     while (vmm_limiter_open(&limiter) && ... take one request ...)
  *         vmm_limiter_charge(&limiter, bytes);

@@ -77,7 +77,7 @@ static inline bool fits(const struct vmm_range *r, uint64_t address, uint32_t si
     return size - 1 <= r->last - address && (size & (size - 1)) == 0;
 }
 
-/* Byte by byte: each byte goes to whoever claims it, in address order. */
+/* Byte by byte, each to the device that claims it, in address order. */
 static bool access_bytes(const struct vmm_bus_table *table, uint32_t *hint, uint64_t address, uint32_t size,
                          uint64_t *value, bool write, uint32_t *tag)
 {
@@ -125,7 +125,7 @@ bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t
                     bool write, uint32_t *tag)
 {
     struct vmm_bus *bus = &vcpu->vm->bus;
-    /* seq_cst: pairs with the writer's publish-then-scan in reclaim(). Nested use (a device op that reaches
+    /* seq_cst: pairs with the writer, which publishes the table and then scans (publish, passed). Nested use (a device op that reaches
      * the bus again) keeps the outer, older announcement. */
     uint64_t outer = atomic_load_explicit(&vcpu->epoch, memory_order_relaxed);
     if (!outer)
@@ -171,7 +171,7 @@ static bool held_by_caller(uint64_t epoch)
     return seen && seen < epoch;
 }
 
-/* Publish `table` (may be NULL) at `slot`; answers the epoch from which no reader can hold the one it replaces. */
+/* Publish `table` (may be NULL) at `slot`; returns the epoch from which no reader can hold the one it replaces. */
 static uint64_t publish(struct vmm_vm *vm, _Atomic(struct vmm_bus_table *) *slot, struct vmm_bus_table *table)
 {
     struct vmm_bus *bus = &vm->bus;
@@ -217,8 +217,9 @@ static int check_range(const struct vmm_vm *vm, int space, uint64_t base, uint64
     uint64_t last = base + (size - 1);
     if ((space != VMM_PIO && space != VMM_MMIO) || !size || last < base ||
         (space == VMM_PIO && last > 0xffff))
-        return vmm_error_set(-EINVAL, "range %#llx+%#llx", (unsigned long long)base,
-                             (unsigned long long)size);
+        return vmm_error_set(-EINVAL,
+                             "the range of %#llx+%#llx is empty, wraps, or leaves its space: give another",
+                             (unsigned long long)base, (unsigned long long)size);
     if (space == VMM_MMIO && overlaps_memory(vm, base, last))
         return vmm_error_set(-EEXIST, "range %#llx-%#llx overlaps guest RAM", (unsigned long long)base,
                              (unsigned long long)last);
@@ -240,7 +241,7 @@ static int attach_locked(struct vmm_vm *vm, int space, const struct vmm_range *r
                              (unsigned long long)old->ranges[at].last);
     struct vmm_bus_table *table = table_create(n + 1);
     if (!table)
-        return vmm_error_set(-ENOMEM, "bus table");
+        return vmm_error_set(-ENOMEM, "no memory for a table of the bus");
     if (n) {
         memcpy(table->ranges, old->ranges, at * sizeof(*range));
         memcpy(table->ranges + at + 1, old->ranges + at, (n - at) * sizeof(*range));
@@ -253,7 +254,8 @@ static int attach_locked(struct vmm_vm *vm, int space, const struct vmm_range *r
 int vmm_bus_attach(vmm_vm *vm, int space, uint64_t base, uint64_t size, const vmm_device_ops *ops,
                    void *opaque, uint32_t tag)
 {
-    int rc = ops ? check_range(vm, space, base, size) : vmm_error_set(-EINVAL, "a range without ops");
+    int rc =
+        ops ? check_range(vm, space, base, size) : vmm_error_set(-EINVAL, "a range needs a device's ops");
     if (rc < 0)
         return rc;
     struct vmm_range range = {base, base + (size - 1), ops, opaque, tag};
@@ -273,7 +275,7 @@ static int detach_locked(struct vmm_vm *vm, int space, uint64_t base, uint64_t *
         return vmm_error_set(-ENOENT, "no range starts at %#llx", (unsigned long long)base);
     struct vmm_bus_table *table = table_create(n - 1);
     if (!table)
-        return vmm_error_set(-ENOMEM, "bus table");
+        return vmm_error_set(-ENOMEM, "no memory for a table of the bus");
     memcpy(table->ranges, old->ranges, at * sizeof(table->ranges[0]));
     memcpy(table->ranges + at, old->ranges + at + 1, (n - at - 1) * sizeof(table->ranges[0]));
     *epoch = publish(vm, &vm->bus.table[space], table);
@@ -290,7 +292,7 @@ static void wait_until_passed(struct vmm_vm *vm, uint64_t epoch)
 int vmm_bus_detach(vmm_vm *vm, int space, uint64_t base)
 {
     if (space != VMM_PIO && space != VMM_MMIO)
-        return vmm_error_set(-EINVAL, "space %d", space);
+        return vmm_error_set(-EINVAL, "space %d is neither VMM_PIO nor VMM_MMIO", space);
     uint64_t epoch = 0;
     pthread_mutex_lock(&vm->bus.lock);
     int rc = detach_locked(vm, space, base, &epoch);
@@ -323,7 +325,7 @@ static int hook_attach_locked(struct vmm_vm *vm, int space, const struct vmm_ran
         return vmm_error_set(-ENOSPC, "more than %d hooks", VMM_MAX_HOOKS);
     struct vmm_bus_table *table = table_create(n + 1);
     if (!table)
-        return vmm_error_set(-ENOMEM, "hook table");
+        return vmm_error_set(-ENOMEM, "no memory for a table of hooks");
     if (n)
         memcpy(table->ranges, old->ranges, n * sizeof(*range));
     table->ranges[n] = *range;
@@ -350,11 +352,11 @@ static int hook_detach_locked(struct vmm_vm *vm, int space, uint32_t tag, uint64
     while (at < n && old->ranges[at].tag != tag)
         at++;
     if (at == n)
-        return vmm_error_set(-ENOENT, "no hook %u", tag);
+        return vmm_error_set(-ENOENT, "there is no hook with tag %u", tag);
     struct vmm_bus_table *table =
         n > 1 ? table_create(n - 1) : NULL; /* none left: the bus is as fast as before */
     if (n > 1 && !table)
-        return vmm_error_set(-ENOMEM, "hook table");
+        return vmm_error_set(-ENOMEM, "no memory for a table of hooks");
     if (table) {
         memcpy(table->ranges, old->ranges, at * sizeof(table->ranges[0]));
         memcpy(table->ranges + at, old->ranges + at + 1, (n - at - 1) * sizeof(table->ranges[0]));
@@ -366,7 +368,7 @@ static int hook_detach_locked(struct vmm_vm *vm, int space, uint32_t tag, uint64
 int vmm_hook_detach(vmm_vm *vm, int space, uint32_t tag)
 {
     if (space != VMM_PIO && space != VMM_MMIO)
-        return vmm_error_set(-EINVAL, "space %d", space);
+        return vmm_error_set(-EINVAL, "space %d is neither VMM_PIO nor VMM_MMIO", space);
     uint64_t epoch = 0;
     pthread_mutex_lock(&vm->bus.lock);
     int rc = hook_detach_locked(vm, space, tag, &epoch);

@@ -72,13 +72,13 @@ enum vmm_request {
     VMM_REQUEST_PAUSE = 2,
     VMM_REQUEST_DEBUG = 4,
     VMM_REQUEST_LOOK = 8,   /* park, to be looked at (halt.c) */
-    VMM_REQUEST_WATCH = 16, /* say that the guest is active: nobody is kicked for this */
+    VMM_REQUEST_WATCH = 16, /* report that the guest is active; no vCPU is kicked for it */
 };
 
 struct vmm_compat_ops {
     int (*vcpu_init)(struct vmm_vcpu *vcpu);
     int (*internal_error)(struct vmm_vcpu *vcpu); /* 1: completed, re-enter; 0: not known */
-    int (*debug)(struct vmm_vcpu *vcpu);          /* 1: ours; 0: somebody else's */
+    int (*debug)(struct vmm_vcpu *vcpu);          /* 1: a breakpoint of compat's; 0: not */
     int (*rdmsr)(struct vmm_vcpu *vcpu);
     int (*wrmsr)(struct vmm_vcpu *vcpu);
     void (*loaded)(struct vmm_vcpu *vcpu,
@@ -94,10 +94,10 @@ struct vmm_vm {
 
     struct vmm_region regions[VMM_MAX_REGIONS];
     uint32_t n_regions;
-    _Atomic bool tracked;    /* somebody wants to know which pages change (dirty.c) */
+    _Atomic bool tracked;    /* some dirty log is open */
     struct vmm_dirty *dirty; /* their logs, under dirty_lock */
-    _Atomic uint64_t *
-        touched; /* a bit for each page of every region, in their order: written by us, not yet in the logs */
+    /* A bit a page, region after region: pages the VMM wrote but has not yet merged into the dirty logs (written.c). */
+    _Atomic uint64_t *touched;
     pthread_mutex_t dirty_lock;
     uint32_t *msrs; /* what state.c saves: asked for once */
     uint32_t n_msrs;
@@ -114,9 +114,9 @@ struct vmm_vm {
     struct vmm_trace_point io_trace; /* of the I/O thread and the devices; several writers */
     pthread_mutex_t io_trace_lock;
     uint32_t trace_capacity;
-    bool sync_regs; /* KVM can copy registers out with each exit, and in with an entry */
-    bool shadowed;  /* KVM translates by copies of the guest's page tables */
-    bool ran;       /* some vCPU was in its run loop; under lock */
+    bool sync_regs;     /* KVM can copy registers out with each exit, and in with an entry */
+    bool shadow_paging; /* the engine translates by shadow page tables: copies of the guest's */
+    bool ran;           /* some vCPU was in its run loop; under lock */
 
     const struct vmm_compat_ops *compat; /* NULL: nothing to remedy */
     void *compat_state;
@@ -128,13 +128,13 @@ struct vmm_vm {
     _Atomic uint64_t hooked_exits; /* bit: exit reason */
 
     pthread_mutex_t lock;
-    pthread_cond_t changed;    /* a vCPU parked, left, or may go on */
-    _Atomic uint32_t requests; /* enum vmm_request; written under lock, read before every entry */
-    uint32_t pauses;           /* nesting depth */
-    struct vmm_halt *halt;     /* NULL until it is watched; written once, under lock */
-    bool looking;              /* vCPUs park for halt.c */
-    _Atomic bool odd_messages; /* some message was programmed to be no ordinary interrupt */
-    bool loop_held;            /* the I/O thread was asked to park, too; under lock */
+    pthread_cond_t changed;        /* a vCPU parked, left, or may go on */
+    _Atomic uint32_t requests;     /* enum vmm_request; written under lock, read before every entry */
+    uint32_t pauses;               /* nesting depth */
+    struct vmm_halt *halt;         /* NULL until it is watched; written once, under lock */
+    bool looking;                  /* vCPUs park for halt.c */
+    _Atomic bool wakes_by_message; /* some message was programmed to be no ordinary interrupt */
+    bool loop_held;                /* the I/O thread was asked to park, too; under lock */
     int stop_reason, stop_fd;
     uint64_t stop_code;
     uint32_t stop_vcpu;
@@ -169,13 +169,13 @@ struct vmm_vcpu {
 /* The vCPU whose run loop is on this thread, or NULL. */
 extern _Thread_local struct vmm_vcpu *vmm_current_vcpu;
 
-/* Tell whoever listens (vmm_vm_on_message) something a person should know. From any thread. */
+/* Report something a person should know, through vmm_vm_on_message. From any thread. */
 void vmm_vm_say(struct vmm_vm *vm, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 void vmm_bus_init(struct vmm_bus *bus);
 void vmm_bus_deinit(struct vmm_bus *bus);
 
-/* One access of 1..8 bytes on behalf of a vCPU. Answers whether a device claimed all of it; *tag is its name.
+/* Access 1 to 8 bytes for a vCPU. Returns whether devices claimed all of them; *tag is the last device's.
  */
 bool vmm_bus_access(struct vmm_vcpu *vcpu, int space, uint64_t address, uint32_t size, uint64_t *value,
                     bool write, uint32_t *tag);
@@ -184,7 +184,11 @@ int vmm_vm_create_chips(struct vmm_vm *vm);
 void vmm_memory_deinit(struct vmm_vm *vm); /* every region; the engine has forgotten them */
 int vmm_region_set_flags(struct vmm_vm *vm, uint32_t region, uint32_t flags);
 
-/* n bytes of guest memory at `host` were written by us; after the write. */
+/* Words of the bitmap below: of a region, and where a region's begin (of one past the last: how many there are). */
+size_t vmm_region_words(const struct vmm_region *region);
+size_t vmm_words_before(const struct vmm_vm *vm, uint32_t region);
+
+/* This process has written n bytes of guest memory at `host`; to be called after the write. */
 void vmm_vm_touch(struct vmm_vm *vm, const void *host, size_t n);
 static inline void vmm_vm_wrote(struct vmm_vm *vm, const void *host, size_t n)
 {
@@ -194,8 +198,8 @@ static inline void vmm_vm_wrote(struct vmm_vm *vm, const void *host, size_t n)
 
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
 
-/* Registers that wait in the run structure for the next KVM_RUN: given to KVM now, before anybody asks it for them. Not
+/* Give the engine the registers that wait in the vCPU's page for its next run, before its state is read. Not
  * while the vCPU runs. */
-int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu);
+int vmm_vcpu_flush_registers(struct vmm_vcpu *vcpu);
 
 #endif

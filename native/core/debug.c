@@ -70,7 +70,7 @@ static int set_guest_debug(struct vmm_vcpu *vcpu, uint32_t more)
 {
     const struct vmm_debug *debug = &vcpu->vm->debug;
     struct kvm_guest_debug to = {.control = more};
-    const int rc = vmm_vcpu_give_registers(vcpu); /* KVM notes where a step begins */
+    const int rc = vmm_vcpu_flush_registers(vcpu); /* KVM notes where a step begins */
     if (rc < 0)
         return rc;
     if (!vcpu->debug.step_over)
@@ -99,7 +99,7 @@ static int apply_to_all(struct vmm_vm *vm)
     return rc;
 }
 
-/* ---- while nobody runs ---- */
+/* ---- while no vCPU runs ---- */
 
 #define PARK_MS 10000 /* a vCPU that was started while paused parks before it enters the guest or a device */
 
@@ -248,7 +248,7 @@ static int make_room(struct vmm_debug *debug)
         return vmm_error_set(-ENOSPC, "more than %d software breakpoints", MAX_PLANTED);
     uint64_t *grown = realloc(debug->planted, room * sizeof(*grown));
     if (!grown)
-        return vmm_error_set(-ENOMEM, "software breakpoints");
+        return vmm_error_set(-ENOMEM, "no memory for software breakpoints");
     debug->planted = grown;
     debug->room = room;
     return 0;
@@ -507,7 +507,7 @@ static bool report_change(struct vmm_vcpu *vcpu)
     return false;
 }
 
-/* One instruction has been executed, for whom? */
+/* One instruction was executed: for a watchpoint, a step, or a debugger that follows. */
 static bool report_step(struct vmm_vcpu *vcpu)
 {
     bool watching = steps_to_watch(&vcpu->vm->debug), stepping = vcpu->debug.step;

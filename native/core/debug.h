@@ -24,7 +24,7 @@ struct vmm_debug {
     uint64_t *planted; /* guest-physical addresses, ascending */
     uint32_t n_planted, room;
     uint64_t events;  /* ever */
-    uint32_t pending; /* events not taken: while there are any, nobody runs */
+    uint32_t pending; /* events not taken: while there are any, no vCPU runs */
 };
 
 /* Of a vCPU. */

@@ -7,7 +7,8 @@ int vmm_vm_ioeventfd(struct vmm_vm *vm, int space, uint64_t address, uint32_t si
                      uint64_t value, int fd, bool assign)
 {
     if ((space != VMM_PIO && space != VMM_MMIO) || (match && !size))
-        return vmm_error_set(-EINVAL, "ioeventfd at %#llx", (unsigned long long)address);
+        return vmm_error_set(-EINVAL, "an ioeventfd at %#llx needs a space, and a size to match a value",
+                             (unsigned long long)address);
     const struct kvm_ioeventfd request = {
         .addr = address,
         .len = size,

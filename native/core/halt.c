@@ -159,7 +159,7 @@ static enum verdict verdict_of(struct vmm_vcpu *vcpu)
 {
     struct kvm_mp_state state;
     struct kvm_vcpu_events events;
-    if (vmm_vcpu_give_registers(vcpu) < 0 || vmm_engine_get(vcpu->engine, VMM_STATE_EVENTS, &events) < 0 ||
+    if (vmm_vcpu_flush_registers(vcpu) < 0 || vmm_engine_get(vcpu->engine, VMM_STATE_EVENTS, &events) < 0 ||
         has_events(&events) || vmm_engine_get(vcpu->engine, VMM_STATE_MP, &state) < 0)
         return AT_WORK;
     if (state.mp_state == KVM_MP_STATE_UNINITIALIZED || state.mp_state == KVM_MP_STATE_INIT_RECEIVED)
@@ -171,7 +171,7 @@ static enum verdict verdict_of(struct vmm_vcpu *vcpu)
 
 static enum verdict verdict_of_all(struct vmm_vm *vm)
 {
-    enum verdict all = atomic_load(&vm->odd_messages) || pins_wake(vm) ? IDLE : DEAD;
+    enum verdict all = atomic_load(&vm->wakes_by_message) || pins_wake(vm) ? IDLE : DEAD;
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         const enum verdict one = verdict_of(vm->vcpus[i]);
         all = one > all ? one : all;
@@ -193,7 +193,7 @@ bool vmm_halt_judge_locked(struct vmm_vm *vm)
     if (!vm->looking || !all_parked(vm))
         return false;
     vmm_halt_give_up_locked(vm);
-    if (vm->pauses || vm->debug.open) { /* whoever holds it may do anything to it */
+    if (vm->pauses || vm->debug.open) { /* its holder may change anything of it */
         sleep_until_active(halt);
         return false;
     }

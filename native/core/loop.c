@@ -95,7 +95,7 @@ static struct vmm_loop *loop_create(struct vmm_vm *vm)
 {
     struct vmm_loop *loop = calloc(1, sizeof(*loop));
     if (!loop) {
-        vmm_error_set(-ENOMEM, "the I/O thread");
+        vmm_error_set(-ENOMEM, "no memory for the I/O thread");
         return NULL;
     }
     loop->vm = vm;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The I/O thread of a machine: waits for file descriptors, calls whoever is behind them. It starts with the first
+ * The I/O thread of a machine: waits for file descriptors and calls their owners. It starts with the first
  * source and ends in vmm_vm_destroy, before memory goes. An idle source costs nothing.
  */
 #ifndef VMM_CORE_LOOP_H

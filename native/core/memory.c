@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Guest memory: regions, each of one mapping and one memory slot of the engine. */
 #include "core/core.h"
-#include "vmmsnapshot.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -23,8 +22,9 @@ static int check_region(const struct vmm_vm *vm, uint64_t gpa, uint64_t size, ui
 {
     uint64_t unit = flags & VMM_MEMORY_HUGE_2M ? 2u << 20 : 4096;
     if (!size || (gpa | size) % unit || gpa + (size - 1) < gpa)
-        return vmm_error_set(-EINVAL, "memory region %#llx+%#llx", (unsigned long long)gpa,
-                             (unsigned long long)size);
+        return vmm_error_set(
+            -EINVAL, "memory region %#llx+%#llx is empty, wraps, or is not a multiple of its page size",
+            (unsigned long long)gpa, (unsigned long long)size);
     if (vm->n_regions == VMM_MAX_REGIONS)
         return vmm_error_set(-ENOSPC, "more than %d memory regions", VMM_MAX_REGIONS);
     for (uint32_t i = 0; i < vm->n_regions; i++) {
@@ -107,7 +107,7 @@ int vmm_vm_add_memory_file(vmm_vm *vm, uint64_t gpa, uint64_t size, int fd, uint
     if (fstat(fd, &file) < 0)
         return vmm_error_errno("looking at the file of guest memory");
     if (flags || offset % 4096 || offset > (uint64_t)file.st_size || size > (uint64_t)file.st_size - offset)
-        return vmm_error_set(-EINVAL, "memory region %#llx+%#llx from a file of %lld bytes",
+        return vmm_error_set(-EINVAL, "memory region %#llx+%#llx is not in its file of %lld bytes",
                              (unsigned long long)gpa, (unsigned long long)size, (long long)file.st_size);
     struct vmm_region r = {.gpa = gpa, .size = size, .fd = -1, .flags = VMM_MEMORY_PRIVATE};
     r.host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, (off_t)offset);
@@ -130,7 +130,7 @@ int vmm_vm_add_memory_file(vmm_vm *vm, uint64_t gpa, uint64_t size, int fd, uint
 int vmm_vm_memory_fd(vmm_vm *vm, uint32_t region)
 {
     return region < vm->n_regions ? vm->regions[region].fd
-                                  : vmm_error_set(-EINVAL, "memory region %u", region);
+                                  : vmm_error_set(-EINVAL, "there is no memory region %u", region);
 }
 
 /* The mapping changes under KVM, which is told by the kernel; its address, and what is read there, stay the same. */
@@ -149,7 +149,7 @@ int vmm_vm_freeze_memory(vmm_vm *vm, int *fds)
         if (vm->regions[i].flags & VMM_MEMORY_PRIVATE)
             return vmm_error_set(-EALREADY, "guest memory is private already");
         if (vm->regions[i].flags & VMM_MEMORY_HUGE_2M)
-            return vmm_error_set(-ENOTSUP, "guest memory in huge pages");
+            return vmm_error_set(-ENOTSUP, "guest memory in huge pages cannot be frozen: use ordinary pages");
     }
     int rc = 0;
     for (uint32_t i = 0; i < vm->n_regions && rc == 0; i++) {
@@ -157,14 +157,6 @@ int vmm_vm_freeze_memory(vmm_vm *vm, int *fds)
         fds[i] = vm->regions[i].fd;
     }
     return rc;
-}
-
-int64_t vmm_vm_pages_in_use(vmm_vm *vm, uint32_t region, uint64_t *bitmap)
-{
-    if (region >= vm->n_regions)
-        return vmm_error_set(-EINVAL, "there is no memory region %u", region);
-    const struct vmm_region *r = &vm->regions[region];
-    return vmm_pages_find(r->host, r->size, r->fd, r->offset, r->flags & VMM_MEMORY_PRIVATE ? 1 : 0, bitmap);
 }
 
 void *vmm_vm_gpa(vmm_vm *vm, uint64_t gpa, uint64_t size)

@@ -23,7 +23,7 @@ int vmm_msi_create(struct vmm_vm *vm, struct vmm_msi **out)
 {
     *out = calloc(1, sizeof(**out));
     if (!*out)
-        return vmm_error_set(-ENOMEM, "interrupt routes");
+        return vmm_error_set(-ENOMEM, "no memory for interrupt routes");
     (*out)->vm = vm;
     (*out)->next_gsi = VMM_MSI_FIRST_GSI;
     pthread_mutex_init(&(*out)->lock, NULL);
@@ -51,7 +51,7 @@ static int make_room(struct vmm_msi *msi)
                                           (DEFAULT_ROUTES + msi->n + 1) * sizeof(msi->table->entries[0]));
     if (table)
         msi->table = table;
-    return vectors && table ? 0 : vmm_error_set(-ENOMEM, "interrupt routes");
+    return vectors && table ? 0 : vmm_error_set(-ENOMEM, "no memory for interrupt routes");
 }
 
 int vmm_msi_open(struct vmm_msi *msi, struct vmm_msi_vector *vector)
@@ -142,7 +142,7 @@ int vmm_msi_route(struct vmm_msi *msi, struct vmm_msi_vector *vector, uint64_t a
         vector->address = address;
         vector->data = data;
         if (data >> 8 & 6) /* neither fixed nor lowest priority (Intel SDM 3A, 11.11.2) */
-            atomic_store(&msi->vm->odd_messages, true);
+            atomic_store(&msi->vm->wakes_by_message, true);
         rc = give_table(msi);
         if (rc == 0)
             rc = attach(msi, vector);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Message-signalled interrupts: each vector has a GSI of its own, a route from that GSI to the message the guest
- * wrote, and an irqfd, so that whoever holds the eventfd (also another process) interrupts the guest by writing it.
+ * wrote, and an irqfd, so that a holder of the eventfd, another process included, interrupts the guest by writing it.
  *
  * One table a machine: KVM_SET_GSI_ROUTING replaces all of it, so the routes KVM sets by default (I/O APIC inputs
  * 0..23, both 8259s) are repeated in front. Changing it waits for a grace period (milliseconds): only a message

@@ -38,7 +38,7 @@ static int at_rest(const vmm_vcpu *vcpu)
 }
 
 /* In the order in which KVM_RUN takes them. */
-int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
+int vmm_vcpu_flush_registers(struct vmm_vcpu *vcpu)
 {
     int rc = at_rest(vcpu);
     if (rc < 0 || runs_elsewhere(vcpu)) /* its own thread gives what is left there before it leaves */
@@ -57,13 +57,13 @@ int vmm_vcpu_give_registers(struct vmm_vcpu *vcpu)
 
 static int get_part(vmm_vcpu *vcpu, enum vmm_state part, void *value)
 {
-    const int rc = vmm_vcpu_give_registers(vcpu);
+    const int rc = vmm_vcpu_flush_registers(vcpu);
     return rc ? rc : vmm_engine_get(vcpu->engine, part, value);
 }
 
 static int set_part(vmm_vcpu *vcpu, enum vmm_state part, const void *value)
 {
-    const int rc = vmm_vcpu_give_registers(vcpu);
+    const int rc = vmm_vcpu_flush_registers(vcpu);
     return rc ? rc : vmm_engine_set(vcpu->engine, part, value);
 }
 
@@ -90,7 +90,7 @@ int vmm_vcpu_set_sregs(vmm_vcpu *vcpu, const vmm_sregs *sregs)
 int vmm_vcpu_translate(vmm_vcpu *vcpu, uint64_t linear, uint64_t *gpa)
 {
     struct kvm_translation t = {.linear_address = linear};
-    int rc = vmm_vcpu_give_registers(vcpu);
+    int rc = vmm_vcpu_flush_registers(vcpu);
     rc = rc ? rc : vcpu->engine->ops->translate(vcpu->engine, &t);
     if (rc < 0)
         return rc;
@@ -111,9 +111,9 @@ int vmm_vcpu_set_cpuid(vmm_vcpu *vcpu, const vmm_cpuid_entry *entries, uint32_t 
 {
     struct cpuid_list list = {.head.nent = n};
     if (n > MAX_CPUID)
-        return vmm_error_set(-E2BIG, "%u CPUID entries", n);
+        return vmm_error_set(-E2BIG, "%u CPUID entries are more than an engine takes", n);
     memcpy(list.entries, entries, n * sizeof(*entries));
-    const int rc = vmm_vcpu_give_registers(vcpu);
+    const int rc = vmm_vcpu_flush_registers(vcpu);
     return rc ? rc : vcpu->engine->ops->set_cpuid(vcpu->engine, &list.head);
 }
 
@@ -125,7 +125,7 @@ struct msr_list {
 static int fill_msrs(struct msr_list *list, const uint32_t *index, const uint64_t *value, uint32_t n)
 {
     if (n > MAX_MSRS)
-        return vmm_error_set(-E2BIG, "%u MSRs", n);
+        return vmm_error_set(-E2BIG, "%u MSRs are more than one call takes", n);
     list->head.nmsrs = n;
     for (uint32_t i = 0; i < n; i++)
         list->entries[i] = (struct kvm_msr_entry){.index = index[i], .data = value ? value[i] : 0};
@@ -138,7 +138,7 @@ int vmm_vcpu_get_msrs(vmm_vcpu *vcpu, const uint32_t *index, uint64_t *value, ui
     struct msr_list list;
     memset(value, 0, n * sizeof(*value));
     int rc = fill_msrs(&list, index, NULL, n);
-    rc = rc ? rc : vmm_vcpu_give_registers(vcpu);
+    rc = rc ? rc : vmm_vcpu_flush_registers(vcpu);
     rc = rc ? rc : vcpu->engine->ops->get_msrs(vcpu->engine, &list.head);
     for (int i = 0; i < rc; i++)
         value[i] = list.entries[i].data;
@@ -149,7 +149,7 @@ int vmm_vcpu_set_msrs(vmm_vcpu *vcpu, const uint32_t *index, const uint64_t *val
 {
     struct msr_list list;
     int rc = fill_msrs(&list, index, value, n);
-    rc = rc ? rc : vmm_vcpu_give_registers(vcpu);
+    rc = rc ? rc : vmm_vcpu_flush_registers(vcpu);
     return rc ? rc : vcpu->engine->ops->set_msrs(vcpu->engine, &list.head);
 }
 

@@ -35,7 +35,7 @@ static void settle(struct vmm_vcpu *vcpu)
     }
 }
 
-/* Park while paused. Answers whether to go on. */
+/* Serve the requests: park while paused. Returns whether to run on. */
 static bool attend(struct vmm_vcpu *vcpu)
 {
     struct vmm_vm *vm = vcpu->vm;

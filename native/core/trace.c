@@ -81,7 +81,8 @@ static int start_locked(struct vmm_vm *vm, uint32_t capacity)
 int vmm_trace_start(vmm_vm *vm, uint32_t capacity)
 {
     if (capacity < CAPACITY_MIN || capacity > CAPACITY_MAX || (capacity & (capacity - 1)))
-        return vmm_error_set(-EINVAL, "a trace of %u events", capacity);
+        return vmm_error_set(-EINVAL, "a trace ring has a power of two of events, 64 to 2^24: not %u",
+                             capacity);
     pthread_mutex_lock(&vm->lock);
     int rc = start_locked(vm, capacity);
     pthread_mutex_unlock(&vm->lock);

@@ -7,8 +7,8 @@
  * moment room opens until a send falls short again, more_fd from when awaited output came until it is awaited again. A byte put behind others costs no system call.
  */
 #include "console.h"
-#include "core/core.h"
 #include "base/thread.h"
+#include "core/core.h"
 
 #include <errno.h>
 #include <pthread.h>

@@ -114,10 +114,10 @@ void vmm_pci_function_init(struct vmm_pci_function *f, const struct vmm_pci_iden
 void vmm_pci_add_bar(struct vmm_pci_function *f, unsigned bar, uint64_t size, const vmm_device_ops *ops,
                      void *opaque);
 
-/* A capability of `size` bytes, the first two its id and link. Answers its offset; there is room for 192 bytes. */
+/* A capability of `size` bytes, the first two its id and link. Returns its offset; there is room for 192 bytes. */
 uint32_t vmm_pci_add_capability(struct vmm_pci_function *f, uint8_t id, uint32_t size);
 
-/* Into a slot of the host (-1: the first that is free), BARs at free addresses. Answers the slot; see vmmpci.h. */
+/* Into a slot of the host (-1: the first that is free), BARs at free addresses. Returns the slot; see vmmpci.h. */
 int vmm_pci_insert(struct vmm_pci_host *host, struct vmm_pci_function *f, int slot);
 
 /* Out of it again; only before the machine has run or after vmm_vm_destroy. One that is in no slot is fine. */

@@ -10,7 +10,11 @@
 #ifndef VMM_DISK_BOUNCE_H
 #define VMM_DISK_BOUNCE_H
 
-#include "core/core.h"
+#include "base/error.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
 
 #define VMM_BOUNCE_LONG (256u << 10) /* bytes: shorter transfers are not worth it */
 #define VMM_BOUNCE_SIZE (1u << 20)   /* of a buffer */

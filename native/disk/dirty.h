@@ -17,7 +17,7 @@
 int vmm_disk_dirty_open(struct vmm_disk *disk, struct vmm_disk_dirty **out);
 uint64_t vmm_disk_dirty_count(const struct vmm_disk_dirty *log); /* clusters */
 /*
- * The first run at or after byte *at, which it is set to, and at most `max` bytes of it: clean from now on. Answers its
+ * The first run at or after byte *at, which it is set to, and at most `max` bytes of it: clean from now on. Returns its
  * bytes (the disk's last cluster may be a part of one); 0: there is none.
  */
 uint64_t vmm_disk_dirty_take(struct vmm_disk_dirty *log, uint64_t *at, uint64_t max);

@@ -75,11 +75,11 @@ enum { VMM_DISK_WAIT = 1 };
 
 /* What a kind adds. All but map and resize may be NULL: nothing is to be done. */
 struct vmm_disk_kind {
-    /* Where does the run that starts at `at` lie? Answers at least one byte of it and at most `size`. */
+    /* Where does the run that starts at `at` lie? Returns at least one byte of it and at most `size`. */
     struct vmm_extent (*map)(struct vmm_disk *disk, uint64_t at, uint64_t size);
     /* Before [at, at + size) is written, in disk->fd at data_at + at. VMM_DISK_WAIT: not yet, another operation first. */
     int (*prepare)(struct vmm_disk *disk, struct vmm_disk_io *io, uint64_t at, uint64_t size);
-    /* n bytes of `size` have been written. Answers how many of them count; the others are written again. */
+    /* n bytes of `size` have been written. Returns how many of them count; the others are written again. */
     uint64_t (*written)(struct vmm_disk *disk, uint64_t at, uint64_t n, uint64_t size);
     /* A flush: note what is to be recorded; once data are stable, record it (> 0: sync again); it is over. */
     int (*begin_flush)(struct vmm_disk *disk);

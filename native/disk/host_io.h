@@ -10,7 +10,12 @@
 #ifndef VMM_DISK_HOST_IO_H
 #define VMM_DISK_HOST_IO_H
 
-#include "core/core.h"
+#include "base/error.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
 
 #include <limits.h>
 #include <sys/uio.h>
@@ -45,7 +50,7 @@ void vmm_host_io_init(struct vmm_host_io *host, bool blocking);
 void vmm_host_io_deinit(struct vmm_host_io *host); /* nothing under way */
 
 /*
- * Each answers the result as the system call has it, -errno included, or VMM_HOST_IO_PENDING. `iov` stays put until
+ * Each returns the result as the system call has it, -errno included, or VMM_HOST_IO_PENDING. `iov` stays put until
  * then. direct: the file is open with O_DIRECT.
  */
 int64_t vmm_host_io_transfer(struct vmm_host_io *host, struct vmm_host_io_op *op, bool write, bool direct,

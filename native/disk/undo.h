@@ -19,7 +19,7 @@
  */
 int vmm_disk_undo_open(struct vmm_disk *disk, int fd, struct vmm_undo **out);
 /*
- * Make the disk what it was, and the log empty: it goes on from here. Answers how many clusters of 4096 bytes were
+ * Make the disk what it was, and the log empty: it goes on from here. Returns how many clusters of 4096 bytes were
  * written; -errno: some were not, and the log still has everything. What was written is stable after the next flush.
  */
 int64_t vmm_disk_undo_back(struct vmm_undo *undo);

@@ -19,7 +19,7 @@
 #ifndef VMM_ENGINE_H
 #define VMM_ENGINE_H
 
-#include "vmmcore.h"
+#include "vmm/vcpu.h"
 
 #include <linux/kvm.h>
 #include <stdbool.h>

@@ -21,12 +21,6 @@ static struct kvm_machine *machine_of(struct vmm_engine *engine)
     return (struct kvm_machine *)engine;
 }
 
-int kvm_ioctl(int fd, unsigned long request, const void *argument, const char *what)
-{
-    const int result = ioctl(fd, request, argument);
-    return result < 0 ? vmm_error_errno(what) : result;
-}
-
 static int vm_ioctl(struct vmm_engine *engine, unsigned long request, const void *argument, const char *what)
 {
     return kvm_ioctl(machine_of(engine)->fd, request, argument, what);

@@ -3,8 +3,10 @@
 #ifndef VMM_ENGINE_KVM_H
 #define VMM_ENGINE_KVM_H
 
+#include "base/error.h"
 #include "engine/engine.h"
 
+#include <sys/ioctl.h>
 #include <sys/types.h>
 
 struct kvm_machine {
@@ -22,7 +24,11 @@ struct kvm_vcpu {
 };
 
 /* An ioctl's result, or -errno with `what` as the error's text. */
-int kvm_ioctl(int fd, unsigned long request, const void *argument, const char *what);
+static inline int kvm_ioctl(int fd, unsigned long request, const void *argument, const char *what)
+{
+    const int result = ioctl(fd, request, argument);
+    return result < 0 ? vmm_error_errno(what) : result;
+}
 
 int kvm_create_vcpu(struct vmm_engine *engine, uint32_t id, struct vmm_engine_vcpu **out);
 void kvm_destroy_vcpu(struct vmm_engine_vcpu *vcpu);

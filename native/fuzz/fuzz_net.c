@@ -6,10 +6,12 @@
  */
 #include "ring.h"
 
-#include "virtio/net.c" /* its event handlers are called in the input's order */
+#include "virtio/net.c" /* its handlers are called in the input's order */
+#include "virtio/net_link.c"
 
 #include <sys/socket.h>
 
+#define NET_HEADER sizeof(struct vmm_net_header)
 #define SLOTS 16
 #define RINGS 0x100000ull
 #define BUFFERS 0x200000ull
@@ -99,7 +101,7 @@ static void drive(uint32_t choice)
     for (unsigned i = 0; i < 3; i++) {
         struct ring *ring = &rings[i];
         ring_init(ring, vm, RINGS + i * RING_BYTES, SLOTS, of_ring);
-        struct vmm_virtqueue *q = vmm_virtio_queue(dev, i < 2 ? i : control_queue(net));
+        struct vmm_virtqueue *q = vmm_virtio_queue(dev, i < 2 ? i : vmm_net_control_queue(net));
         ring_give(ring, &q->ring);
         vmm_virtqueue_enable(q);
     }
@@ -130,7 +132,7 @@ static void read_peer(void)
     if (n > 0)
         wired += (size_t)n;
     size_t at = 0;
-    const uint32_t prefix = header ? HEADER : 0;
+    const uint32_t prefix = header ? NET_HEADER : 0;
     while (wired - at >= 4) {
         uint32_t length;
         memcpy(&length, wire + at, 4);
@@ -140,10 +142,10 @@ static void read_peer(void)
             break;
         if (header) {
             struct vmm_net_header got, again;
-            memcpy(&got, wire + at + 4, HEADER);
+            memcpy(&got, wire + at + 4, NET_HEADER);
             again = got;
-            CHECK(vmm_net_header_check(&again, length - HEADER, VMM_OFFLOAD_ALL));
-            CHECK(!memcmp(&got, &again, HEADER));
+            CHECK(vmm_net_header_check(&again, length - NET_HEADER, VMM_OFFLOAD_ALL));
+            CHECK(!memcmp(&got, &again, NET_HEADER));
         }
         at += 4 + length;
     }
@@ -165,14 +167,14 @@ static uint32_t tcp(uint8_t *to, struct input *in, struct vmm_net_header *h)
     for (unsigned n = number(in, 1) % 4; n--;) /* and something wrong with it */
         to[number(in, 1) % 94] = (uint8_t)number(in, 1);
     if (number(in, 1) % 8 == 0)
-        take(in, h, HEADER);
+        take(in, h, NET_HEADER);
     return size;
 }
 
 static void send_to_device(const struct vmm_net_header *h, const uint8_t *bytes, uint32_t size)
 {
     static uint8_t out[16 + VMM_FRAME_MAX];
-    const uint32_t prefix = header ? HEADER : 0, length = htobe32(size + prefix);
+    const uint32_t prefix = header ? NET_HEADER : 0, length = htobe32(size + prefix);
     memcpy(out, &length, 4);
     memcpy(out + 4, h, prefix);
     memcpy(out + 4 + prefix, bytes, size);
@@ -187,13 +189,13 @@ static void transmit_step(struct input *in)
     uint8_t *frame = machine_at(vm, at, BUFFER_SIZE);
     const uint32_t how = number(in, 1), cut = 1 + number(in, 1);
     struct vmm_net_header h;
-    uint32_t size = number(in, 2) % (BUFFER_SIZE - HEADER);
+    uint32_t size = number(in, 2) % (BUFFER_SIZE - NET_HEADER);
     if (how & 1)
-        size = tcp(frame + HEADER, in, &h);
+        size = tcp(frame + NET_HEADER, in, &h);
     else
-        take(in, &h, HEADER);
-    memcpy(frame, &h, HEADER);
-    size = how & 2 ? cut : size + HEADER;
+        take(in, &h, NET_HEADER);
+    memcpy(frame, &h, NET_HEADER);
+    size = how & 2 ? cut : size + NET_HEADER;
     const struct piece pieces[] = {OUT(at, cut < size ? cut : size),
                                    {at + cut, cut < size ? size - cut : 1, how >> 2 & 1}};
     const unsigned n = cut < size || how & 4 ? 2 : 1;
@@ -226,7 +228,7 @@ static void step(struct input *in)
         const struct piece pieces[] = {OUT(BUFFERS, size), IN(BUFFERS + 64, 1)};
         if (sane)
             ring_offer(&rings[2], pieces, size % 8 ? 2 : 1);
-        kick(control_queue(net));
+        kick(vmm_net_control_queue(net));
         break;
     }
     case RAW: {
@@ -237,7 +239,7 @@ static void step(struct input *in)
         break;
     }
     case FRAME:
-        take(in, &h, HEADER);
+        take(in, &h, NET_HEADER);
         memset(bytes, 0x5a, sizeof(bytes));
         send_to_device(&h, bytes, number(in, 2) % (VMM_FRAME_MAX + 1));
         break;
@@ -251,8 +253,8 @@ static void step(struct input *in)
         break;
     case READY:
         if (net->end)
-            channel_ready(&net->channels[0].source,
-                          number(in, 1) % 2 ? EPOLLIN : EPOLLIN | EPOLLOUT | EPOLLHUP);
+            vmm_net_channel_ready(&net->channels[0].source,
+                                  number(in, 1) % 2 ? EPOLLIN : EPOLLIN | EPOLLOUT | EPOLLHUP);
         break;
     case READ:
         read_peer();

@@ -597,7 +597,7 @@ static void step(void)
         break;
     default: {
         VMM_VIRTIO_LOCKED(guest.dev);
-        vmm_virtio_config_write(guest.dev, offsetof(struct config, writeback), 1, how & 1);
+        vmm_virtio_config_write(guest.dev, offsetof(struct vmm_blk_config, writeback), 1, how & 1);
     }
     }
     CHECK(guest.dev->running);

@@ -79,7 +79,7 @@ uint64_t vmm_blk_size(vmm_blk *blk);
  * old bytes cannot be kept is an I/O error. All three wait for the requests that are under way; requests that are
  * taken while the disk goes back are of its future, so the machine had better be paused.
  *   open   fd: an empty file for the old bytes, of which a copy is kept; -1: in memory.
- *   back   Answers how many clusters of 4096 bytes were written, and leaves the log empty and open; -errno: some were
+ *   back   Returns how many clusters of 4096 bytes were written, and leaves the log empty and open; -errno: some were
  *          not, and the log has everything still. What was written is on stable storage after the next flush.
  * A device that is destroyed closes its logs.
  */
@@ -92,11 +92,11 @@ void vmm_blk_undo_close(vmm_blk *blk, vmm_undo *undo);
  * Copying a disk while its guest writes: a log of the clusters of 4096 bytes that requests have changed since it was
  * opened, and what the disk holds. While a log is open the disk keeps its size (-EBUSY).
  *   count  clusters in the log
- *   take   The first run at or after byte *at, which it is set to, at most `max` bytes of it: clean from now on. Answers
+ *   take   The first run at or after byte *at, which it is set to, at most `max` bytes of it: clean from now on. Returns
  *          its bytes, 0 if there is none. Taken before it is read, whatever a request changes meanwhile is in the log
  *          again.
- *   alike  From byte `at` on, how many bytes lie in one piece. *zeros: nothing has to be read to know that they are. In whole
- *          clusters, but at the end of a layer and of the disk; 0 behind that.
+ *   extent From byte `at` on, the bytes of the extent there; *zeros is true for a hole, which reads as zeros. In whole clusters, but at
+ *          the end of a layer and of the disk; 0 behind that.
  *   peek   Copy what a request would read; memory as O_DIRECT has it. The device's requests do not wait for it. -errno.
  * A device that is destroyed closes its logs.
  */
@@ -105,7 +105,7 @@ int vmm_blk_dirty_open(vmm_blk *blk, vmm_disk_dirty **out);
 uint64_t vmm_blk_dirty_count(vmm_blk *blk, vmm_disk_dirty *log);
 uint64_t vmm_blk_dirty_take(vmm_blk *blk, vmm_disk_dirty *log, uint64_t *at, uint64_t max);
 void vmm_blk_dirty_close(vmm_blk *blk, vmm_disk_dirty *log);
-uint64_t vmm_blk_alike(vmm_blk *blk, uint64_t at, int *zeros);
+uint64_t vmm_blk_extent(vmm_blk *blk, uint64_t at, int *zeros);
 int vmm_blk_peek(vmm_blk *blk, uint64_t at, uint64_t size, void *to);
 
 /* Make [at, at + size) of a file that is being filled zeros, and a hole if it can have one. -errno. */

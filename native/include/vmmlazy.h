@@ -1,17 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Memory that comes while the machine runs already (userfaultfd): of a snapshot, or of a machine that is moving here.
+ * Lazy guest memory, filled on demand through userfaultfd: from a snapshot, or from a machine that is being migrated here.
  *
- * Pages are marked as wanted. Whoever touches one - a vCPU, KVM on its behalf, a device, this process - waits until it
+ * Pages are marked as wanted. A thread that touches one - a vCPU, KVM on its behalf, a device, this process - waits until it
  * is installed, and goes on as if it had always been there. A page that is missing and not wanted is zeros. A thread
  * of its own answers; where pages come from:
  *
  * - a file (vmm_lazy_from_file), read as needed;
  * - a stream socket (vmm_lazy_connect). Request, 8 bytes: the page's guest-physical address. Answer, 16 bytes: that
  *   address, 4 bytes of what follows (0: nothing, the page is zeros; 1: its 4096 bytes), 4 bytes of zeros. All
- *   little-endian. Answers come in any order, and pages may be sent that nobody asked for. The socket is closed when
- *   every page is here;
- * - neither: vmm_lazy_wanted tells which pages are waited for, vmm_lazy_install installs them.
+ *   little-endian. Returns come in any order, and pages may be sent that nobody asked for. The socket is closed when
+ *   every page is here.
  *
  * A page is installed once. Once no page is wanted any more, memory is memory: nothing of this is left in its way.
  * Each machine has at most one, which ends with it. Not for memory in huge pages or from a file, nor where a server in
@@ -29,8 +28,7 @@ typedef struct vmm_lazy vmm_lazy;
 enum vmm_lazy_state {
     VMM_LAZY_IDLE = 0, /* not started */
     VMM_LAZY_SERVING = 1,
-    VMM_LAZY_LOST =
-        2, /* the source failed: who needs a page waits, for vmm_lazy_connect, _abandon, or a stop */
+    VMM_LAZY_LOST = 2,      /* the source failed: faults wait for vmm_lazy_connect, _abandon, or a stop */
     VMM_LAZY_DONE = 3,      /* every page is here */
     VMM_LAZY_ABANDONED = 4, /* pages are missing for good; the machine was stopped */
 };
@@ -62,13 +60,7 @@ int vmm_lazy_prefetch(vmm_lazy *lazy, const uint64_t *gpas, size_t n);
 /* And then all others. Without this a page comes when it is touched, or never. */
 void vmm_lazy_fetch_rest(vmm_lazy *lazy);
 
-/* Install the page at gpa; NULL: zeros. 1: done; 0: it was here already, and stays; -EINVAL: not the address of a page. */
-int vmm_lazy_install(vmm_lazy *lazy, uint64_t gpa, const void *page);
-
-/* Without file and socket: the pages that are waited for and were not told before. Answers how many of at most `max`. */
-size_t vmm_lazy_wanted(vmm_lazy *lazy, uint64_t *gpas, size_t max);
-
-/* An eventfd: readable after each change of state, and when there is something for vmm_lazy_wanted. */
+/* An eventfd: readable after each change of state. */
 int vmm_lazy_fd(vmm_lazy *lazy);
 
 int vmm_lazy_state(vmm_lazy *lazy); /* enum vmm_lazy_state */
@@ -84,7 +76,7 @@ int vmm_lazy_wait(vmm_lazy *lazy, int timeout_ms);
  */
 void vmm_lazy_abandon(vmm_lazy *lazy, const char *why);
 
-/* Wanted pages in the order in which they were touched (fetched unasked: not in it). Answers how many there are; the first
+/* Wanted pages in the order in which they were touched (fetched unasked: not in it). Returns how many there are; the first
  * `max` are copied. */
 size_t vmm_lazy_order(vmm_lazy *lazy, uint64_t *gpas, size_t max);
 

@@ -24,7 +24,7 @@ void vmm_net_destroy(vmm_net *net); /* after vmm_vm_destroy; closes the host end
 
 /*
  * Give it its host end, in place of the one it has; the link goes up. From any thread. The descriptors are the
- * device's if this answers 0, and are made non-blocking.
+ * device's if this returns 0, and are made non-blocking.
  * stream: a connected stream socket, each frame after its length in 32 bits, big-endian; `header`: the length counts a
  * virtio-net header before the frame, and both sides are machines of ours.
  * tap: as many queues of one tap interface, with IFF_NO_PI and IFF_VNET_HDR; the header's size is set here.

@@ -69,7 +69,7 @@ typedef struct vmm_virtio_pci vmm_virtio_pci;
 
 /*
  * Put a virtio device into a slot (-1: the first that is free). Its registers are BAR 0, 64-bit wide; MSI-X vectors:
- * one for configuration changes, one a queue. Answers the slot, or -EBUSY: it is taken; -ENOSPC: no slot is free, or
+ * one for configuration changes, one a queue. Returns the slot, or -EBUSY: it is taken; -ENOSPC: no slot is free, or
  * no address; -EINVAL: no such slot.
  */
 int vmm_virtio_pci_create(vmm_virtio *dev, vmm_pci_host *host, int slot, vmm_virtio_pci **out);

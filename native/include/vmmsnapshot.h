@@ -33,7 +33,7 @@ int vmm_pages_own(const void *host, uint64_t size, uint64_t *bitmap);
 /*
  * Find the pages of [host, host + size) that are not all zeros. Memory that was never touched is not touched now:
  * what lies in a hole of `fd` from `offset` on is known to be zeros (fd < 0: no such file). `privately`: the
- * memory is not the file itself; a page this process has of its own is looked at as well. Answers how many.
+ * memory is not the file itself; a page this process has of its own is looked at as well. Returns how many.
  */
 int64_t vmm_pages_find(const void *host, uint64_t size, int fd, uint64_t offset, int privately,
                        uint64_t *bitmap);

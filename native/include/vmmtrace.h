@@ -44,7 +44,7 @@ void vmm_trace_stop(vmm_vm *vm); /* what was traced can still be read */
 
 /*
  * Copy events of one thread (vcpu: its number, UINT32_MAX: the I/O thread) from *position on, oldest first; at most
- * `max`. Answers how many; *position moves behind them, *lost grows by those that were overwritten before.
+ * `max`. Returns how many; *position moves behind them, *lost grows by those that were overwritten before.
  */
 uint32_t vmm_trace_read(vmm_vm *vm, uint32_t vcpu, uint64_t *position, vmm_trace_event *events, uint32_t max,
                         uint64_t *lost);

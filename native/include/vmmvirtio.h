@@ -116,7 +116,7 @@ int vmm_virtio_load_own(vmm_virtio *dev, const uint64_t *own);
 typedef struct vmm_chain vmm_chain;
 vmm_chain *vmm_chain_create(void);
 void vmm_chain_destroy(vmm_chain *chain);
-/* 1: *chain holds the next request; 0: none. A broken ring breaks the device, and answers 0. */
+/* 1: *chain holds the next request; 0: none. A broken ring breaks the device, and returns 0. */
 int vmm_virtio_take(vmm_virtio *dev, uint32_t queue, vmm_chain *chain);
 uint64_t vmm_chain_size(const vmm_chain *chain, int in); /* bytes the device may read (in = 0) or write (1) */
 size_t vmm_chain_get(const vmm_chain *chain, uint64_t at, void *to, size_t n);

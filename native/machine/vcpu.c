@@ -16,7 +16,7 @@ int vmm_vcpu_create(vmm_vm *vm, uint32_t id, vmm_vcpu **out)
         return rc;
     struct vmm_vcpu *vcpu = calloc(1, sizeof(*vcpu));
     if (!vcpu)
-        return vmm_error_set(-ENOMEM, "vCPU");
+        return vmm_error_set(-ENOMEM, "no memory for a vCPU");
     vcpu->vm = vm;
     vcpu->id = id;
     rc = vm->engine->ops->create_vcpu(vm->engine, id, &vcpu->engine);

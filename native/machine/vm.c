@@ -23,7 +23,7 @@ static int prepare(struct vmm_vm *vm, const char *path)
     if (vm->stop_fd < 0)
         return vmm_error_errno("eventfd");
     vm->lines = calloc(VMM_MAX_LINES, sizeof(*vm->lines));
-    return vm->lines ? 0 : vmm_error_set(-ENOMEM, "interrupt lines");
+    return vm->lines ? 0 : vmm_error_set(-ENOMEM, "no memory for interrupt lines");
 }
 
 int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
@@ -31,7 +31,7 @@ int vmm_vm_create(const char *kvm_path, uint32_t flags, vmm_vm **out)
     *out = NULL;
     struct vmm_vm *vm = calloc(1, sizeof(*vm));
     if (!vm)
-        return vmm_error_set(-ENOMEM, "machine");
+        return vmm_error_set(-ENOMEM, "no memory for a machine");
     vm->stop_fd = -1;
     vm->flags = flags;
     vm->stop_vcpu = UINT32_MAX;

@@ -66,7 +66,7 @@ struct vmm_end_ops {
     /*
      * Take up to VMM_END_BATCH frames, the oldest first; the iov of all of them are one array without gaps, of at
      * most IOV_MAX.
-     * Answers how many were taken, which is fewer only when full. -errno: the peer is gone.
+     * Returns how many were taken, which is fewer only when full. -errno: the peer is gone.
      */
     int (*send)(struct vmm_end *end, unsigned channel, struct vmm_frame *frames, unsigned n);
     /* The oldest frame that was not taken: 1; 0: none until EPOLLIN; -errno: the peer is gone, or no such peer. */

@@ -33,7 +33,7 @@ struct vmm_segments {
 /* Begin with a frame whose checked header asks for segmentation. false: it is no such TCP frame. */
 bool vmm_segments_begin(struct vmm_segments *segments, const struct vmm_net_header *header,
                         const uint8_t *bytes, uint32_t size);
-/* The next segment into `to` (VMM_FRAME_MAX bytes), complete with checksums. Answers its size; 0: that was all. */
+/* The next segment into `to` (VMM_FRAME_MAX bytes), complete with checksums. Returns its size; 0: that was all. */
 uint32_t vmm_segments_next(struct vmm_segments *segments, uint8_t *to);
 
 #endif

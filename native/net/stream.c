@@ -7,7 +7,7 @@
  * but its length is known before a guest buffer is taken, its header is checked where nobody can change it, and a
  * frame that waits for guest buffers, or is being segmented, stays where it is.
  */
-#include "core/core.h"
+#include "base/error.h"
 #include "net/end.h"
 
 #include <assert.h>

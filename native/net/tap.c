@@ -3,7 +3,7 @@
  * Queues of a tap interface: one frame a system call, each after its virtio-net header. The kernel checksums and
  * segments what the guest did not agree to take.
  */
-#include "core/core.h"
+#include "base/error.h"
 #include "net/end.h"
 
 #include <errno.h>

@@ -6,9 +6,9 @@
 #ifndef VMM_TESTS_MACHINE_H
 #define VMM_TESTS_MACHINE_H
 
+#include "base/thread.h"
 #include "check.h"
 #include "core/core.h"
-#include "base/thread.h"
 
 #include <errno.h>
 #include <sys/mman.h>

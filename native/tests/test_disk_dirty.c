@@ -145,7 +145,7 @@ static void test_what_lies_nowhere_is_told_from_what_has_to_be_read(bool overlay
     guest_create(&g, b.disk, &(vmm_blk_options){.sector = 512, .queues = 1});
     uint64_t at = 0, n, nothing = 0;
     int zeros;
-    for (; (n = vmm_blk_alike(g.blk, at, &zeros)); at += n) {
+    for (; (n = vmm_blk_extent(g.blk, at, &zeros)); at += n) {
         CHECK(n <= SIZE - at);
         nothing += zeros ? n : 0;
         if (!zeros)
@@ -157,7 +157,7 @@ static void test_what_lies_nowhere_is_told_from_what_has_to_be_read(bool overlay
     CHECK(!memcmp(read, whole, SIZE));
     CHECK_EQUAL(vmm_blk_peek(g.blk, SIZE - 512, 1024, read), -ENODATA);
     CHECK_EQUAL(vmm_blk_peek(g.blk, UINT64_MAX, 1, read), -ENODATA);
-    CHECK_EQUAL(vmm_blk_alike(g.blk, UINT64_MAX, &zeros), 0);
+    CHECK_EQUAL(vmm_blk_extent(g.blk, UINT64_MAX, &zeros), 0);
     guest_destroy(&g);
     close(b.base);
     close(b.fd);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Memory that comes later: touched by threads and by the kernel, from files, sockets and by hand. */
+/* Lazy guest memory: touched by threads and by the kernel, filled from files and sockets. */
 #include "machine.h"
 
 #include "time/lazy.h"
@@ -337,42 +337,11 @@ static void test_a_server_that_breaks_the_protocol_is_lost(void)
     }
 }
 
-/* ---- by hand ---- */
+/* ---- the end ---- */
 
 static void *read_word(void *opaque)
 {
     return (void *)(uintptr_t) * (volatile uint64_t *)opaque;
-}
-
-static void test_pages_can_be_asked_for_and_installed_by_hand(void)
-{
-    vmm_vm *vm = machine_create();
-    vmm_lazy *l = lazy_create(vm);
-    uint64_t page[VMM_PAGE / 8], gpas[4];
-    fill(0x6000, page);
-    CHECK_EQUAL(vmm_lazy_install(l, 0x6000, page), -EBUSY); /* not started */
-    CHECK_EQUAL(vmm_lazy_start(l), 0);
-    CHECK_EQUAL(vmm_lazy_start(l), -EBUSY);
-    CHECK_EQUAL(vmm_lazy_want(l, 0, none), -EBUSY);
-    pthread_t thread;
-    void *word;
-    CHECK_EQUAL(pthread_create(&thread, NULL, read_word, machine_at(vm, 0x6000, 8)), 0);
-    struct pollfd event = {.fd = vmm_lazy_fd(l), .events = POLLIN};
-    uint64_t count;
-    while (!vmm_lazy_wanted(l, gpas, 4)) {
-        CHECK_EQUAL(poll(&event, 1, 10000), 1);
-        CHECK_EQUAL(read(event.fd, &count, 8), 8);
-    }
-    CHECK_EQUAL(gpas[0], 0x6000);
-    CHECK_EQUAL(vmm_lazy_wanted(l, gpas, 4), 0);
-    CHECK_EQUAL(vmm_lazy_install(l, 0x6000, page), 1);
-    pthread_join(thread, &word);
-    CHECK_EQUAL((uintptr_t)word, page[0]);
-    CHECK_EQUAL(vmm_lazy_install(l, 0x6000, NULL), 0);
-    CHECK(right(machine_at(vm, 0x6000, VMM_PAGE), 0x6000));
-    CHECK_EQUAL(vmm_lazy_install(l, 0x6001, page), -EINVAL);
-    CHECK_EQUAL(vmm_lazy_install(l, MACHINE_RAM, page), -EINVAL);
-    vmm_vm_destroy(vm);
 }
 
 static void test_abandoning_stops_the_machine_and_lets_waiters_go(void)
@@ -380,6 +349,8 @@ static void test_abandoning_stops_the_machine_and_lets_waiters_go(void)
     vmm_vm *vm = machine_create();
     vmm_lazy *l = lazy_create(vm);
     CHECK_EQUAL(vmm_lazy_start(l), 0);
+    CHECK_EQUAL(vmm_lazy_start(l), -EBUSY);
+    CHECK_EQUAL(vmm_lazy_want(l, 0, none), -EBUSY);
     pthread_t thread;
     void *word;
     CHECK_EQUAL(pthread_create(&thread, NULL, read_word, machine_at(vm, 0x6000, 8)), 0);
@@ -393,7 +364,6 @@ static void test_abandoning_stops_the_machine_and_lets_waiters_go(void)
     CHECK(strstr(message, "the other side is gone"));
     CHECK_EQUAL(vmm_lazy_state(l), VMM_LAZY_ABANDONED);
     CHECK_EQUAL(vmm_lazy_wait(l, -1), -ECANCELED);
-    CHECK_EQUAL(vmm_lazy_install(l, 0x6000, none), -EBUSY);
     CHECK_EQUAL(vmm_lazy_connect(l, 0), -EBUSY);
     vmm_vm_destroy(vm);
 }
@@ -466,7 +436,6 @@ int main(void)
     test_a_file_that_ends_too_early_is_a_lost_source();
     test_a_socket_that_drops_again_and_again_loses_and_doubles_nothing();
     test_a_server_that_breaks_the_protocol_is_lost();
-    test_pages_can_be_asked_for_and_installed_by_hand();
     test_abandoning_stops_the_machine_and_lets_waiters_go();
     test_a_machine_that_is_stopped_while_its_source_is_gone_waits_no_more();
     test_the_end_of_the_machine_lets_waiters_go();

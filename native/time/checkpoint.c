@@ -44,7 +44,8 @@ static int copy_private(const struct vmm_region *r, uint8_t *copy)
 {
     const uint64_t pages = r->size / PAGE_SIZE;
     uint64_t *own = calloc((pages + 63) / 64, sizeof(*own));
-    const int rc = own ? vmm_pages_own(r->host, r->size, own) : vmm_error_set(-ENOMEM, "checkpoint");
+    const int rc =
+        own ? vmm_pages_own(r->host, r->size, own) : vmm_error_set(-ENOMEM, "no memory for a checkpoint");
     for (uint64_t page = 0; rc == 0 && (page = vmm_bitmap_next(own, page, pages, true)) < pages; page++)
         memcpy(copy + page * PAGE_SIZE, r->host + page * PAGE_SIZE, PAGE_SIZE);
     free(own);
@@ -69,10 +70,11 @@ int vmm_checkpoint_create(vmm_vm *vm, vmm_checkpoint **out)
     *out = NULL;
     struct vmm_checkpoint *cp = calloc(1, sizeof(*cp));
     if (!cp)
-        return vmm_error_set(-ENOMEM, "checkpoint");
+        return vmm_error_set(-ENOMEM, "no memory for a checkpoint");
     cp->vm = vm;
     cp->vcpus = calloc(vm->n_vcpus ? vm->n_vcpus : 1, sizeof(*cp->vcpus));
-    int rc = cp->vcpus ? vmm_vm_save(vm, cp->vcpus, &cp->chips) : vmm_error_set(-ENOMEM, "checkpoint");
+    int rc = cp->vcpus ? vmm_vm_save(vm, cp->vcpus, &cp->chips)
+                       : vmm_error_set(-ENOMEM, "no memory for a checkpoint");
     rc = rc ? rc : vmm_dirty_open(vm, &cp->log); /* before the copy, which then has everything older */
     for (uint32_t i = 0; i < vm->n_regions && rc == 0; i++)
         rc = copy_region(cp, i);
@@ -125,19 +127,19 @@ static void copy_back(void *opaque, uint32_t region, uint64_t page)
     struct vmm_checkpoint *cp = opaque;
     uint8_t *now = cp->vm->regions[region].host + page * PAGE_SIZE;
     const uint8_t *then = cp->copies[region] + page * PAGE_SIZE;
-    if (cp->vm->shadowed && !cp->remapped)
+    if (cp->vm->shadow_paging && !cp->remapped)
         cp->remapped = may_map(now, then);
     memcpy(now, then, PAGE_SIZE);
 }
 
-int64_t vmm_checkpoint_restore_memory(vmm_checkpoint *cp)
+int64_t vmm_checkpoint_roll_back_memory(vmm_checkpoint *cp)
 {
     return vmm_dirty_undo(cp->log, copy_back, cp);
 }
 
-int vmm_checkpoint_restore_processors(vmm_checkpoint *cp)
+int vmm_checkpoint_roll_back_processors(vmm_checkpoint *cp)
 {
-    const int rc = vmm_vm_put_back(cp->vm, cp->vcpus, &cp->chips, cp->remapped);
+    const int rc = vmm_vm_roll_back(cp->vm, cp->vcpus, &cp->chips, cp->remapped);
     cp->remapped = cp->remapped && rc < 0;
     return rc;
 }

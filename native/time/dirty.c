@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Which pages of guest memory change: KVM's dirty log for what the guest writes, a bitmap of our own for what we do.
- *
- * Fetching empties both into every open log, so each log misses nothing whoever fetches. Who writes marks after the
- * write: a reader that copies a page after it fetched either has the write or will find the mark the next time.
+ * Dirty logs: pages that the guest has written, from the engine's dirty log, and pages that this process has written,
+ * from the bitmap of core/written.c. Fetching merges both into every open log and clears them, so no log misses a page
+ * that another has fetched. A writer marks after its write: a reader that copies a page after fetching either has the
+ * write, or finds the mark the next time.
  */
 #include "time/dirty.h"
 
@@ -11,63 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PAGE_SHIFT 12
-
 struct vmm_dirty {
     struct vmm_vm *vm;
     struct vmm_dirty *next;
     uint64_t *bits; /* of every region, one after another; each begins with a word of its own */
 };
 
-static size_t region_words(const struct vmm_region *r)
-{
-    return ((r->size >> PAGE_SHIFT) + 63) / 64;
-}
-
-/* Where a region's words begin; of one past the last: how many there are. */
-static size_t words_before(const struct vmm_vm *vm, uint32_t region)
-{
-    size_t words = 0;
-    for (uint32_t i = 0; i < region; i++)
-        words += region_words(&vm->regions[i]);
-    return words;
-}
-
-/* ---- what we write ---- */
-
-static void touch_pages(struct vmm_vm *vm, uint32_t region, uint64_t first, uint64_t last)
-{
-    _Atomic uint64_t *words = vm->touched + words_before(vm, region);
-    /* The write before the look: a bit that is set and about to be fetched says nothing of bytes that come after. */
-    atomic_thread_fence(memory_order_seq_cst);
-    for (uint64_t page = first; page <= last; page++) {
-        const uint64_t bit = 1ull << page % 64;
-        if (!(atomic_load_explicit(&words[page / 64], memory_order_relaxed) & bit))
-            atomic_fetch_or_explicit(&words[page / 64], bit, memory_order_release);
-    }
-}
-
-void vmm_vm_touch(struct vmm_vm *vm, const void *host, size_t n)
-{
-    for (uint32_t i = 0; i < vm->n_regions && n; i++) {
-        const struct vmm_region *r = &vm->regions[i];
-        const uint64_t at = (uint64_t)((const uint8_t *)host - r->host);
-        if ((uintptr_t)host < (uintptr_t)r->host || at >= r->size)
-            continue;
-        const uint64_t end = n < r->size - at ? at + n : r->size;
-        touch_pages(vm, i, at >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT);
-        return;
-    }
-}
-
-void vmm_vm_dirty(vmm_vm *vm, uint64_t gpa, uint64_t size)
-{
-    const void *host = vmm_vm_gpa(vm, gpa, size);
-    if (host)
-        vmm_vm_wrote(vm, host, size);
-}
-
-/* ---- KVM's log ---- */
+/* ---- fetching ---- */
 
 static int log_regions(struct vmm_vm *vm, bool on)
 {
@@ -83,7 +33,7 @@ static int log_regions(struct vmm_vm *vm, bool on)
 /* One region's news into every log, with dirty_lock held; `scratch` has room for its words. */
 static int fetch_region(struct vmm_vm *vm, uint32_t region, uint64_t *scratch)
 {
-    const size_t words = region_words(&vm->regions[region]), before = words_before(vm, region);
+    const size_t words = vmm_region_words(&vm->regions[region]), before = vmm_words_before(vm, region);
     const bool logged = vm->regions[region].flags & VMM_MEMORY_DIRTY_LOG;
     memset(scratch, 0, words * sizeof(*scratch));
     const int rc = logged ? vm->engine->ops->dirty_log(vm->engine, region, scratch) : 0;
@@ -102,9 +52,9 @@ static int fetch(struct vmm_vm *vm)
 {
     size_t most = 0;
     for (uint32_t i = 0; i < vm->n_regions; i++)
-        most = region_words(&vm->regions[i]) > most ? region_words(&vm->regions[i]) : most;
+        most = vmm_region_words(&vm->regions[i]) > most ? vmm_region_words(&vm->regions[i]) : most;
     uint64_t *scratch = malloc(most * sizeof(*scratch));
-    int rc = scratch ? 0 : vmm_error_set(-ENOMEM, "dirty log");
+    int rc = scratch ? 0 : vmm_error_set(-ENOMEM, "no memory for a dirty log");
     for (uint32_t i = 0; i < vm->n_regions && rc == 0; i++)
         rc = fetch_region(vm, i, scratch);
     free(scratch);
@@ -115,11 +65,11 @@ static int fetch(struct vmm_vm *vm)
 
 static int begin(struct vmm_vm *vm)
 {
-    const size_t words = words_before(vm, vm->n_regions);
+    const size_t words = vmm_words_before(vm, vm->n_regions);
     if (!vm->touched)
         vm->touched = calloc(words, sizeof(*vm->touched));
     if (!vm->touched)
-        return vmm_error_set(-ENOMEM, "dirty log");
+        return vmm_error_set(-ENOMEM, "no memory for a dirty log");
     for (size_t i = 0; i < words; i++)
         atomic_store_explicit(&vm->touched[i], 0, memory_order_relaxed);
     atomic_store(&vm->tracked, true);
@@ -136,11 +86,11 @@ int vmm_dirty_open(vmm_vm *vm, vmm_dirty **out)
 {
     *out = NULL;
     struct vmm_dirty *log = calloc(1, sizeof(*log));
-    uint64_t *bits = calloc(words_before(vm, vm->n_regions), sizeof(*bits));
+    uint64_t *bits = calloc(vmm_words_before(vm, vm->n_regions), sizeof(*bits));
     if (!log || !bits) {
         free(log);
         free(bits);
-        return vmm_error_set(-ENOMEM, "dirty log");
+        return vmm_error_set(-ENOMEM, "no memory for a dirty log");
     }
     *log = (struct vmm_dirty){.vm = vm, .bits = bits};
     pthread_mutex_lock(&vm->dirty_lock);
@@ -182,7 +132,7 @@ void vmm_dirty_close(vmm_dirty *log)
 int64_t vmm_dirty_collect(vmm_dirty *log)
 {
     struct vmm_vm *vm = log->vm;
-    const size_t words = words_before(vm, vm->n_regions);
+    const size_t words = vmm_words_before(vm, vm->n_regions);
     int64_t pages = 0;
     pthread_mutex_lock(&vm->dirty_lock);
     int rc = fetch(vm);
@@ -196,12 +146,13 @@ int64_t vmm_dirty_take(vmm_dirty *log, uint32_t region, uint64_t *bitmap, size_t
 {
     struct vmm_vm *vm = log->vm;
     if (region >= vm->n_regions)
-        return vmm_error_set(-EINVAL, "memory region %u", region);
-    if (words != region_words(&vm->regions[region]))
-        return vmm_error_set(-EMSGSIZE, "a bitmap of %zu words for memory region %u", words, region);
+        return vmm_error_set(-EINVAL, "there is no memory region %u", region);
+    if (words != vmm_region_words(&vm->regions[region]))
+        return vmm_error_set(-EMSGSIZE, "a bitmap of %zu words is not the size of memory region %u", words,
+                             region);
     int64_t pages = 0;
     pthread_mutex_lock(&vm->dirty_lock);
-    uint64_t *bits = log->bits + words_before(vm, region);
+    uint64_t *bits = log->bits + vmm_words_before(vm, region);
     for (size_t i = 0; i < words; i++)
         pages += __builtin_popcountll(bits[i]);
     memcpy(bitmap, bits, words * sizeof(*bits));
@@ -211,18 +162,18 @@ int64_t vmm_dirty_take(vmm_dirty *log, uint32_t region, uint64_t *bitmap, size_t
 }
 
 static int64_t undo_word(vmm_dirty *log, size_t word, uint32_t region, uint64_t page,
-                         void (*restore)(void *opaque, uint32_t region, uint64_t page), void *opaque)
+                         void (*copy_back)(void *opaque, uint32_t region, uint64_t page), void *opaque)
 {
     const uint64_t dirty = log->bits[word];
     for (uint64_t bits = dirty; bits; bits &= bits - 1)
-        restore(opaque, region, page + (unsigned)__builtin_ctzll(bits));
+        copy_back(opaque, region, page + (unsigned)__builtin_ctzll(bits));
     for (struct vmm_dirty *other = log->vm->dirty; other; other = other->next)
         other->bits[word] |= dirty;
     log->bits[word] = 0;
     return __builtin_popcountll(dirty);
 }
 
-int64_t vmm_dirty_undo(vmm_dirty *log, void (*restore)(void *opaque, uint32_t region, uint64_t page),
+int64_t vmm_dirty_undo(vmm_dirty *log, void (*copy_back)(void *opaque, uint32_t region, uint64_t page),
                        void *opaque)
 {
     struct vmm_vm *vm = log->vm;
@@ -231,9 +182,9 @@ int64_t vmm_dirty_undo(vmm_dirty *log, void (*restore)(void *opaque, uint32_t re
     const int rc = fetch(vm);
     size_t word = 0;
     for (uint32_t region = 0; region < vm->n_regions && rc == 0; region++)
-        for (size_t i = 0; i < region_words(&vm->regions[region]); i++, word++)
+        for (size_t i = 0; i < vmm_region_words(&vm->regions[region]); i++, word++)
             if (log->bits[word])
-                pages += undo_word(log, word, region, 64 * i, restore, opaque);
+                pages += undo_word(log, word, region, 64 * i, copy_back, opaque);
     pthread_mutex_unlock(&vm->dirty_lock);
     return rc < 0 ? rc : pages;
 }

@@ -5,7 +5,7 @@
 #include "core/core.h"
 #include "vmmlazy.h"
 
-/* Ends the thread; who waits for a page finds zeros. NULL is fine. */
+/* Stop the thread; pending faults resolve to zero pages. NULL is allowed. */
 void vmm_lazy_destroy(struct vmm_lazy *lazy);
 
 #endif

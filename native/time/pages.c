@@ -65,7 +65,7 @@ static int write_all(int fd, const void *bytes, size_t n, uint64_t at)
             continue;
         if (put <= 0)
             return put < 0 ? vmm_error_errno("writing memory to a file")
-                           : vmm_error_host(-EIO, "writing memory");
+                           : vmm_error_host(-EIO, "writing memory to a file: nothing was written");
         p += put, at += (uint64_t)put, n -= (size_t)put;
     }
     return 0;
@@ -208,7 +208,7 @@ struct checking {
     uint64_t offset, pages;
     const uint64_t *bitmap;
     const uint32_t *checksums;
-    _Atomic uint64_t next; /* page that nobody has taken on yet */
+    _Atomic uint64_t next; /* first page that no thread has taken */
     _Atomic bool failed;
 };
 
@@ -232,7 +232,7 @@ static int check_chunk(const struct checking *c, uint64_t first, uint64_t end, u
 static int check_pieces(struct checking *c)
 {
     uint8_t *buffer = new_buffer();
-    int rc = buffer ? 0 : vmm_error_set(-ENOMEM, "checking memory");
+    int rc = buffer ? 0 : vmm_error_set(-ENOMEM, "no memory to check a file of guest memory");
     for (uint64_t first; rc == 0 && !c->failed && (first = atomic_fetch_add(&c->next, PIECE)) < c->pages;) {
         const uint64_t end = first + PIECE < c->pages ? first + PIECE : c->pages;
         for (uint64_t chunk = first; chunk < end && rc == 0; chunk += PAGES_PER_CHUNK)
@@ -332,7 +332,7 @@ int vmm_file_crc32c(int fd, uint32_t *crc)
         return vmm_error_errno("lseek");
     uint8_t *buffer = new_buffer();
     if (!buffer)
-        return vmm_error_set(-ENOMEM, "checking a file");
+        return vmm_error_set(-ENOMEM, "no memory to check a file");
     uint64_t at = 0, from = 0, to = 0;
     int rc;
     *crc = 0;

@@ -145,7 +145,7 @@ static int find_msrs(const struct vmm_vcpu *vcpu)
         return n;
     vm->msrs = calloc(VMM_STATE_MSRS_MAX, sizeof(*vm->msrs));
     if (!vm->msrs)
-        return vmm_error_set(-ENOMEM, "the list of MSRs");
+        return vmm_error_set(-ENOMEM, "no memory for the list of MSRs");
     for (int i = 0; i < n; i++)
         add_msr(vcpu, indices[i]);
     return 0;
@@ -177,7 +177,7 @@ static int save_vcpu(struct vmm_vcpu *vcpu, const struct vmm_moment *at, vmm_vcp
     struct kvm_mp_state mp;
     uint64_t read_at;
     memset(to, 0, sizeof(*to));
-    int rc = vmm_vcpu_give_registers(vcpu);
+    int rc = vmm_vcpu_flush_registers(vcpu);
     rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_REGS, &to->regs);
     rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_SREGS, &to->sregs);
     rc = rc ? rc : vmm_engine_get(vcpu->engine, VMM_STATE_EVENTS, &to->events);
@@ -287,7 +287,7 @@ static int load_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 /*
  * Registers, segments and events may go in with the next entry, which costs nothing: each call does, and a roll-back is
  * mostly calls. Not where the vCPU waits for others to start it, which comes before that in KVM_RUN, nor for a debugger,
- * to whom KVM answers by where it believes the vCPU to be.
+ * which is told where KVM believes the vCPU to be.
  */
 static bool may_wait(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from)
 {
@@ -338,7 +338,7 @@ static int load_vcpu(struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, const st
     const struct kvm_mp_state mp = {.mp_state = from->mp_state};
     uint64_t beyond;
     if (from->n_msrs > VMM_STATE_MSRS_MAX)
-        return vmm_error_set(-EINVAL, "%u MSRs", from->n_msrs);
+        return vmm_error_set(-EINVAL, "a vCPU's state has %u MSRs, more than there are", from->n_msrs);
     vcpu->run->kvm_dirty_regs = 0;
     int rc = forget_translations(vcpu, from);
     rc = rc ? rc : load_xcr0(vcpu, from->xcr0);
@@ -435,7 +435,7 @@ static int load(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_
                 bool known, bool ahead)
 {
     struct vmm_moment at = {0};
-    int rc = remapped && vm->shadowed ? vm->engine->ops->forget_page_tables(vm->engine) : 0;
+    int rc = remapped && vm->shadow_paging ? vm->engine->ops->forget_page_tables(vm->engine) : 0;
     rc = rc ? rc : load_chips(vm, chips);
     rc = rc ? rc : vmm_clocks_load(vm, chips, ahead, &at);
     for (uint32_t i = 0; i < vm->n_vcpus && rc == 0; i++)
@@ -445,8 +445,8 @@ static int load(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_
     return rc ? rc : load_pit(vm, chips);
 }
 
-int vmm_vm_put_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
-                    bool remapped)
+int vmm_vm_roll_back(struct vmm_vm *vm, const vmm_vcpu_state *vcpus, const vmm_chips_state *chips,
+                     bool remapped)
 {
     return load(vm, vcpus, chips, remapped, true, false);
 }

@@ -1,12 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The block device (virtio 1.2, 5.2). */
-#include "virtio/blk.h"
-
-#include "core/bucket.h"
-#include "disk/dirty.h"
-#include "disk/disk.h"
-#include "disk/undo.h"
-#include "virtio/virtio.h"
+/* The block device (virtio 1.2, 5.2): requests, on the I/O thread, and the life of the device. */
+#include "virtio/blk_device.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -16,7 +10,6 @@
 
 #define DEVICE_ID 2
 #define QUEUE_SIZE 256
-#define QUEUES_MAX 16
 #define POOL VMM_HOST_IO_DEPTH /* requests under way; the others wait in their rings */
 
 /* A turn on the I/O thread: so many requests, or bytes (a millisecond from the page cache); then others have theirs. */
@@ -40,150 +33,11 @@ enum {
 };
 #define BIT(feature) (1ull << (feature))
 
-/* virtio 1.2, 5.2.4: little-endian, as is the host. */
-struct config {
-    uint64_t capacity;
-    uint32_t size_max, seg_max;
-    uint16_t cylinders;
-    uint8_t heads, sectors;
-    uint32_t blk_size;
-    uint8_t physical_block_exp, alignment_offset;
-    uint16_t min_io_size;
-    uint32_t opt_io_size;
-    uint8_t writeback, unused0;
-    uint16_t num_queues;
-    uint32_t max_discard_sectors, max_discard_seg, discard_sector_alignment;
-    uint32_t max_write_zeroes_sectors, max_write_zeroes_seg;
-    uint8_t write_zeroes_may_unmap, unused1[3];
-} __attribute__((packed));
-_Static_assert(offsetof(struct config, writeback) == 32 && sizeof(struct config) == 60, "virtio 1.2, 5.2.4");
-
-struct request {
-    struct vmm_disk_io io;
-    struct vmm_blk *blk;
-    struct request *next_free;
-    uint16_t queue;
-    uint16_t range; /* of parsed, under way */
-    uint8_t *status;
-    struct vmm_blk_request parsed;
-    struct iovec data[VMM_CHAIN_PIECES]; /* of the chain, for the disk, which consumes them */
-    struct vmm_chain chain;              /* last: of both only the beginning is touched */
-};
-
-struct vmm_blk {
-    struct vmm_virtio virtio;
-    struct vmm_disk *disk;
-    char *label;
-    struct vmm_blk_limits limits;
-    bool failed; /* a host error has been told */
-    uint8_t serial[VMM_BLK_ID];
-    struct vmm_source completions;
-    struct vmm_limiter limiter;
-    uint32_t held; /* queues in which requests wait for a free one, or for the limiter */
-    unsigned first_held;
-    uint32_t pushed; /* queues with answers that were not published */
-    struct request *pool, *free;
-    unsigned n_used; /* of pool, ever: the rest has not been touched */
-    vmm_blk_stats stats[QUEUES_MAX];
-};
-
-/* ---- parsing ---- */
-
-static uint32_t le32(const uint8_t *at)
-{
-    uint32_t value;
-    memcpy(&value, at, sizeof(value));
-    return value;
-}
-
-static uint64_t le64(const uint8_t *at)
-{
-    uint64_t value;
-    memcpy(&value, at, sizeof(value));
-    return value;
-}
-
-/* `sector` in units, size in bytes. */
-static bool fits(const struct vmm_blk_limits *limits, uint64_t sector, uint64_t size)
-{
-    if (sector > limits->size / VMM_BLK_UNIT)
-        return false;
-    const uint64_t at = sector * VMM_BLK_UNIT;
-    return size <= limits->size - at && at % limits->sector == 0 && size % limits->sector == 0;
-}
-
-static enum vmm_blk_status parse_data(const struct vmm_blk_limits *limits, uint64_t sector, uint64_t size,
-                                      struct vmm_blk_request *request)
-{
-    if (!fits(limits, sector, size))
-        return VMM_BLK_IOERR;
-    request->n_ranges = 1;
-    request->ranges[0] = (struct vmm_blk_range){.at = sector * VMM_BLK_UNIT, .size = size};
-    return VMM_BLK_OK;
-}
-
-/* 5.2.6.2: a flag that is not known, or unmap in a discard: UNSUPP; too many ranges, too long, outside: IOERR. */
-static enum vmm_blk_status parse_ranges(const struct vmm_blk_limits *limits, const uint8_t *ranges,
-                                        uint32_t n, uint64_t size, uint32_t sectors_max, uint32_t flags_known,
-                                        struct vmm_blk_request *request)
-{
-    if (!size || size != n || size % VMM_BLK_RANGE)
-        return VMM_BLK_IOERR;
-    request->n_ranges = (unsigned)(size / VMM_BLK_RANGE);
-    for (unsigned i = 0; i < request->n_ranges; i++) {
-        const uint8_t *range = ranges + i * VMM_BLK_RANGE;
-        const uint64_t sector = le64(range);
-        const uint32_t sectors = le32(range + 8), flags = le32(range + 12);
-        if (flags & ~flags_known)
-            return VMM_BLK_UNSUPP;
-        if (sectors > sectors_max || !fits(limits, sector, (uint64_t)sectors * VMM_BLK_UNIT))
-            return VMM_BLK_IOERR;
-        request->ranges[i] = (struct vmm_blk_range){
-            .at = sector * VMM_BLK_UNIT, .size = (uint64_t)sectors * VMM_BLK_UNIT, .unmap = flags & 1};
-    }
-    return VMM_BLK_OK;
-}
-
-enum vmm_blk_status vmm_blk_parse(const struct vmm_blk_limits *limits, const uint8_t *head, uint32_t n_head,
-                                  uint64_t out_size, uint64_t in_size, struct vmm_blk_request *request)
-{
-    const uint32_t type = le32(head);
-    const uint64_t sector = le64(head + 8);
-    const uint8_t *ranges = head + VMM_BLK_HEADER;
-    const uint32_t n_ranges = n_head - VMM_BLK_HEADER;
-    request->type = type;
-    request->n_ranges = 0;
-    switch (type) {
-    case VMM_BLK_FLUSH:
-        request->n_ranges = 1; /* of no bytes */
-        request->ranges[0] = (struct vmm_blk_range){0};
-        return VMM_BLK_OK;
-    case VMM_BLK_GET_ID:
-        return VMM_BLK_OK;
-    case VMM_BLK_IN:
-        return parse_data(limits, sector, in_size - 1, request);
-    case VMM_BLK_OUT:
-    case VMM_BLK_DISCARD:
-    case VMM_BLK_WRITE_ZEROES:
-        break;
-    default:
-        return VMM_BLK_UNSUPP;
-    }
-    if (limits->readonly)
-        return VMM_BLK_IOERR;
-    const uint64_t size = out_size - VMM_BLK_HEADER;
-    if (type == VMM_BLK_OUT)
-        return parse_data(limits, sector, size, request);
-    return type == VMM_BLK_DISCARD
-               ? parse_ranges(limits, ranges, n_ranges, size, VMM_BLK_DISCARD_MAX, 0, request)
-               : parse_ranges(limits, ranges, n_ranges, size, VMM_BLK_ZERO_MAX, 1, request);
-}
-
 /* ---- requests ---- */
 
-static struct request *take_free(struct vmm_blk *blk)
+static struct vmm_blk_job *take_free(struct vmm_blk *blk)
 {
-    struct request *r = blk->free;
+    struct vmm_blk_job *r = blk->free;
     if (r)
         blk->free = r->next_free;
     else if (blk->n_used < POOL)
@@ -191,7 +45,7 @@ static struct request *take_free(struct vmm_blk *blk)
     return r;
 }
 
-static void give_back(struct vmm_blk *blk, struct request *r)
+static void give_back(struct vmm_blk *blk, struct vmm_blk_job *r)
 {
     r->next_free = blk->free;
     blk->free = r;
@@ -201,7 +55,7 @@ static void give_back(struct vmm_blk *blk, struct request *r)
  * For dirty logs, all that may have been filled: the status lies beyond what `written` counts if data are missing
  * before it, and so do the bytes of a read that failed on the way.
  */
-static void filled(const struct request *r)
+static void filled(const struct vmm_blk_job *r)
 {
     for (unsigned i = 0; i < r->chain.n_in; i++) {
         const struct iovec *piece = &r->chain.iov[r->chain.n_out + i];
@@ -210,7 +64,7 @@ static void filled(const struct request *r)
 }
 
 /* The driver's part is over: what the used ring is to say was written, and what happened, counted. */
-static void answer(struct request *r, enum vmm_blk_status status, uint64_t data_in)
+static void answer(struct vmm_blk_job *r, enum vmm_blk_status status, uint64_t data_in)
 {
     struct vmm_blk *blk = r->blk;
     vmm_blk_stats *stats = &blk->stats[r->queue];
@@ -225,7 +79,7 @@ static void answer(struct request *r, enum vmm_blk_status status, uint64_t data_
     give_back(blk, r);
 }
 
-static void count(struct request *r)
+static void count(struct vmm_blk_job *r)
 {
     vmm_blk_stats *stats = &r->blk->stats[r->queue];
     switch (r->parsed.type) {
@@ -251,7 +105,7 @@ static void count(struct request *r)
     }
 }
 
-static void tell_failure(struct request *r)
+static void tell_failure(struct vmm_blk_job *r)
 {
     struct vmm_blk *blk = r->blk;
     if (blk->failed)
@@ -269,7 +123,7 @@ static void tell_failure(struct request *r)
 }
 
 /* The next range of the request, until one takes time. true: it is answered. */
-static bool go_on(struct request *r)
+static bool go_on(struct vmm_blk_job *r)
 {
     do {
         if (r->io.error) {
@@ -292,7 +146,7 @@ static bool go_on(struct request *r)
 
 static void io_done(struct vmm_disk_io *io)
 {
-    struct request *r = (void *)((uint8_t *)io - offsetof(struct request, io));
+    struct vmm_blk_job *r = (void *)((uint8_t *)io - offsetof(struct vmm_blk_job, io));
     if (r->blk->virtio.running) {
         go_on(r);
         return;
@@ -301,7 +155,7 @@ static void io_done(struct vmm_disk_io *io)
     give_back(r->blk, r); /* stopped: the rings are the driver's again */
 }
 
-static void answer_id(struct request *r)
+static void answer_id(struct vmm_blk_job *r)
 {
     const uint64_t room = r->chain.in_size - 1;
     const uint64_t n = room < VMM_BLK_ID ? room : VMM_BLK_ID;
@@ -310,7 +164,7 @@ static void answer_id(struct request *r)
 }
 
 /* The chain's buffers without header and status: what the data are read from or written to. */
-static void set_buffers(struct request *r)
+static void set_buffers(struct vmm_blk_job *r)
 {
     const struct vmm_chain *chain = &r->chain;
     const struct iovec *last = &chain->iov[chain->n_out + chain->n_in - 1];
@@ -339,7 +193,7 @@ static enum vmm_disk_op op_of(enum vmm_blk_type type)
 }
 
 /* What the rate limit counts: bytes that are moved, or may have to be. */
-static uint64_t bytes_of(const struct request *r)
+static uint64_t bytes_of(const struct vmm_blk_job *r)
 {
     uint64_t bytes = 0;
     for (unsigned i = 0; i < r->parsed.n_ranges && r->parsed.type != VMM_BLK_DISCARD; i++)
@@ -350,13 +204,13 @@ static uint64_t bytes_of(const struct request *r)
 /* 5.2.6.2: a write is stable when it completes if the driver did not agree to flush, or switched the cache off. */
 static bool writes_through(const struct vmm_blk *blk)
 {
-    const struct config *config = (const void *)blk->virtio.config;
+    const struct vmm_blk_config *config = (const void *)blk->virtio.config;
     return vmm_virtio_has(&blk->virtio, F_CONFIG_WCE) ? !config->writeback
                                                       : !vmm_virtio_has(&blk->virtio, F_FLUSH);
 }
 
-/* A chain as it was taken from its ring. Answers the bytes it moves. */
-static uint64_t begin(struct vmm_blk *blk, struct request *r, unsigned queue)
+/* A chain as it was taken from its ring. Returns the bytes it moves. */
+static uint64_t begin(struct vmm_blk *blk, struct vmm_blk_job *r, unsigned queue)
 {
     uint8_t head[VMM_BLK_HEADER + VMM_BLK_RANGES_MAX * VMM_BLK_RANGE];
     const size_t n_head = vmm_chain_read(&r->chain, 0, head, sizeof(head));
@@ -394,7 +248,7 @@ static void publish(struct vmm_blk *blk)
 /* Take one request, if there is one and it may go. */
 static bool take(struct vmm_blk *blk, unsigned queue, uint64_t *bytes)
 {
-    struct request *r = vmm_limiter_open(&blk->limiter) ? take_free(blk) : NULL;
+    struct vmm_blk_job *r = vmm_limiter_open(&blk->limiter) ? take_free(blk) : NULL;
     if (!r) {
         blk->held |= 1u << queue;
         return false;
@@ -506,10 +360,10 @@ static void stop(void *opaque)
     vmm_loop_remove(blk->virtio.loop, &blk->completions);
     vmm_disk_drain(blk->disk, true);
     blk->held = blk->pushed = 0;
-    ((struct config *)blk->virtio.config)->writeback = 1;
+    ((struct vmm_blk_config *)blk->virtio.config)->writeback = 1;
 }
 
-static void quiesce(void *opaque)
+void vmm_blk_quiesce(void *opaque)
 {
     struct vmm_blk *blk = opaque;
     vmm_disk_drain(blk->disk, false);
@@ -531,13 +385,13 @@ static int load(void *opaque, const uint64_t *own)
                                (unsigned long long)own[0], (unsigned long long)blk->limits.size);
 }
 
-/* ---- for the monitor ---- */
+/* ---- life ---- */
 
 static int check(const char *name, vmm_disk *disk, const vmm_blk_options *options)
 {
     if (options->sector != 512 && options->sector != 4096)
         return vmm_error_set(-EINVAL, "%s: sectors of %u bytes", name, options->sector);
-    if (!options->queues || options->queues > QUEUES_MAX)
+    if (!options->queues || options->queues > VMM_BLK_QUEUES_MAX)
         return vmm_error_set(-EINVAL, "%s: %u queues", name, options->queues);
     if (vmm_disk_size(disk) % options->sector || !vmm_disk_size(disk))
         return vmm_error_set(-EINVAL, "%s: %llu bytes are not whole sectors", name,
@@ -549,7 +403,7 @@ static int check(const char *name, vmm_disk *disk, const vmm_blk_options *option
 
 static void fill_config(struct vmm_blk *blk, const vmm_blk_options *options)
 {
-    const struct config config = {
+    const struct vmm_blk_config config = {
         .capacity = blk->limits.size / VMM_BLK_UNIT,
         .seg_max = QUEUE_SIZE - 2, /* header and status take one each */
         .blk_size = options->sector,
@@ -565,7 +419,7 @@ static void fill_config(struct vmm_blk *blk, const vmm_blk_options *options)
         .write_zeroes_may_unmap = 1,
     };
     memcpy(blk->virtio.config, &config, sizeof(config));
-    blk->virtio.writable_at = offsetof(struct config, writeback);
+    blk->virtio.writable_at = offsetof(struct vmm_blk_config, writeback);
     blk->virtio.writable_size = 1;
 }
 
@@ -573,7 +427,7 @@ int vmm_blk_create(vmm_vm *vm, const char *name, const char *label, vmm_disk *di
                    const vmm_blk_options *options, vmm_blk **out)
 {
     static const vmm_virtio_ops ops = {
-        .start = start, .kick = kick, .stop = stop, .quiesce = quiesce, .save = save, .load = load};
+        .start = start, .kick = kick, .stop = stop, .quiesce = vmm_blk_quiesce, .save = save, .load = load};
     int rc = check(name, disk, options);
     if (rc < 0)
         return rc;
@@ -585,14 +439,14 @@ int vmm_blk_create(vmm_vm *vm, const char *name, const char *label, vmm_disk *di
     blk->limits = (struct vmm_blk_limits){
         .size = vmm_disk_size(disk), .sector = options->sector, .readonly = options->readonly};
     memcpy(blk->serial, options->serial, sizeof(blk->serial));
-    uint16_t sizes[QUEUES_MAX];
-    for (unsigned i = 0; i < QUEUES_MAX; i++)
+    uint16_t sizes[VMM_BLK_QUEUES_MAX];
+    for (unsigned i = 0; i < VMM_BLK_QUEUES_MAX; i++)
         sizes[i] = QUEUE_SIZE;
     const uint64_t features = BIT(F_SEG_MAX) | BIT(F_BLK_SIZE) | BIT(F_FLUSH) | BIT(F_TOPOLOGY) |
                               BIT(F_CONFIG_WCE) | (options->queues > 1 ? BIT(F_MQ) : 0) |
                               (options->readonly ? BIT(F_RO) : BIT(F_DISCARD) | BIT(F_WRITE_ZEROES));
     rc = blk->pool && blk->label ? vmm_virtio_init(&blk->virtio, vm, &ops, blk, DEVICE_ID, name, features,
-                                                   options->queues, sizes, sizeof(struct config))
+                                                   options->queues, sizes, sizeof(struct vmm_blk_config))
                                  : vmm_error_set(-ENOMEM, "%s", name);
     if (!rc)
         rc = vmm_limiter_init(&blk->limiter, blk->virtio.loop, options->bytes_per_second,
@@ -625,154 +479,4 @@ void vmm_blk_destroy(vmm_blk *blk)
 vmm_virtio *vmm_blk_virtio(vmm_blk *blk)
 {
     return &blk->virtio;
-}
-
-int vmm_blk_resize(vmm_blk *blk, uint64_t size, int follow)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    if (!size || size % blk->limits.sector)
-        return vmm_error_set(-EINVAL, "%s: %llu bytes are not whole sectors", blk->virtio.name,
-                             (unsigned long long)size);
-    quiesce(blk); /* what was inside the old size has happened before the new one */
-    const int rc = vmm_disk_resize(blk->disk, size, follow);
-    if (rc < 0)
-        return rc;
-    blk->limits.size = size;
-    const uint64_t capacity = size / VMM_BLK_UNIT;
-    vmm_virtio_set_config(&blk->virtio, offsetof(struct config, capacity), &capacity, sizeof(capacity));
-    return 0;
-}
-
-int vmm_blk_undo_open(vmm_blk *blk, int fd, vmm_undo **out)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    quiesce(blk);
-    return vmm_disk_undo_open(blk->disk, fd, out);
-}
-
-int64_t vmm_blk_undo_back(vmm_blk *blk, vmm_undo *undo)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    quiesce(blk);
-    return vmm_disk_undo_back(undo);
-}
-
-void vmm_blk_undo_close(vmm_blk *blk, vmm_undo *undo)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    vmm_disk_undo_close(undo);
-}
-
-int vmm_blk_dirty_open(vmm_blk *blk, vmm_disk_dirty **out)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    return vmm_disk_dirty_open(blk->disk, out);
-}
-
-uint64_t vmm_blk_dirty_count(vmm_blk *blk, vmm_disk_dirty *log)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    return vmm_disk_dirty_count(log);
-}
-
-uint64_t vmm_blk_dirty_take(vmm_blk *blk, vmm_disk_dirty *log, uint64_t *at, uint64_t max)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    return vmm_disk_dirty_take(log, at, max);
-}
-
-void vmm_blk_dirty_close(vmm_blk *blk, vmm_disk_dirty *log)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    vmm_disk_dirty_close(log);
-}
-
-/* Its files are open for as long as the device is: what lies there is read without the lock. */
-static struct vmm_extent extent_at(struct vmm_blk *blk, uint64_t at, uint64_t size)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    const uint64_t left = at < blk->limits.size ? blk->limits.size - at : 0;
-    if (size > left)
-        size = left;
-    return size ? blk->disk->kind->map(blk->disk, at, size) : (struct vmm_extent){.fd = -1};
-}
-
-uint64_t vmm_blk_alike(vmm_blk *blk, uint64_t at, int *zeros)
-{
-    const struct vmm_extent extent = extent_at(blk, at, UINT64_MAX);
-    *zeros = 1;
-    if (extent.fd < 0)
-        return extent.size;
-    const off_t data = lseek(extent.fd, (off_t)extent.at, SEEK_DATA);
-    if (data < 0 && errno == ENXIO)
-        return extent.size; /* a hole to the end of the file */
-    const uint64_t hole = data < 0 ? 0 : ((uint64_t)data - extent.at) & ~(VMM_DISK_CLUSTER - 1);
-    if (hole)
-        return hole < extent.size ? hole : extent.size;
-    *zeros = 0;
-    const off_t next = data < 0 ? -1 : lseek(extent.fd, data, SEEK_HOLE);
-    if (next < data || next < 0)
-        return extent.size; /* a block device does not say */
-    const uint64_t size = ((uint64_t)next - extent.at + VMM_DISK_CLUSTER - 1) & ~(VMM_DISK_CLUSTER - 1);
-    return size && size < extent.size ? size : extent.size;
-}
-
-int vmm_blk_peek(vmm_blk *blk, uint64_t at, uint64_t size, void *to)
-{
-    for (uint8_t *next = to; size;) {
-        const struct vmm_extent extent = extent_at(blk, at, size);
-        int64_t got = extent.size ? (int64_t)extent.size : -ENODATA;
-        if (extent.size && extent.fd < 0)
-            memset(next, 0, extent.size);
-        else if (extent.size)
-            got = vmm_disk_read_whole(extent.fd, next, extent.size, extent.at);
-        if (got >= 0 && (uint64_t)got < extent.size)
-            got = -ENODATA;
-        if (got < 0)
-            return vmm_error_set((int)got, "%s: reading %s at byte %llu: %s", blk->virtio.name, blk->label,
-                                 (unsigned long long)at,
-                                 got == -ENODATA ? "the file ends before it" : strerror((int)-got));
-        next += extent.size;
-        at += extent.size;
-        size -= extent.size;
-    }
-    return 0;
-}
-
-static void synced(struct vmm_disk_io *io)
-{
-    (void)io;
-}
-
-int vmm_blk_sync(vmm_blk *blk)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    quiesce(blk);
-    struct vmm_disk_io io = {.op = VMM_DISK_FLUSH, .done = synced};
-    if (!vmm_disk_start(blk->disk, &io))
-        vmm_disk_drain(blk->disk, false);
-    return io.error ? vmm_error_host(io.error, "%s: flushing %s: %s", blk->virtio.name, blk->label,
-                                     strerror(-io.error))
-                    : 0;
-}
-
-uint64_t vmm_blk_size(vmm_blk *blk)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    return blk->limits.size;
-}
-
-int vmm_blk_get_stats(vmm_blk *blk, uint32_t queue, vmm_blk_stats *stats)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    if (queue >= blk->virtio.n_queues)
-        return vmm_error_set(-EINVAL, "%s has %u queues", blk->virtio.name, blk->virtio.n_queues);
-    *stats = blk->stats[queue];
-    return 0;
-}
-
-uint64_t vmm_blk_throttled(vmm_blk *blk)
-{
-    VMM_VIRTIO_LOCKED(&blk->virtio);
-    return blk->limiter.throttled;
 }

@@ -45,7 +45,7 @@ struct vmm_blk_request {
 
 /*
  * head: the first n_head bytes the driver lets the device read, at most VMM_BLK_HEADER + VMM_BLK_RANGES_MAX *
- * VMM_BLK_RANGE; out_size and in_size: all it lets it read and write. Answers VMM_BLK_OK, or what to answer the driver.
+ * VMM_BLK_RANGE; out_size and in_size: all it lets it read and write. Returns VMM_BLK_OK, or what to answer the driver.
  * The caller has seen to it that there is a whole header, and a byte for the status.
  */
 enum vmm_blk_status vmm_blk_parse(const struct vmm_blk_limits *limits, const uint8_t *head, uint32_t n_head,

@@ -125,13 +125,13 @@ bool vmm_queue_arm(struct vmm_queue *q);
 
 /* ---- bytes of a chain ---- */
 
-/* Copy out of the device-readable part from byte `at`; answers how many there were (less than n at the end). */
+/* Copy out of the device-readable part from byte `at`; returns how many there were (less than n at the end). */
 size_t vmm_chain_read(const struct vmm_chain *chain, uint64_t at, void *to, size_t n);
-/* Copy into the device-writable part from byte `at`, for dirty logs as well; answers how many fitted. */
+/* Copy into the device-writable part from byte `at`, for dirty logs as well; returns how many fitted. */
 size_t vmm_chain_write(const struct vmm_chain *chain, uint64_t at, const void *from, size_t n);
 /*
  * The pieces of [at, at + n) of one part (in: the device-writable one) in iov: for readv, writev and their like.
- * Answers how many pieces; stops early at the end of the part. `iov` has room for VMM_CHAIN_PIECES.
+ * Returns how many pieces; stops early at the end of the part. `iov` has room for VMM_CHAIN_PIECES.
  */
 unsigned vmm_chain_slice(const struct vmm_chain *chain, bool in, uint64_t at, uint64_t n, struct iovec *iov);
 

@@ -48,7 +48,7 @@ static void taken(struct vsock_connection *c, uint32_t n)
         shutdown(c->source.fd, SHUT_WR);
 }
 
-/* Answers bytes taken; refuse_bytes was called if there will never be any more. */
+/* Returns bytes taken; refuse_bytes was called if there will never be any more. */
 static uint32_t send_some(struct vsock_connection *c, struct iovec *pieces, unsigned n)
 {
     const struct msghdr message = {.msg_iov = pieces, .msg_iovlen = n};

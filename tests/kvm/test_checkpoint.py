@@ -267,8 +267,8 @@ def test_page_tables_that_went_back_are_those_the_guest_is_translated_by() -> No
                 check(lib.vmm_checkpoint_create(guest.vm, made))
             assert guest.run() == "done"
             assert guest.memory.read(data, 1) == bytes([after])
-            check(lib.vmm_checkpoint_restore_memory(made[0]))
-            check(lib.vmm_checkpoint_restore_processors(made[0]))
+            check(lib.vmm_checkpoint_roll_back_memory(made[0]))
+            check(lib.vmm_checkpoint_roll_back_processors(made[0]))
     finally:
         lib.vmm_checkpoint_destroy(made[0])
         guest.close()

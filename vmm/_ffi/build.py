@@ -42,10 +42,16 @@ KVM_NUMBERS = [
 ]  # fmt: skip
 
 
+# Headers of the core in the order of dependence, as native/include/vmmcore.h has them.
+CORE = ["error", "vm", "memory", "dirty", "line", "bus", "vcpu", "state", "checkpoint", "run", "history", "compat",
+        "console", "uart"]  # fmt: skip
+
+
 def headers() -> list[str]:
     """The boundary, in the order of dependence: the core, virtio, then what is built on them."""
-    first = ["vmmcore.h", "vmmvirtio.h"]
-    return first + sorted(path.name for path in INCLUDE.glob("vmm*.h") if path.name not in first)
+    first = [*(f"vmm/{name}.h" for name in CORE), "vmmvirtio.h"]
+    rest = sorted(path.name for path in INCLUDE.glob("vmm*.h") if path.name != "vmmcore.h")
+    return first + [name for name in rest if name not in first]
 
 
 def declarations() -> str:

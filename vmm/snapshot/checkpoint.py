@@ -59,11 +59,11 @@ class Checkpoint:
         # A device forgets what is in flight, which may still have written memory; it drives the lines of the chips.
         for device, state in self._states:
             device.roll_back(state)
-        self.pages = check(lib.vmm_checkpoint_restore_memory(self._native))
+        self.pages = check(lib.vmm_checkpoint_roll_back_memory(self._native))
         for undo in self._disks:
             undo.rollback()
         self._console.rewind(self._input)
-        check(lib.vmm_checkpoint_restore_processors(self._native))
+        check(lib.vmm_checkpoint_roll_back_processors(self._native))
 
     @property
     def closed(self) -> bool:

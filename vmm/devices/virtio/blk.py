@@ -198,7 +198,7 @@ class Blk(VirtioDevice):
         for. Clusters of 4096 bytes, but at the end of a layer."""
         zeros = ffi.new("int *")
         at = first = 0
-        while size := int(lib.vmm_blk_alike(self._blk, at, zeros)):
+        while size := int(lib.vmm_blk_extent(self._blk, at, zeros)):
             if zeros[0] and at > first:
                 yield first, at - first
             at += size

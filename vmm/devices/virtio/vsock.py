@@ -55,10 +55,6 @@ class Vsock(VirtioDevice):
         names = ("from_host", "from_guest", "resets")
         return {"now": int(info.connections), **{name: int(getattr(info, name)) for name in names}}
 
-    def disconnect(self) -> None:
-        """End every connection, and tell the guest that its transport was reset."""
-        lib.vmm_vsock_disconnect(self._vsock)
-
     def destroy(self) -> None:
         """Close every socket, remove ``path``, free the native half."""
         if self._vsock is not None:
