@@ -109,7 +109,7 @@ coverage-python: $(VENV)/.coverage
 	mkdir -p build/coverage/report
 	$(BIN)/coverage html --quiet --directory build/coverage/report/python
 	$(BIN)/coverage report > build/coverage/report/python.txt
-	@tail -1 build/coverage/report/python.txt
+	@echo "vmm: $$($(BIN)/coverage report --format=total) % of lines and branches"
 
 ## wheel: one abi3 manylinux wheel in dist, tried in a bare virtual environment
 wheel: $(VENV)/.wheel

@@ -29,6 +29,7 @@ def main(guest: str) -> None:
     done = subprocess.run([command, "boot", "--kernel", guest], capture_output=True, text=True, timeout=120)
     print(done.stdout, done.stderr, sep="", end="")
     assert "hello" in done.stdout.lower(), "the guest printed no greeting"
+    assert done.returncode == 33, f"the guest ended with status {done.returncode}, not with 0x10 at the debug-exit port"
     print(f"{printed.strip()}: booted from {home}, exit status {done.returncode}")
 
 

@@ -49,6 +49,30 @@ def test_code_of_a_page_runs(page: str, leaves: set[str], tmp_path: Path, monkey
     assert leaves <= names.keys()
 
 
+# Words of people for threads, devices and pages: CONTRIBUTING.md says what to write instead.
+NOT_THE_FIELDS_OWN = re.compile(
+    r"\b(answers|answered|answering|whoever|nobody|somebody|everybody|anybody)\b", re.IGNORECASE
+)
+
+
+def test_pages_for_users_use_the_terms_of_the_field() -> None:
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *DOCS.glob("*.md"),
+        *DOCS.glob("labs/*.md"),
+        DOCS / "pyvmm.1",
+    ]
+    assert len(pages) > 25
+    found = [
+        f"{page.relative_to(ROOT)}:{number}: {line.strip()}"
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if NOT_THE_FIELDS_OWN.search(line)
+    ]
+    assert found == []
+
+
 def test_every_cause_of_a_guests_death_is_in_the_guide() -> None:
     table = (DOCS / "debug-a-boot.md").read_text().split("## The causes")[1].split("\n## ")[0]
     listed = re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)

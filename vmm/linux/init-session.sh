@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First process of a session's initramfs: takes commands from the console and answers each with its output and a line
+# First process of a session's initramfs: takes commands from the console and prints the output of each, and a line
 # "pyvmm: TOKEN STATUS", the token being the asker's. See vmm/linux/session.py.
 
 for module in /lib/load/*.ko; do
