@@ -29,6 +29,8 @@ def generate(folder: Path) -> None:
         warnings.simplefilter("error")
         # pdoc cannot evaluate annotations of names that a module imports for types alone: it shows them as written.
         warnings.filterwarnings("ignore", message="Error parsing type annotation")
+        # vmm._native exists as an extension and as its stub, which imports itself while pdoc reads it.
+        warnings.filterwarnings("ignore", message=r"Failed to run TYPE_CHECKING code .* importing vmm\._native")
         # A package without __all__ brings its modules, which the list names as well.
         warnings.filterwarnings("ignore", message="The module specification .* a module with this name has already")
         pdoc.pdoc(*modules(), output_directory=folder)
