@@ -7,9 +7,9 @@ import os
 
 
 async def readable(fd: int, timeout: float | None) -> bool:
-    """Wait until ``fd`` can be read, at most ``timeout`` seconds; answers whether it can.
+    """Wait until ``fd`` is readable, at most ``timeout`` seconds; return whether it is.
 
-    A duplicate is what the loop watches: a loop takes one reader a descriptor, and several tasks may wait.
+    The loop watches a duplicate, since a loop takes one reader for each descriptor and several tasks may wait.
     """
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()

@@ -18,7 +18,7 @@ MMIO: int = lib.VMM_MMIO
 
 
 class Attachment:
-    """A device on a range: where it is and what answers there."""
+    """A device attached to a range of one address space."""
 
     __slots__ = ("base", "device", "first", "keep", "size", "space", "tag")
 
@@ -33,11 +33,11 @@ class Attachment:
 
     @property
     def name(self) -> str:
-        """``device[.register]`` is built on this."""
+        """Name of the device, the first part of ``device[.register]``."""
         return self.device.name
 
     def holds(self, space: int, address: int) -> bool:
-        """Whether the device answers at ``address``."""
+        """Return whether ``address`` is inside the range."""
         return space == self.space and 0 <= address - self.base < self.size
 
     def register(self, address: int) -> str:
@@ -87,32 +87,32 @@ class Bus:
         )
 
     def adopt(self, tag: int, attachment: Attachment) -> None:
-        """Know a range that native code attached under ``tag``, for who asks what is where."""
+        """Record a range that native code attached under ``tag``, so that :meth:`find` returns it."""
         self.attachments[tag] = attachment
 
     def detach(self, attachment: Attachment) -> None:
-        """Give the range up."""
+        """Remove the device from its range."""
         check(lib.vmm_bus_detach(self._vm, attachment.space, attachment.base))
         for tag, known in list(self.attachments.items()):
             if known is attachment:
                 del self.attachments[tag]
 
     def find(self, space: int, address: int) -> Attachment | None:
-        """Who answers at ``address``."""
+        """Return the attachment that claims ``address``, or ``None``."""
         for attachment in self.attachments.values():
             if attachment.holds(space, address):
                 return attachment
         return None
 
     def read(self, space: int, address: int, size: int) -> int:
-        """One read as a vCPU would make it; unclaimed bytes are 0xff."""
+        """Read ``size`` bytes as a vCPU would; unclaimed bytes read as 0xff."""
         return int(lib.vmm_bus_read(self._vm, space, address, size))
 
     def write(self, space: int, address: int, size: int, value: int) -> None:
-        """One write as a vCPU would make it."""
+        """Write ``size`` bytes as a vCPU would."""
         lib.vmm_bus_write(self._vm, space, address, size, value)
 
     @property
     def unclaimed(self) -> int:
-        """Accesses by vCPUs that no device claimed, so far."""
+        """Number of accesses by vCPUs so far that no device claimed."""
         return int(lib.vmm_bus_unclaimed(self._vm))

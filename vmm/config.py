@@ -1,4 +1,4 @@
-"""What the user asked for, validated: the one place that knows fields, units and defaults of a machine."""
+"""Validated configuration of a machine: the one place that knows its fields, their units and defaults."""
 
 from __future__ import annotations
 
@@ -172,11 +172,11 @@ class MachineConfig:
         raise AttributeError(f"a machine's configuration does not change: use with_({name}=...)")
 
     def with_(self, **fields: Any) -> MachineConfig:
-        """A copy with some fields different."""
+        """Return a copy with some fields changed."""
         return MachineConfig(**{**self.as_dict(), **fields})
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields by name."""
+        """Return all fields by name."""
         return {name: getattr(self, name) for name in FIELDS}
 
     def __eq__(self, other: object) -> bool:
@@ -191,7 +191,7 @@ class MachineConfig:
 
 
 def read_file(path: PathLike) -> Mapping[str, Any]:
-    """Fields of a machine file: TOML, or JSON when the name ends in ``.json``; paths are relative to the file.
+    """Read the fields of a machine file: TOML, or JSON when the name ends in ``.json``; paths are relative to the file.
 
     Raises :class:`~vmm.errors.ConfigError` when it cannot be read or parsed, or has unknown fields.
     """

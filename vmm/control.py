@@ -1,8 +1,8 @@
-"""A machine told what to do from another process: a UNIX socket, its owner's alone, with a JSON object a line.
+"""Control socket of a running machine: a UNIX socket, open to its owner only, with one JSON object per line.
 
-A request is ``{"do": NAME, ...}``; it is answered by ``{"ok": VALUE}`` or ``{"error": SENTENCE}``, for a migration
-after any number of ``{"progress": {...}}``. The names and what goes with them are :data:`REQUESTS`; paths are those of
-the machine's process.
+A request is ``{"do": NAME, ...}``; the reply is ``{"ok": VALUE}`` or ``{"error": SENTENCE}``, which any number of
+``{"progress": {...}}`` precede during a migration. :data:`REQUESTS` lists the names and their fields. Paths are
+resolved in the machine's process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from vmm.machine import Machine
 
-LINE_MAX = 64 << 10  # bytes of a request: two paths and some numbers
-ANSWER_SECONDS = 2.0  # that an ended machine gives a client to take its answer
-REQUEST_SECONDS = 10.0  # from the first byte of a request to its last, and for a client to take what it is told
-IDLE_SECONDS = 300.0  # without a request, after which a client gives its place to another
-CLIENTS_MAX = 8  # at once; one more is not answered until another goes
+LINE_MAX = 64 << 10  # bytes of a request: room for two paths and some numbers
+ANSWER_SECONDS = 2.0  # that an ended machine waits for a client to read its reply
+REQUEST_SECONDS = 10.0  # from the first byte of a request to its last, and for a client to read a reply
+IDLE_SECONDS = 300.0  # without a request, after which the connection is closed to make room for another client
+CLIENTS_MAX = 8  # at once; further clients wait until one disconnects
 
-# What may be asked: the fields of a request beside "do", with their types; all but those of NEEDED may be left out.
+# The requests: fields beside "do", with their types; all but those of NEEDED are optional.
 REQUESTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "status": {},
     "pause": {},
@@ -42,7 +42,7 @@ NEEDED = {"snapshot": {"path"}, "migrate": {"to"}}
 
 
 class Control:
-    """Listens at ``path`` and does to ``machine`` what is asked. A context manager.
+    """Listen at ``path`` and carry out requests on ``machine``. A context manager.
 
     Raises :class:`~vmm.errors.ConfigError` when it cannot listen there.
     """
@@ -53,8 +53,8 @@ class Control:
         from vmm.private_socket import PrivateSocket
 
         self._machine = machine
-        self._lock = threading.Lock()  # one request at a time, but for status and cancel
-        self._busy = 0  # requests that were read and not answered
+        self._lock = threading.Lock()  # one request at a time, except status and cancel
+        self._busy = 0  # requests that were read and have no reply yet
         self._answered = threading.Condition()
         self._room = threading.Semaphore(CLIENTS_MAX)
         self._closing = False
@@ -86,7 +86,9 @@ class Control:
             with client, contextlib.suppress(OSError):
                 for line in _requests(client):
                     with self._request():
-                        _say(client, self._answer(line, lambda progress: _mention(client, {"progress": progress})))
+                        _send_line(
+                            client, self._answer(line, lambda progress: _send_if_ready(client, {"progress": progress}))
+                        )
         finally:
             self._clients.discard(client)
             self._room.release()
@@ -121,7 +123,7 @@ class Control:
         except VmmError as error:
             return {"error": str(error)}
 
-    # ---- what is asked ----
+    # ---- requests ----
 
     def _status(self) -> dict[str, Any]:
         machine = self._machine
@@ -162,18 +164,18 @@ class Control:
                 if not gone:
                     progress(value._asdict())
             except (OSError, ValueError):
-                gone = True  # nobody looks any more; the machine moves all the same
+                gone = True  # the client has disconnected; the migration continues without it
 
         return self._machine.migrate(to, tls=tls, progress=show, **how)._asdict()
 
     def _cancel(self) -> None:
         migration = self._machine.migration
         if migration is None:
-            raise StateError("the machine is not on its way anywhere")
+            raise StateError("the machine is not on its way anywhere: there is no migration to cancel")
         migration.cancel()
 
     def close(self) -> None:
-        """Stop listening, remove the socket, and wait for what is being done. Twice is fine."""
+        """Stop listening, remove the socket, and wait for the request in progress. Idempotent."""
         import socket
 
         if self._socket.fileno() < 0:
@@ -181,14 +183,14 @@ class Control:
         with contextlib.suppress(OSError):
             self._closing = True
             self._socket.shutdown(socket.SHUT_RDWR)  # ends accept()
-            self._room.release()  # or its wait for a place
+            self._room.release()  # ends its wait for a free place
         self._thread.join()
         with self._answered:
             self._named.close()
             self._answered.wait_for(lambda: not self._busy, ANSWER_SECONDS)
         for client in list(self._clients):
             with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)  # who does not read keeps nobody
+                client.shutdown(socket.SHUT_RDWR)  # a client that does not read must not delay the end
         with self._answered:
             self._answered.wait_for(lambda: not self._busy)
 
@@ -221,8 +223,8 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _requests(client: socket.socket) -> Iterator[bytes]:
-    """Lines, each whole within :data:`REQUEST_SECONDS` of its first byte; one that is too long is cut. Raises
-    ``OSError``."""
+    """Yield lines, each complete within :data:`REQUEST_SECONDS` of its first byte; a longer line is cut at
+    :data:`LINE_MAX`. Raises ``OSError``."""
     pending = b""
     while True:
         until = Deadline(REQUEST_SECONDS if pending else IDLE_SECONDS)
@@ -241,15 +243,15 @@ def _requests(client: socket.socket) -> Iterator[bytes]:
         yield line
 
 
-def _say(connection: socket.socket, value: dict[str, Any]) -> None:
+def _send_line(connection: socket.socket, value: dict[str, Any]) -> None:
     import json
 
     deadline.send(connection, json.dumps(value).encode() + b"\n", Deadline(REQUEST_SECONDS))
 
 
-def _mention(client: socket.socket, value: dict[str, Any]) -> None:
-    """Send a line if the client takes it at once: the machine, which may be held, does not wait for one that does not
-    read. A socket that is writable has room for a short line."""
+def _send_if_ready(client: socket.socket, value: dict[str, Any]) -> None:
+    """Send a line if the client can take it at once: the machine, which may be paused, must not wait for a client that
+    does not read. A socket that polls writable has room for a short line."""
     import json
     import select
 
@@ -258,10 +260,10 @@ def _mention(client: socket.socket, value: dict[str, Any]) -> None:
 
 
 def ask(path: str, request: dict[str, Any], progress: Callable[[dict[str, Any]], object] | None = None) -> Any:
-    """Ask the machine whose control socket is ``path``; answers the value of ``ok``.
+    """Send a request to the machine whose control socket is ``path``; return the value of ``ok``.
 
-    Raises :class:`~vmm.errors.StateError` with the sentence of ``error``, :class:`~vmm.errors.HostError` where nobody
-    answers.
+    Raises :class:`~vmm.errors.StateError` with the sentence of ``error``, :class:`~vmm.errors.HostError` when no
+    machine listens there.
     """
     import json
     import socket
@@ -273,7 +275,7 @@ def ask(path: str, request: dict[str, Any], progress: Callable[[dict[str, Any]],
             raise HostError(
                 f"no machine answers at {path} ({error.strerror}): was it started with --control?"
             ) from error
-        _say(connection, request)
+        _send_line(connection, request)
         connection.settimeout(None)
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -285,4 +287,4 @@ def ask(path: str, request: dict[str, Any], progress: Callable[[dict[str, Any]],
                     raise StateError(answer["error"])
                 else:
                     return answer["ok"]
-    raise HostError(f"the machine at {path} ended before it answered")
+    raise HostError(f"the machine at {path} ended before it replied: look at its own messages")

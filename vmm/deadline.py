@@ -1,7 +1,7 @@
-"""Moments by which something is over, and socket transfers that keep to one as a whole.
+"""Deadlines, and socket transfers that must be complete by one.
 
-A socket's timeout begins anew with each byte: a peer that sends one every few seconds never runs into it, and has the
-thread that waits for it for ever. So whatever comes from a peer is read under a :class:`Deadline`, which does not move.
+A socket's timeout restarts with each byte: a peer that sends one every few seconds never exceeds it and holds the
+waiting thread for ever. Everything from a peer is therefore read under a :class:`Deadline`, which does not move.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Deadline:
-    """``seconds`` from now; ``None``: never."""
+    """A moment ``seconds`` from now; ``None`` is never."""
 
     def __init__(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
 
     @property
     def left(self) -> float | None:
-        """Seconds until it, ``None`` without end. Raises ``TimeoutError`` once it is over."""
+        """Return the seconds that remain, ``None`` without a limit. Raises ``TimeoutError`` once it has passed."""
         if self._end is None:
             return None
         left = self._end - time.monotonic()
@@ -31,8 +31,8 @@ class Deadline:
 
 
 def receive(connection: socket.socket, size: int, deadline: Deadline) -> bytes:
-    """``size`` bytes, or as many as came before the other side closed. Raises ``OSError``, of which TimeoutError is
-    one."""
+    """Receive ``size`` bytes, or fewer if the peer closes before. Raises ``OSError``, of which ``TimeoutError`` is a
+    subclass."""
     buffer = bytearray(size)
     with memoryview(buffer) as view:
         got = 0
@@ -46,7 +46,7 @@ def receive(connection: socket.socket, size: int, deadline: Deadline) -> bytes:
 
 
 def send(connection: socket.socket, data: bytes | bytearray | memoryview, deadline: Deadline) -> None:
-    """All of ``data``. Raises ``OSError``, of which TimeoutError is one."""
+    """Send all of ``data``. Raises ``OSError``, of which ``TimeoutError`` is a subclass."""
     with memoryview(data).cast("B") as view:
         sent = 0
         while sent < len(view):

@@ -1,8 +1,8 @@
 """Every exception pyvmm raises on purpose, and the one table of native error codes.
 
-Three kinds of failure are kept apart: what the *user* asked for cannot be (``ConfigError`` and below: the CLI
-prints the sentence and exits with status 2), what the *host* refused (``HostError``), and a guest that broke
-the rules, which is never an exception but an :class:`vmm.outcome.Outcome`.
+There are three kinds of failure: a request of the *user* that cannot be met (``ConfigError`` and its subclasses: the
+CLI prints the sentence and exits with status 2), a refusal by the *host* (``HostError``), and a guest that broke the
+rules, which is never an exception but an :class:`vmm.outcome.Outcome`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ class ConfigError(VmmError):
 
 
 class ImageError(ConfigError):
-    """A kernel, initrd or other image cannot be used: missing, truncated, lying, or of no known kind."""
+    """A kernel, initrd or other image cannot be used: missing, truncated, inconsistent, or of no known kind."""
 
 
 class SnapshotError(ConfigError):
-    """A snapshot cannot be used or made: damaged, of another format, its parent another one than it was."""
+    """A snapshot cannot be used or made: it is damaged, of another format, or its parent was replaced."""
 
 
 class MigrationError(VmmError):
-    """A machine did not move: the other side refused, the link was lost, it was cancelled.
+    """A migration failed: the destination refused, the link was lost, or it was cancelled.
 
-    It runs where it ran, unless ``undecided``: then it is held here, and nobody knows here whether it runs there (see
-    ``docs/migration.md``).
+    The machine continues at the source, unless ``undecided``: then it stays paused at the source, because it may be
+    running at the destination (see ``docs/migration.md``).
     """
 
     undecided = False
 
 
 class HostError(VmmError):
-    """The host said no: /dev/kvm missing or forbidden, a capability absent, an ioctl refused.
+    """The host refused: /dev/kvm is missing or forbidden, a capability is absent, an ioctl failed.
 
-    ``errno`` is the host's error number, or 0 when the refusal was not a system call's.
+    ``errno`` is the error number of the system call, or 0 if no system call failed.
     """
 
     def __init__(self, message: str, errno: int = 0) -> None:
@@ -48,7 +48,7 @@ class HostError(VmmError):
 
 
 class GuestMemoryError(VmmError, IndexError):
-    """An access by guest-physical address that no memory region holds. ``gpa`` and ``size`` say which."""
+    """An access to guest-physical addresses outside every memory region: ``size`` bytes at ``gpa``."""
 
     def __init__(self, gpa: int, size: int) -> None:
         super().__init__(f"guest-physical range {gpa:#x}+{size:#x} is not inside guest memory")
@@ -57,7 +57,7 @@ class GuestMemoryError(VmmError, IndexError):
 
 
 class LinearMemoryError(VmmError, IndexError):
-    """An access by linear address where the page tables lead to no RAM; ``linear`` is the first such byte."""
+    """An access by linear address that the page tables do not map to RAM; ``linear`` is the first such byte."""
 
     def __init__(self, linear: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -94,8 +94,8 @@ FIXES = {
 
 
 def kvm_refused(path: str, code: int, text: str) -> VmmError:
-    """The exception for a machine that could not be created: what was refused (``-errno``, and the text that came with
-    it), and what to do about it."""
+    """Return the exception for a machine that could not be created, from native code's ``-errno`` and text; it names
+    the fix."""
     import errno
     import os
 

@@ -1,4 +1,4 @@
-"""Fields of a configuration: how each is read, checked and explained. What a machine and its parts are made of."""
+"""Fields of a configuration: readers that parse and check a value, with defaults and help texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {"": layout.MIB, "K": layout.KIB, "M": layout.MIB, "G": layout.GIB}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of ``"512M"``, ``"4G"``, ``"65536K"`` or ``"512"`` (MiB, as QEMU has it); an int is bytes already.
+    """Parse ``"512M"``, ``"4G"``, ``"65536K"`` or ``"512"`` (MiB, as in QEMU) to bytes; an int is bytes already.
 
     Raises :class:`~vmm.errors.ConfigError`.
     """
@@ -32,7 +32,7 @@ def parse_size(text: str | int) -> int:
 
 
 def read_path(value: Any) -> str | None:
-    """The path of a file, or ``None``."""
+    """Read the path of a file, or ``None``."""
     if value is None:
         return None
     if not isinstance(value, str | os.PathLike):
@@ -44,9 +44,9 @@ def read_path(value: Any) -> str | None:
 
 
 def split_commas(text: str) -> list[str]:
-    """The parts of a text that is a list: between single commas; two stand for one, as QEMU has it.
+    """Split a text at single commas; two commas stand for one in a value, as in QEMU.
 
-    Raises :class:`~vmm.errors.ConfigError` for a zero byte, which no part of any list can have.
+    Raises :class:`~vmm.errors.ConfigError` for a zero byte, which no value can contain.
     """
     if "\0" in text:
         raise ConfigError(f"{text!r} is not a list: there is a zero byte in it")
@@ -54,7 +54,7 @@ def split_commas(text: str) -> list[str]:
 
 
 def read_paths(value: Any) -> tuple[str, ...]:
-    """Several paths: a list, one path, or text for :func:`split_commas`."""
+    """Read several paths: a list, one path, or text for :func:`split_commas`."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -73,14 +73,14 @@ def read_text(value: Any) -> str:
 
 
 def read_flag(value: Any) -> bool:
-    """True or false."""
+    """Read true or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"{value!r} is not true or false")
     return value
 
 
 def read_one_of(*choices: str) -> Callable[[Any], str]:
-    """A reader of one of ``choices``."""
+    """Return a reader that accepts one of ``choices``."""
 
     def check(value: Any) -> str:
         if value not in choices:
@@ -91,7 +91,7 @@ def read_one_of(*choices: str) -> Callable[[Any], str]:
 
 
 class Field:
-    """One field of a machine: how it is read, what it is without being given, and what it means."""
+    """One field of a machine: its reader, its default and its help text."""
 
     __slots__ = ("default", "help", "read")
 
@@ -102,7 +102,7 @@ class Field:
 
 
 def read_count(least: int, most: int, what: str) -> Callable[[Any], int]:
-    """A reader of a whole number in ``[least, most]``, given as an int or in digits."""
+    """Return a reader of a whole number in ``[least, most]``, given as an int or as digits."""
 
     def check(value: Any) -> int:
         number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value

@@ -1,6 +1,6 @@
-"""Hooks: Python callables that are told of the guest's accesses and exits, whatever device answers them.
+"""Hooks: Python callables that are called for the guest's accesses and exits, whichever device handles them.
 
-They run on the vCPU's thread and hold the guest up meanwhile. What never leaves KVM is not seen: RAM (watch it with
+They run on the vCPU's thread, which waits for them. Accesses that KVM handles itself cause no call: RAM (use
 ``machine.watch``), the in-kernel interrupt controllers and timer, virtio doorbells (they are ioeventfds).
 """
 
@@ -25,10 +25,10 @@ _MASK = (1 << 64) - 1
 
 
 class Access:
-    """One access of a vCPU to a port or a device register, as a hook is told of it.
+    """One access of a vCPU to a port or a device register, as passed to a hook.
 
-    ``vcpu`` is the vCPU's number, ``address`` the port or guest-physical address, ``size`` 1 to 8 bytes; ``write``
-    says which way, ``value`` what the guest writes or what a read was answered with (all-ones: by nobody).
+    ``vcpu`` is the vCPU's number, ``address`` the port or guest-physical address, ``size`` 1 to 8 bytes. ``value`` is
+    what the guest writes if ``write`` is true, else what it reads (all-ones where no device is attached).
     """
 
     __slots__ = ("address", "size", "value", "vcpu", "write")
@@ -46,7 +46,7 @@ class Access:
 
 
 class Hook:
-    """A hook that is set; :meth:`remove` takes it back, and so does leaving it as a context manager."""
+    """An installed hook. As a context manager it removes itself at the end of the block."""
 
     __slots__ = ("_remove",)
 
@@ -54,7 +54,7 @@ class Hook:
         self._remove: Callable[[], None] | None = remove
 
     def remove(self) -> None:
-        """Take it back; twice is fine. The callable is not running any more then, unless it calls this itself."""
+        """Remove the hook. Idempotent. On return the callable is not running, unless it is the caller."""
         remove, self._remove = self._remove, None
         if remove is not None:
             remove()
@@ -69,7 +69,7 @@ class Hook:
 
 
 class Hooks:
-    """All hooks of a machine. An exception in a callable goes to ``failed``."""
+    """All hooks of a machine. ``failed`` is called with an exception that a callable raises."""
 
     def __init__(self, vm: vmm_vm, failed: Callable[[BaseException], None]) -> None:
         self._vm: vmm_vm | None = vm
@@ -77,12 +77,12 @@ class Hooks:
         self._exits: dict[int, tuple[frozenset[int], Callable[[int, Exit], object]]] = {}
         self._next_tag = 1
         self._lock = threading.Lock()
-        # It lasts as long as the machine, so a vCPU that is late finds a tag nobody has, not a freed object.
+        # The handle lives as long as the machine: a vCPU that is late finds an unused tag, not a freed object.
         self._upcall = HookUpcall(self._access, self._exit, failed)
         self._upcall.connect(vm)
 
     def close(self) -> None:
-        """The machine is gone: removing does nothing from now on."""
+        """Mark the machine as closed: removing a hook does nothing from now on."""
         self._vm = None
 
     def __bool__(self) -> bool:
@@ -96,7 +96,7 @@ class Hooks:
     # ports and addresses
 
     def access(self, space: int, where: int | range, callback: Callable[[Access], int | None]) -> Hook:
-        """Have ``callback`` told of accesses that touch ``where``, a port or address or a ``range`` of them."""
+        """Call ``callback`` for accesses that touch ``where``, a port or address or a ``range`` of them."""
         addresses = range(where, where + 1) if isinstance(where, int) else where
         shown = f"{addresses.start:#x} to {addresses.stop:#x}"
         if addresses.step != 1 or not addresses or addresses.start < 0 or addresses.stop > _MASK + 1:
@@ -126,13 +126,13 @@ class Hooks:
         answer = callback(Access(native.vcpu, native.address, native.size, bool(native.write), native.value))
         if answer is not None:
             if not isinstance(answer, int):
-                raise TypeError(f"a hook answered {answer!r}: it answers a number, or None to leave the value alone")
+                raise TypeError(f"a hook returned {answer!r}: return a number, or None to leave the value as it is")
             native.value = answer & _MASK
 
     # exits
 
     def exits(self, reasons: str | Iterable[str], callback: Callable[[int, Exit], object]) -> Hook:
-        """Have ``callback`` told of exits for these reasons, names as in :data:`vmm.cpu.vcpu.EXIT_REASONS`."""
+        """Call ``callback`` for exits with these reasons, named as in :data:`vmm.cpu.vcpu.EXIT_REASONS`."""
         names = [reasons] if isinstance(reasons, str) else list(reasons)
         for name in names:
             if name not in _EXIT_NUMBERS:

@@ -46,9 +46,9 @@ CHIPS = {
 
 
 def chips(vm: vmm_vm) -> dict[str, bytes]:
-    """The states of the in-kernel interrupt controllers and timer, as KVM's structs, of a machine that has vCPUs.
+    """Return the states of the in-kernel interrupt controllers and timer, as KVM's structs, of a machine with vCPUs.
 
-    "pit" is missing where the machine has another.
+    "pit" is absent where the machine uses the user-space PIT.
     """
     found = {}
     for name, kind in CHIPS.items():

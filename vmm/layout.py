@@ -3,8 +3,8 @@
 ::
 
     guest-physical
-    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved: ACPI tables from 0xe_0000, what stands
-                      where a BIOS would be at 0xf_e000, the generation ID's page at 0xf_f000)
+    0x0000_0000  RAM  (low: boot structures; 0x9_fc00..0xf_ffff reserved: ACPI tables from 0xe_0000, the page in
+                      place of a BIOS at 0xf_e000, the generation ID's page at 0xf_f000)
     0x0010_0000  RAM  kernel from here
     0xc000_0000  hole: device windows          <- LOW_RAM_END
     0xc000_0000    virtio-mmio registers
@@ -76,7 +76,7 @@ VIRTIO_MMIO_GSIS = (5, 10, 11, 6, 14, 15, 3, *range(GSI_FIRST_FREE, GSI_FIRST_FR
 
 
 def ram_regions(size: int) -> list[tuple[int, int]]:
-    """``(gpa, size)`` of each RAM region for ``size`` bytes of memory: split around the hole below 4 GiB."""
+    """Return ``(gpa, size)`` of each RAM region for ``size`` bytes of memory, split around the hole below 4 GiB."""
     low = min(size, LOW_RAM_END)
     regions = [(0, low)]
     if size > low:

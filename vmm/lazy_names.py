@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def imported_when_used(package: str, home: Mapping[str, str]) -> Callable[[str], object]:
-    """The ``__getattr__`` of a package whose names are in other modules: ``home`` has the module of each."""
+    """Return the ``__getattr__`` of a package whose names are in other modules: ``home`` maps each to its module."""
 
     def get(name: str) -> object:
         if name not in home:

@@ -22,9 +22,9 @@ _PIECE = 4 << 20  # bytes that are searched at once
 class GuestMemory:
     """RAM of a machine: regions backed by memfds, mapped once into this process.
 
-    ``regions`` lists ``(gpa, size)`` in bytes, ascending. ``files``, one ``(fd, offset)`` for each region, is where
-    their content comes from, when it is first looked at; the files are not written, and must not change. All methods
-    raise :class:`~vmm.errors.GuestMemoryError` for a range that is not inside one region.
+    ``regions`` lists ``(gpa, size)`` in bytes, ascending. ``files``, one ``(fd, offset)`` for each region, are mapped
+    privately as their initial content; they are not written, and must not change. All methods raise
+    :class:`~vmm.errors.GuestMemoryError` for a range that is not inside one region.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class GuestMemory:
         self.regions = list(regions)
         self.memfds: list[int] = []
         self._maps: list[tuple[int, int, memoryview]] = []
-        self.planted: dict[int, int] = {}  # where a debugger put an INT3, and the guest's own byte
+        self.planted: dict[int, int] = {}  # address of each INT3 a debugger planted -> the guest's own byte
         self.private = files is not None
-        """Whether no other process sees what the guest writes: it is on files that others may share."""
+        """Whether the mapping is private, over files that other machines may share: no other process sees writes."""
         self._offsets = [offset for _, offset in files] if files else [0] * len(self.regions)
         for number, (gpa, size) in enumerate(self.regions):
             try:
@@ -61,7 +61,7 @@ class GuestMemory:
         check(
             lib.vmm_vm_add_memory(self._open_vm(), gpa, size, lib.VMM_MEMORY_HUGE_2M if huge_pages else 0, host, memfd)
         )
-        if huge_pages:  # taken from the pool now: a fault that finds it empty is SIGBUS
+        if huge_pages:  # taken from the pool now: a later fault with the pool empty raises SIGBUS
             os.posix_fallocate(memfd[0], 0, size)
         self.memfds.append(memfd[0])
         return host[0]
@@ -72,10 +72,10 @@ class GuestMemory:
         return host[0]
 
     def freeze(self) -> list[tuple[int, int]]:
-        """Freeze the memory as it is: files that other machines may start from (``files`` above).
+        """Freeze the content of memory; return ``(fd, offset)`` of each region, for other machines' ``files``.
 
-        This machine goes on with private pages over them. While it is paused, once, and not where memory came from
-        files. The files are the machine's.
+        This machine continues with private pages over them. Call it once, while the machine is paused, and not if its
+        own memory came from files. The descriptors stay the machine's.
         """
         fds = ffi.new("int[]", len(self.regions))
         check(lib.vmm_vm_freeze_memory(self._open_vm(), fds))
@@ -83,7 +83,7 @@ class GuestMemory:
         return [(int(fd), 0) for fd in fds]
 
     def backing(self) -> list[tuple[int, int, memoryview, int, int, bool]]:
-        """Each region's gpa, size, memory, file behind it, offset in that, and whether what is written stays here."""
+        """Return each region's gpa, size, view, backing file, offset in it, and whether the mapping is private."""
         return [
             (start, end - start, mapped, check(lib.vmm_vm_memory_fd(self._open_vm(), number)), offset, self.private)
             for number, ((start, end, mapped), offset) in enumerate(zip(self._maps, self._offsets, strict=True))
@@ -91,14 +91,14 @@ class GuestMemory:
 
     @property
     def size(self) -> int:
-        """Bytes of RAM in all."""
+        """Total bytes of RAM."""
         return sum(size for _, size in self.regions)
 
     def view(self, gpa: int, size: int) -> memoryview:
-        """A writable view of ``size`` bytes at ``gpa``: the guest's memory itself, no copy.
+        """Return a writable view of ``size`` bytes at ``gpa``: the guest's memory itself, no copy.
 
-        Valid until the machine is closed. It counts as written now (:meth:`wrote`); say so again of what is written
-        through it later.
+        It is valid until the machine is closed. The range is marked dirty now; call :meth:`wrote` after each later
+        write through the view.
         """
         found = self._view(gpa, size)
         self.wrote(gpa, size)
@@ -112,15 +112,15 @@ class GuestMemory:
         raise GuestMemoryError(gpa, size)
 
     def wrote(self, gpa: int, size: int) -> None:
-        """Have these bytes in the logs of what changed: checkpoints, snapshots and migration go by them."""
+        """Mark the range as written in every dirty log; checkpoints, snapshots and migration depend on it."""
         lib.vmm_vm_dirty(self._open_vm(), gpa, size)
 
     def dirty_log(self) -> DirtyLog:
-        """A log of the pages that change from now on. While the machine is paused or not started."""
+        """Open a log of the pages written from now on. Call it while the machine is paused or not started."""
         return DirtyLog(self._open_vm(), self.regions)
 
     def read(self, gpa: int, size: int) -> bytes:
-        """A copy of ``size`` bytes at ``gpa``, without the breakpoints a debugger has planted there."""
+        """Return a copy of ``size`` bytes at ``gpa``, without the breakpoints a debugger has planted there."""
         found = self._view(gpa, size)
         if not self.planted:
             return bytes(found)
@@ -141,7 +141,7 @@ class GuestMemory:
 
     @contextlib.contextmanager
     def without_breakpoints(self) -> Iterator[None]:
-        """The guest's own bytes where a debugger has planted breakpoints, for as long as nothing runs."""
+        """Put the guest's own bytes back in place of planted breakpoints for the block; no vCPU may run meanwhile."""
         for gpa, byte in self.planted.items():
             self._view(gpa, 1)[0] = byte
             self.wrote(gpa, 1)
@@ -159,7 +159,7 @@ class GuestMemory:
         self.wrote(gpa, size)
 
     def array(self, gpa: int, size: int, dtype: str = "u1") -> Any:
-        """A numpy array over ``size`` bytes at ``gpa``, sharing the guest's memory."""
+        """Return a numpy array over ``size`` bytes at ``gpa`` that shares the guest's memory."""
         import numpy
 
         return numpy.frombuffer(self.view(gpa, size), dtype=dtype)
@@ -167,9 +167,9 @@ class GuestMemory:
     def search(
         self, pattern: bytes, start: int = 0, end: int | None = None, *, spend: Callable[[int], object] | None = None
     ) -> int | None:
-        """The lowest gpa in ``[start, end)`` where ``pattern`` stands within one region, or ``None``.
+        """Return the lowest gpa in ``[start, end)`` where ``pattern`` lies within one region, or ``None``.
 
-        ``spend(n)`` is called for each ``n`` bytes that were looked at, and may end the search by raising.
+        ``spend(n)`` is called for each ``n`` bytes searched, and may end the search by raising.
         """
         import re
 
@@ -178,7 +178,7 @@ class GuestMemory:
             for gpa, size in self.in_use(number, start):
                 low = max(start, gpa)
                 high = gpa + size if end is None else min(end, gpa + size)
-                while low < high:  # piece by piece: a signal or a budget ends it between two
+                while low < high:  # in pieces: a signal or a budget can end the search between two
                     n = min(_PIECE + len(pattern) - 1, high - low)
                     found = compiled.search(self._view(low, n))
                     if spend is not None:
@@ -191,29 +191,29 @@ class GuestMemory:
         return None
 
     def in_use(self, number: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        """The parts of a region that are not known to be zero, those behind ``start`` (a gpa), which may lie in the
-        first: looking at the others would give them pages."""
+        """Yield ``(gpa, size)`` of the extents of a region that are not holes, from ``start`` (a gpa) on. Reading a
+        hole would allocate its pages."""
         gpa, size = self.regions[number]
         at = max(0, (start - gpa) & ~(PAGE - 1))
         while at < size:
             try:
                 first = at if self.private else os.lseek(self.memfds[number], at, os.SEEK_DATA)
-            except OSError:  # ENXIO: no more
+            except OSError:  # ENXIO: no further extent
                 return
             at = size if self.private else os.lseek(self.memfds[number], first, os.SEEK_HOLE)
             yield gpa + first, at - first
 
     def close(self) -> None:
-        """Drop the views; called by the machine before the mapping goes."""
+        """Release the views; the machine calls it before it unmaps the memory."""
         self._maps.clear()
         self._vm = None
 
 
 class DirtyLog:
-    """The pages of guest memory that were written since the log was opened, or since :meth:`take`.
+    """Dirty log: the pages of guest memory written since it was opened, or since the last :meth:`take`.
 
-    By the guest, by devices, by :class:`GuestMemory`'s methods. Raises :class:`~vmm.errors.HostError` where KVM
-    refuses to log.
+    It has the writes of the guest, of devices, and of :class:`GuestMemory`'s methods. Raises
+    :class:`~vmm.errors.HostError` where KVM refuses to log.
     """
 
     def __init__(self, vm: vmm_vm, regions: Sequence[tuple[int, int]]) -> None:
@@ -223,11 +223,12 @@ class DirtyLog:
         self._log: Any = out[0]
 
     def collect(self) -> int:
-        """Fetch what was written meanwhile; answers how many pages are in the log now."""
+        """Merge KVM's dirty bitmap and the VMM's own writes; return the number of pages in the log."""
         return check(lib.vmm_dirty_collect(self._log))
 
     def take(self) -> list[tuple[int, int]]:
-        """The ranges ``(gpa, size)`` of pages in the log, ascending; it has them clean from now on. Fetches nothing."""
+        """Return the ranges ``(gpa, size)`` of pages in the log, ascending, and clear it. Does not merge: see
+        :meth:`collect`."""
         ranges: list[tuple[int, int]] = []
         for number, (gpa, size) in enumerate(self._regions):
             words = (size // PAGE + 63) // 64
@@ -238,14 +239,14 @@ class DirtyLog:
         return ranges
 
     def close(self) -> None:
-        """Give it up, before the machine is closed. Twice is fine."""
+        """Close the log, before the machine is closed. Idempotent."""
         if self._log is not None:
             lib.vmm_dirty_close(self._log)
             self._log = None
 
 
 def runs_of(bits: int) -> Iterator[tuple[int, int]]:
-    """``(first, length)`` of the runs of ones, from the lowest bit up."""
+    """Yield ``(first, length)`` of the runs of ones, from the lowest bit up."""
     text = f"{bits:b}"[::-1]
     at = text.find("1")
     while at >= 0:

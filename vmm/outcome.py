@@ -59,9 +59,9 @@ class Outcome:
     asked for. ``data`` are the numbers that KVM gave with an internal error of its own, an "emulation-failure" whose
     ``code`` is not 1.
 
-    Where the host's KVM has reset the vCPU (AMD's SVM, after a triple fault), whoever first asks for ``registers``,
-    ``instruction`` or ``bits`` has the run repeated, which takes a few times as long as it did. ``replayed`` then says
-    whether they are of that replay, and ``lost`` why they are not: they are the reset's.
+    Where the host's KVM has reset the vCPU (AMD SVM, after a triple fault), the first access to ``registers``,
+    ``instruction`` or ``bits`` repeats the run, which takes a few times as long as the run did. ``replayed`` then is
+    true if they come from that replay; if not, ``lost`` gives the reason, and they are the values after the reset.
     """
 
     __slots__ = (
@@ -112,11 +112,11 @@ class Outcome:
         self.seconds = seconds
         self.diagnosis: Diagnosis | None = None
 
-    # Few look at these: what they are made of is kept until somebody does.
+    # Computed on first access, since few callers read them.
 
     @property
     def registers(self) -> dict[str, int]:
-        """The registers, by the names :meth:`vmm.cpu.vcpu.Vcpu.registers` has."""
+        """The registers, by the names that :meth:`vmm.cpu.vcpu.Vcpu.registers` uses."""
         self._find()
         if callable(self._registers):
             self._registers = self._registers()
@@ -130,12 +130,12 @@ class Outcome:
 
     @instruction.setter
     def instruction(self, code: bytes) -> None:
-        """Of whoever makes the outcome."""
+        """Set by the code that creates the outcome."""
         self._instruction = code
 
     @property
     def bits(self) -> int:
-        """Operand size of the code it was in: 16, 32 or 64."""
+        """Operand size of the code at its RIP: 16, 32 or 64."""
         self._find()
         return self._bits
 
@@ -152,7 +152,7 @@ class Outcome:
         return self._lost
 
     def seek(self, replay: Callable[[], Replayed]) -> None:
-        """The host has reset the vCPU: ``replay`` is called when somebody asks what was there."""
+        """Note that the host has reset the vCPU; the first access to its registers calls ``replay``."""
         self._seek = replay
 
     def _find(self) -> None:

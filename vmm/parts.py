@@ -1,4 +1,4 @@
-"""What can be put into a machine: disks, networks, shared directories, host sockets. Values, checked when made.
+"""Parts of a machine: disks, networks, shared directories, host sockets. Immutable values, checked when created.
 
 Each is written as text on a command line or in a machine file, and as an object in Python; they are the same::
 
@@ -26,7 +26,7 @@ _QUEUES = read_count(1, 16, "a number of queues")
 
 
 def _rate(value: Any) -> int:
-    """Bytes a second: ``"10M"``, ``"512K"`` or a number of bytes; 0 is no limit."""
+    """Read bytes per second: ``"10M"``, ``"512K"`` or a number of bytes; 0 is no limit."""
     if isinstance(value, str) and value.isascii() and value.isdigit():
         value = int(value)
     try:
@@ -106,7 +106,7 @@ class Part:
         self.check()
 
     def check(self) -> None:
-        """Refuse combinations that cannot be."""
+        """Raise :class:`~vmm.errors.ConfigError` for fields that exclude each other."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -121,15 +121,15 @@ class Part:
         return _make, (type(self), {name: self._values[name] for name in self.said})
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields by name."""
+        """Return all fields by name."""
         return dict(self._values)
 
     def with_(self, **fields: Any) -> Any:
-        """A copy with some fields different."""
+        """Return a copy with some fields changed."""
         return self.over({}, **fields)
 
     def over(self, defaults: Mapping[str, Any], **fields: Any) -> Any:
-        """A copy with ``defaults`` for the fields that were not given, and some fields different."""
+        """Return a copy with ``defaults`` for the fields that were not given, and some fields changed."""
         return type(self)(**{**defaults, **{name: self._values[name] for name in self.said}, **fields})
 
     def __eq__(self, other: object) -> bool:
@@ -144,7 +144,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Any:
-        """The part that ``text`` describes. Raises :class:`~vmm.errors.ConfigError`."""
+        """Return the part that ``text`` describes. Raises :class:`~vmm.errors.ConfigError`."""
         first, *options = split_commas(text)
         given: dict[str, Any] = cls.first(first)
         for option in options:
@@ -162,11 +162,11 @@ class Part:
 
     @classmethod
     def first(cls, text: str) -> dict[str, Any]:
-        """The fields that the part of the text before the first comma gives."""
+        """Return the fields that the text before the first comma sets."""
         return {next(iter(cls.fields)): text}
 
     def within(self, folder: str) -> Any:
-        """With paths relative to ``folder``."""
+        """Return a copy with paths resolved relative to ``folder``."""
         paths = {
             n: os.path.join(folder, v) for n, v in self._values.items() if n in _PATHS and isinstance(v, str) and v
         }
@@ -186,11 +186,10 @@ _PATH_LISTS = frozenset({"layers"})
 class Disk(Part):
     """A disk: ``path`` is a raw image or a block device.
 
-    ``overlay``: a file that takes all writes, so that ``path`` is only read; ``temporary``: such a file without a name,
-    which goes with the machine. ``layers``: overlays of earlier machines between the two, the lowest first, only
-    read. ``cache``: ``writeback`` uses the
-    host's page cache, ``none`` goes round it (O_DIRECT); either way a flush the guest was answered is on the disk.
-    ``iops`` and ``bps`` limit operations and bytes a second (0: no limit).
+    ``overlay`` is a file that takes all writes, so that ``path`` is only read; ``temporary`` is such a file without a
+    name, which disappears with the machine. ``layers`` are read-only overlays between the two, the lowest first.
+    ``cache`` is ``writeback`` (the host's page cache) or ``none`` (O_DIRECT); with either, a completed flush has
+    reached the disk. ``iops`` and ``bps`` limit operations and bytes per second (0: no limit).
     """
 
     kind = "disk"
@@ -209,7 +208,7 @@ class Disk(Part):
     }
 
     def check(self) -> None:
-        """A sector is 512 or 4096 bytes; what is written has one place, and what is not written none."""
+        """Check the sector size, and that writes have exactly one destination, or none if readonly."""
         if self.sector not in (512, 4096):
             raise ConfigError(f"a sector of {self.sector} bytes: give 512 or 4096")
         if self.readonly and (self.overlay or self.temporary):
@@ -249,7 +248,7 @@ class Net(Part):
         raise ConfigError(f"{text!r} is not a network: write user, tap=NAME or socket=PATH")
 
     def check(self) -> None:
-        """Each backend has its own fields."""
+        """Check that each field belongs to the chosen backend."""
         for name in ("tap", "socket"):
             if (self.backend == name) != (getattr(self, name) is not None):
                 raise ConfigError(f"net {self.backend}: {name}= goes with the backend {name} and with no other")
@@ -260,7 +259,7 @@ class Net(Part):
 
 
 def parse_hostfwd(rule: str) -> tuple[str, str, int, int]:
-    """``tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT`` as (protocol, host address or "", host port, guest port)."""
+    """Parse ``tcp:[HOSTADDR]:HOSTPORT-:GUESTPORT`` to (protocol, host address or "", host port, guest port)."""
     protocol, _, rest = rule.partition(":")
     host, dash, guest = rest.rpartition("-:")
     address, colon, port = host.rpartition(":")
@@ -290,8 +289,8 @@ class Share(Part):
 
 
 class Vsock(Part):
-    """Stream sockets between guest ports and UNIX sockets of the host: connect to ``path``, say ``CONNECT port``;
-    a guest that connects to the host's port n reaches the socket ``path_n``."""
+    """Stream sockets between guest ports and UNIX sockets of the host. A host process connects to ``path`` and sends
+    ``CONNECT port``; a guest that connects to the host's port n reaches the socket ``path_n``."""
 
     kind = "vsock"
     fields = {
@@ -301,7 +300,7 @@ class Vsock(Part):
 
 
 def _reader(part: type[Part]) -> Callable[..., tuple[Any, ...]]:
-    """Several parts of a kind: one or a list of objects, texts and tables (of a machine file)."""
+    """Return a reader of several parts of a kind: one or a list of objects, texts and tables (of a machine file)."""
 
     def read(value: Any, folder: str | None = None) -> tuple[Any, ...]:
         entries = value if isinstance(value, list | tuple) else () if value is None else (value,)
@@ -324,7 +323,7 @@ def _one(part: type[Part], entry: Any) -> Any:
 
 
 def read_vsock(value: Any, folder: str | None = None) -> Vsock | None:
-    """One :class:`Vsock`, its text, or ``None``."""
+    """Read one :class:`Vsock`, its text, or ``None``."""
     if value is None:
         return None
     one: Vsock = _one(Vsock, value)
@@ -332,7 +331,7 @@ def read_vsock(value: Any, folder: str | None = None) -> Vsock | None:
 
 
 def read_shares(value: Any, folder: str | None = None) -> tuple[Share, ...]:
-    """As :func:`_reader` reads them; each has a tag of its own, by which the guest tells them apart."""
+    """Read shares as :func:`_reader` does, and check that their tags differ: the guest mounts by tag."""
     shares = _read_shares(value, folder)
     tags = [share.tag for share in shares]
     for tag in tags:

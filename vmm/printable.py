@@ -1,9 +1,9 @@
-"""Text that a guest wrote, as it may reach a terminal, a log or a report.
+"""Escape untrusted text before it reaches a terminal, a log or a report.
 
-A guest's console, its symbols, its memory and what a peer or a snapshot claims are an adversary's words. A terminal
-would obey what is in them (clear the screen, set the clipboard, reverse the direction of writing), and a CI system
-would take lines of a log as its own commands. Every way out passes through here, but the live console, which is
-the guest's own terminal and byte-exact.
+A guest's console, symbols and memory, and the claims of a peer or a snapshot, are untrusted. A terminal would execute
+their control sequences (clear the screen, set the clipboard, reverse the direction of writing), and a CI system would
+take lines of a log as its own commands. All such text passes through here, except the live console, which is the
+guest's own terminal and byte-exact.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MARKS = ("::", "##", "travis_", "section_")
 
 @cache
 def _commands() -> re.Pattern[str]:
-    import re  # not on the way of a start, which most messages are
+    import re  # imported here because most starts need it never
 
     return re.compile(_COMMAND)
 
@@ -33,8 +33,8 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """One line of ``text``, at most ``most`` characters of it: what is not printable, line ends among it, as ``\\x1b``
-    or ``\\u202e``, a tab as a blank, and nothing that a CI system takes for a command. Idempotent."""
+    """Return ``text`` as one line of at most ``most`` of its characters: unprintable ones, line ends included, become
+    ``\\x1b`` or ``\\u202e``, a tab becomes a blank, and commands of CI systems are broken up. Idempotent."""
     if most is not None:
         text = text[:most]
     if not text.isprintable():
@@ -48,5 +48,5 @@ def _code(c: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Each line of ``text`` as :func:`printable` has it; the line ends stay."""
+    """Return each line of ``text`` as :func:`printable` does; the line ends stay."""
     return "\n".join(printable(line) for line in text.split("\n"))

@@ -1,14 +1,14 @@
 """Listening UNIX sockets: one policy for every part of pyvmm that has one.
 
-- A socket that no process has open any more (its owner was killed) is replaced. Anything else that has the name - a
-  file, a directory, a living socket - is refused, by name, and left as it is.
+- A socket that no process has open (its owner was killed) is replaced. Anything else at the path - a file, a
+  directory, a socket in use - is left as it is, and the error names it.
 - Only the owner of the process can connect: the mode is 0600 from the moment the name exists.
-- The process's umask is not changed, since it belongs to all of its threads.
+- The process's umask is not changed, since all of its threads share it.
 
-The socket is bound and listens under a name of its own, and takes ``path`` then: by ``link``, which fails where the
-name is taken, or, where a dead socket has it, by exchanging the two names (``RENAME_EXCHANGE``), under a lock on the
-directory. What comes out of the exchange is looked at once more, and put back if it is not that dead socket. So no name
-is ever removed that something living could have, whatever starts at the same time.
+The socket is bound and listens under a temporary name first. It then takes ``path`` by ``link``, which fails if the
+name is taken, or, if a stale socket has the name, by exchanging the two names (``RENAME_EXCHANGE``) under a lock on
+the directory. The file that the exchange removed is checked again and put back unless it is that stale socket. So a
+name in use is never removed, whatever starts at the same time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _KINDS = {
 
 
 class PrivateSocket:
-    """A listening stream socket with the name ``path``; ``socket`` is it.
+    """A listening stream socket at ``path``; the attribute ``socket`` is the Python object.
 
-    ``failed`` begins the :class:`~vmm.errors.ConfigError` where that cannot be.
+    Raises :class:`~vmm.errors.ConfigError`, whose text starts with ``failed``, if it cannot listen there.
     """
 
     def __init__(self, path: str, failed: str, backlog: int = 4) -> None:
@@ -59,7 +59,7 @@ class PrivateSocket:
             raise ConfigError(f"{failed}: {taken}") from None
 
     def _listen(self, backlog: int) -> tuple[int, int]:
-        """Bind, listen, take the name; return the device and inode of the socket's name."""
+        """Bind, listen, take the name; return the device and inode of the name."""
         os.fchmod(self.socket.fileno(), 0o600)  # before bind: Linux makes the name with the mode of the socket
         folder, name = os.path.split(self.path)
         directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -79,7 +79,7 @@ class PrivateSocket:
         return made.st_dev, made.st_ino
 
     def detach(self) -> int:
-        """Give the descriptor away; the name is still removed by :meth:`close`."""
+        """Hand the descriptor over to the caller; :meth:`close` still removes the name."""
         return self.socket.detach()
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class PrivateSocket:
 
 
 class _Taken(Exception):
-    """Something else has the name; the text says what."""
+    """The path is taken by something else, which the text names."""
 
 
 def _take_name(new: str, path: str) -> None:
@@ -104,12 +104,12 @@ def _take_name(new: str, path: str) -> None:
             return
         except FileExistsError:
             _refuse_what_is_there(path)
-        with _locked(os.path.dirname(path)), contextlib.suppress(FileNotFoundError):  # what was there is gone
+        with _locked(os.path.dirname(path)), contextlib.suppress(FileNotFoundError):  # the entry is gone by now
             _refuse_what_is_there(path)
             _exchange(new, path)
             try:
                 _refuse_what_is_there(new)
-            except _Taken:  # a program that takes no lock put it there
+            except _Taken:  # a program that takes no lock created it
                 _exchange(new, path)
                 raise
             return
@@ -125,7 +125,7 @@ def _exchange(one: str, other: str) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: str) -> Iterator[None]:
-    """Alone among those that replace a socket in the directory."""
+    """Hold an exclusive lock on the directory against other processes that replace a socket in it."""
     import fcntl
 
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -145,10 +145,10 @@ def _locked(directory: str) -> Iterator[None]:
 
 
 def _refuse_what_is_there(path: str) -> None:
-    """Raise :class:`_Taken` unless ``path`` is nothing, or a socket that no process has open.
+    """Raise :class:`_Taken` unless ``path`` does not exist, or is a socket that no process has open.
 
-    A living socket does not notice: connecting a datagram socket to it fails with EPROTOTYPE, and with ECONNREFUSED
-    where no process has it (unix(7)).
+    The check does not disturb a socket in use: connecting a datagram socket to it fails with EPROTOTYPE, and with
+    ECONNREFUSED if no process has it open (unix(7)).
     """
     import socket
 

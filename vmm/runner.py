@@ -1,4 +1,4 @@
-"""A thread that is kept for the next run: making one costs as much as a short run of a guest."""
+"""A thread that is kept for the next run: creating one costs as much as a short run of a guest."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """A thread that does what it is given, and waits for more. It is made at the first :meth:`start`."""
+    """A thread that runs one callable after another. The first :meth:`start` creates it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._thread: threading.Thread | None = None
-        self._work: Callable[[], object] | None = None  # None: it shall end
+        self._work: Callable[[], object] | None = None  # None asks the thread to end
         self._given = threading.Lock()  # released for each piece of work
         self._given.acquire()
         self._busy = threading.Lock()
 
     @property
     def current(self) -> bool:
-        """Whether the caller is on this thread."""
+        """Return whether the caller runs on this thread."""
         return self._thread is threading.current_thread()
 
     @property
     def processor_seconds(self) -> float:
-        """Processor time that the thread has had since it was made; 0 where there is none."""
+        """Return the processor time of the thread since its creation, in seconds; 0 if it does not exist."""
         import time
 
         thread = self._thread
@@ -36,7 +36,7 @@ class Runner:
         return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
     def start(self, work: Callable[[], object]) -> None:
-        """Have ``work()`` done. Not before the one before is over."""
+        """Run ``work()`` on the thread. The previous one must have finished."""
         self._busy.acquire()
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
@@ -45,12 +45,12 @@ class Runner:
         self._given.release()
 
     def join(self) -> None:
-        """Wait until it has nothing to do."""
+        """Wait until the thread is idle."""
         with self._busy:
             pass
 
     def close(self) -> None:
-        """End the thread, which has nothing to do."""
+        """End the thread, which must be idle."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._given.release()
@@ -65,5 +65,5 @@ class Runner:
             try:
                 work()
             finally:
-                del work  # what it belongs to is not kept alive by a thread that waits
+                del work  # an idle thread must not keep the owner of `work` alive
                 self._busy.release()

@@ -1,4 +1,4 @@
-"""Processes beside ours that serve a machine: each ends when its connection does, and is waited for."""
+"""Child processes that serve a machine: each ends when its connection closes, and is waited for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import os
 
 PATIENCE = 2.0  # seconds for a process whose connection was closed to end by itself
-_DYING = 1.0  # one that sleeps in the kernel dies later: not worth hanging for
+_DYING = 1.0  # after SIGKILL; a process in uninterruptible sleep ends later and is not waited for
 
 
 def await_end(pidfd: int) -> None:
-    """Wait until the process has ended, and kill it when it does not; closes ``pidfd``.
+    """Wait until the process has ended, and kill it after :data:`PATIENCE` seconds; closes ``pidfd``.
 
-    It is readable once the process has let go of all that it had: ports, sockets, files (pidfd_open(2)).
+    ``pidfd`` is readable once the process has released its ports, sockets and files (pidfd_open(2)).
     """
     import select
     import signal

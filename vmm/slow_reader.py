@@ -1,7 +1,7 @@
 """Writing to a descriptor whose reader may be slow, or may have stopped reading.
 
-A guest decides what the monitor prints, and when: its messages, its console, its trace. None of this may wait for a
-reader without a bound, as a time limit and a signal would wait with it.
+A guest decides what the monitor prints and when: messages, console, trace. No write may wait for a reader without a
+bound, because the time limit and signals would wait with it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Outlet:
 
 
 _lock = threading.Lock()
-_lost = 0  # messages since the last that was printed; of the process, as its standard error is
+_lost = 0  # messages lost since the last one printed; one count per process, as there is one standard error
 
 
 def _note(newline: str = "\n") -> str:
@@ -102,15 +102,15 @@ def say(text: str, newline: str = "\n") -> None:
         try:
             with Outlet(2) as outlet:
                 taken = outlet.offer(f"{_note(newline)}{text}".encode()[:CHUNK])
-        except OSError:  # there is no reader: it misses nothing
+        except OSError:  # there is no reader, so nothing is lost
             return
         _lost = 0 if taken else _lost + 1
 
 
 def report(text: str) -> None:
-    """Print the last words of a command on standard error, for as long as the reader takes any of them.
+    """Print the final message of a command on standard error, for as long as the reader accepts bytes.
 
-    What a guest, a peer or a file may have put into them is made printable: see :mod:`vmm.printable`.
+    Untrusted text in it is escaped: see :mod:`vmm.printable`.
     """
     import sys
 
@@ -128,7 +128,7 @@ def report(text: str) -> None:
 
 
 def deliver(fd: int, data: bytes) -> None:
-    """:meth:`Outlet.deliver` to a reader that may as well have stopped, or gone."""
+    """Call :meth:`Outlet.deliver`, and ignore a reader that has stopped or closed."""
     try:
         with Outlet(fd) as outlet:
             outlet.deliver(data)

@@ -29,24 +29,24 @@ class TraceRings:
         self._capacity = 0
 
     def start(self, capacity: int) -> None:
-        """Trace from here on; rings keep the ``capacity`` they were first given. Raises
+        """Start tracing; rings keep the ``capacity`` of the first call, in events. Raises
         :class:`~vmm.errors.ConfigError` unless that is a power of two, 64 to 2^24."""
         if not CAPACITY_MIN <= capacity <= CAPACITY_MAX or capacity & (capacity - 1):
             raise ConfigError(f"a ring of {capacity} events: give a power of two, {CAPACITY_MIN} to {CAPACITY_MAX}")
         if self._capacity:
-            self.read()  # what an earlier trace left is not of this one
+            self.read()  # drop what an earlier trace left
         self._capacity = self._capacity or capacity
         check(lib.vmm_trace_start(self._vm, capacity))
 
     def stop(self) -> None:
-        """Trace no more; what was traced can still be read."""
+        """Stop tracing; recorded events can still be read."""
         lib.vmm_trace_stop(self._vm)
 
     def read(self) -> tuple[bytes, int]:
-        """What came since the last call, thread after thread, as ``vmm_trace_event`` records of
-        :data:`EVENT_BYTES`; and how many more were overwritten before they could be read.
+        """Return the events since the last call, thread after thread, as ``vmm_trace_event`` records of
+        :data:`EVENT_BYTES` each, and the number of events that were overwritten before they could be read.
 
-        At most two rings' worth a thread, so that a guest which traps without end does not keep the caller here.
+        It reads at most two rings' worth per thread, so that a guest which exits without end cannot hold the caller.
         """
         parts: list[bytes] = []
         self._lost[0] = 0
@@ -74,7 +74,7 @@ class TraceRings:
 
     @staticmethod
     def clock() -> tuple[int, int]:
-        """The TSC, and CLOCK_MONOTONIC in nanoseconds, at one moment."""
+        """Return the TSC and CLOCK_MONOTONIC in nanoseconds, sampled at one moment."""
         tsc, ns = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         lib.vmm_trace_clock(tsc, ns)
         return int(tsc[0]), int(ns[0])

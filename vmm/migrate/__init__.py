@@ -1,10 +1,10 @@
-"""A machine moves to another process, on this host or another: docs/migration.md.
+"""Live migration of a machine to another process, on this host or another: docs/migration.md.
 
-    machine.migrate("unix:/run/there")                 # here: it ends here, with the outcome "migrated"
-    machine = migrate.receive("unix:/run/there")       # there: it runs
+    machine.migrate("unix:/run/there")                 # source: the run ends with the outcome "migrated"
+    machine = migrate.receive("unix:/run/there")       # destination: the machine runs
 
-``wire`` is the frames, ``address`` the connections, ``fence`` decides who owns the machine when a side dies or the link
-does; ``source`` and ``destination`` are the two sides, ``postcopy`` the pages that come later.
+``wire`` has the frames, ``address`` the connections; ``fence`` decides which side owns the machine after a side or the
+link fails; ``source`` and ``destination`` are the two sides, ``postcopy`` transfers pages on demand.
 """
 
 from __future__ import annotations

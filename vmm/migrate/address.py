@@ -1,4 +1,4 @@
-"""Where the other side is: ``unix:PATH`` or ``tcp:HOST:PORT``, perhaps with TLS."""
+"""Addresses and connections of a migration: ``unix:PATH`` or ``tcp:HOST:PORT``, optionally with TLS."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vmm.errors import ConfigError, MigrationError
 from vmm.migrate.tls import CONNECT_SECONDS, Tls
 from vmm.private_socket import PrivateSocket
 
-PREFACE = b"PYVMM MIGRATION\n"  # in the clear, before TLS: who listens for something else finds it out at once
-GREETING_SECONDS = 10.0  # for all that a stranger says before it is known what for: preface, TLS handshake, HELLO
+PREFACE = b"PYVMM MIGRATION\n"  # in the clear, before TLS: another protocol's server refuses it at once
+GREETING_SECONDS = 10.0  # for the whole greeting of an unknown peer: preface, TLS handshake, HELLO
 
 
 class Address(NamedTuple):
@@ -24,7 +24,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Raises :class:`~vmm.errors.ConfigError`."""
+        """Parse ``text``. Raises :class:`~vmm.errors.ConfigError`."""
         kind, _, rest = text.partition(":")
         if kind == "unix" and rest:
             return cls(rest, -1)
@@ -39,7 +39,7 @@ class Address(NamedTuple):
 
 
 def connect(address: Address, tls: Tls | None, *, given: int | None = None) -> socket.socket:
-    """A connection to who listens there. ``given`` is a descriptor to hand over, on a UNIX socket.
+    """Connect to the listener at ``address``. ``given`` is a descriptor to pass along, on a UNIX socket.
 
     Raises :class:`~vmm.errors.MigrationError`.
     """
@@ -63,7 +63,7 @@ def connect(address: Address, tls: Tls | None, *, given: int | None = None) -> s
 
 
 def _keep(connection: socket.socket) -> None:
-    """Frames go out at once; a peer whose host is gone is found out within half a minute."""
+    """Set TCP_NODELAY, and keep-alives that detect a dead host within half a minute."""
     for level, option, value in (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -87,7 +87,7 @@ def _listen_tcp(address: Address) -> socket.socket:
 
 
 class Listener:
-    """Listens for one source. A context manager; a UNIX socket is its owner's alone, and removed in the end."""
+    """Listen for one source. A context manager; a UNIX socket is open to its owner only, and removed at the end."""
 
     def __init__(self, address: Address, tls: Tls | None) -> None:
         self._context = tls.context(server=True) if tls else None
@@ -104,12 +104,13 @@ class Listener:
         self.address = address
 
     def accept(self, timeout: float | None, *, native: bool = False) -> tuple[socket.socket, int | None, Deadline]:
-        """The next connection, the descriptor that came with it, which is the caller's, and the deadline by which its
-        greeting is to be over.
+        """Accept a connection; return it, the descriptor passed with it (the caller owns it), and the deadline of its
+        greeting.
 
-        ``native``: it is for native code, which knows no TLS; who is no friend closes it later then.
+        ``native``: the connection is for native code, which has no TLS; a relay process does the handshake, and an
+        unauthenticated peer then shows as a closed connection.
 
-        Raises ``TimeoutError``, or :class:`~vmm.errors.MigrationError` for one that is no migration: accept again.
+        Raises ``TimeoutError``, or :class:`~vmm.errors.MigrationError` for a peer that does not migrate: accept again.
         """
         self._socket.settimeout(timeout)
         connection, _ = self._socket.accept()
@@ -126,7 +127,7 @@ class Listener:
                 preface += deadline.receive(connection, len(PREFACE) - len(preface), until)
             connection.settimeout(until.left)
             if preface != PREFACE:
-                raise MigrationError("somebody connected who is not a machine that moves")
+                raise MigrationError("a peer connected that is not a migrating machine: it was refused")
             if self._tls and native:
                 from vmm.migrate.relay import relayed
 
@@ -144,7 +145,7 @@ class Listener:
         return connection, fds[0] if fds else None, until
 
     def end_relays(self) -> None:
-        """Return once the processes behind connections for native code have ended: after these were closed."""
+        """Wait until the TLS relay processes have ended. Close their connections first."""
         from vmm.side_process import await_end
 
         while self._relays:
@@ -155,7 +156,7 @@ class Listener:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Stop listening. Twice is fine."""
+        """Stop listening. Idempotent."""
         if self._named is not None:
             self._named.close()
         self._socket.close()

@@ -1,4 +1,4 @@
-"""The side that gets the machine. Everything that comes is checked: the other side may be anybody."""
+"""Destination of a migration. Everything received is checked, since the peer is untrusted."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _HELLO = {
 
 
 class Receiver:
-    """Listens at ``address`` for one machine. A context manager.
+    """Listen at ``address`` for one machine. A context manager.
 
-    ``fields`` say how the machine is used here and where its disks and networks are, as with
-    :meth:`vmm.Machine.restore`: the other side says nothing of that. ``disks_in``: a directory in which files
-    ``disk0.img`` and so on are made for disks that come along with their machine, so that ``disks`` has those that do
-    not; or ``disks`` name files for them too, which must not exist yet. ``fence``: the file that both sides see, where
-    the source has one; on a UNIX socket it is handed over. ``on_refused`` is told why a connection was no use.
-    ``clock``: ``"advanced"``, what this host's clock says has passed since the guest stood still has passed for it, or
+    ``fields`` give the machine's use and the places of its disks and networks on this host, as with
+    :meth:`vmm.Machine.restore`: the source does not send them. ``disks_in`` is a directory for the files ``disk0.img``
+    and so on of mirrored disks; ``disks`` then lists only the others. Without it ``disks`` names files for mirrored
+    disks too, which must not exist yet. ``fence`` is the file that both sides see, if the source has one; on a UNIX
+    socket the source passes it. ``on_refused`` is called with the reason for each refused connection. ``clock`` is
+    ``"advanced"`` (the guest's clocks include the time, by this host's clock, since the source paused it) or
     ``"kept"``.
     """
 
@@ -68,14 +68,15 @@ class Receiver:
 
     @property
     def address(self) -> str:
-        """Where it listens; with the port that was chosen, if 0 was given."""
+        """The address it listens at; with the port that the kernel chose, if 0 was given."""
         return str(self.listener.address)
 
     def receive(self, timeout: float | None = None) -> Machine:
-        """Wait for a machine, and answer it, running.
+        """Wait for a machine and return it, running.
 
-        Who is refused before anything was sent is forgotten. Raises :class:`~vmm.errors.MigrationError` when a machine
-        that was on its way does not come, ``TimeoutError`` after ``timeout`` seconds without one.
+        A connection that is refused before any data was sent does not end the wait. Raises
+        :class:`~vmm.errors.MigrationError` when a migration that has begun fails, ``TimeoutError`` after ``timeout``
+        seconds without one.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -89,9 +90,9 @@ class Receiver:
             return arrival.run()
 
     def stand_by(self) -> Machine:
-        """Follow a machine that runs elsewhere (:meth:`vmm.Machine.standby`); answer it, running, when that died.
+        """Follow a machine in another process (:meth:`vmm.Machine.standby`); return it, running, after that dies.
 
-        A link that is lost while it lives is waited for to come again.
+        While the source lives, a lost link is awaited again.
 
         Raises :class:`~vmm.errors.MigrationError` when the machine has ended in order.
         """
@@ -104,12 +105,12 @@ class Receiver:
                     self._on_refused(str(lost))
 
     def hand_over(self) -> Listener:
-        """The listener, for a machine whose memory is still to come; this receiver is of no use any more."""
+        """Return the listener, which post-copy needs for its pages; the receiver cannot be used afterwards."""
         self._handed_over = True
         return self.listener
 
     def close(self) -> None:
-        """Stop listening. Twice is fine."""
+        """Stop listening. Idempotent."""
         if not self._handed_over:
             self.listener.close()
 
@@ -121,17 +122,16 @@ class Receiver:
 
 
 def receive(address: str, timeout: float | None = None, **how: Any) -> Machine:
-    """Wait at ``address`` for a machine, and answer it, running. ``how``: what :class:`Receiver` takes."""
+    """Wait at ``address`` for a machine and return it, running. ``how`` are the arguments of :class:`Receiver`."""
     with Receiver(address, **how) as receiver:
         return receiver.receive(timeout)
 
 
 class Arrival:
-    """One machine that comes over one connection; made once it was accepted.
+    """One incoming machine on one accepted connection.
 
-    ``fd`` is the descriptor that came along, and is taken; ``until``: when it must have greeted.
-    Raises :class:`~vmm.errors.MigrationError`, and has told
-    the other side why.
+    ``fd`` is the descriptor that was passed, which this object now owns; ``until`` is the deadline of the greeting.
+    Raises :class:`~vmm.errors.MigrationError` after it has sent the reason to the source.
     """
 
     def __init__(self, receiver: Receiver, connection: Any, fd: int | None, until: Deadline) -> None:
@@ -148,7 +148,7 @@ class Arrival:
 
     @contextlib.contextmanager
     def _refusing(self) -> Any:
-        """What goes wrong is the other side's to know; and what has come is given up."""
+        """On an error, send the reason to the source and release everything received."""
         try:
             yield
         except LinkLost:
@@ -164,7 +164,7 @@ class Arrival:
             raise
 
     def _give_up(self) -> None:
-        # The machine first: its disks are the source's again before that hears of it by the end of the link.
+        # Close the machine first: the source may use its disks again as soon as it sees the link end.
         if self._machine is not None:
             self._machine.close()
         if self._images is not None:
@@ -183,7 +183,7 @@ class Arrival:
     def _greet(self, fd: int | None, until: Deadline) -> None:
         try:
             hello = _checked(self._channel.receive(Kind.HELLO, within=until).value)
-            came, fd = fd, None  # it is the fence's to close, whatever happens
+            came, fd = fd, None  # the fence closes it, whatever happens
             self._fence = self._join(hello, came)
         finally:
             if fd is not None:
@@ -209,7 +209,7 @@ class Arrival:
         return Fence.open(self._receiver.fence, hello["token"])
 
     def _prepare(self, hello: dict[str, Any]) -> Machine:
-        """The machine with nothing but memory: whether it can be here is known before much was sent."""
+        """Create the machine with empty memory, so that an unsuitable host is found before much is sent."""
         from vmm.machine import Machine
 
         receiver, sizes = self._receiver, hello["disks"]
@@ -227,10 +227,10 @@ class Arrival:
             raise MigrationError("the machine's memory lies elsewhere than this pyvmm puts it: take one of its version")
         return machine
 
-    # ---- coming ----
+    # ---- transfer ----
 
     def run(self) -> Machine:
-        """The machine, running."""
+        """Receive the machine; return it, running."""
         machine = self._machine
         assert machine is not None
         if self._how == "standby":
@@ -246,13 +246,13 @@ class Arrival:
             state, later = self._fill()
             page_watch = self._expect(machine, later)
             assert self._images is not None
-            self._images.finish()  # stable before the machine can be ours, and its own before it opens them
+            self._images.finish()  # on stable storage before this side can own the machine; closed before it opens them
             machine.arrive(state)
             self._channel.send(Kind.READY)
             self._take()
             self._images.keep()
             machine.start()
-        with contextlib.suppress(MigrationError):  # it is ours, whether the other side hears of it or not
+        with contextlib.suppress(MigrationError):  # this side owns it, whether TAKEN arrives or not
             self._channel.send(Kind.TAKEN)
         if page_watch is None:
             self._close()
@@ -261,7 +261,7 @@ class Arrival:
         return machine
 
     def _expect(self, machine: Machine, later: Any) -> postcopy.PageWatch | None:
-        """Have the rest of its memory come, if it was not here before its state."""
+        """Set up post-copy if the memory did not come before the state."""
         if self._pages is None:
             return None
         with self._pages as connection:
@@ -272,7 +272,7 @@ class Arrival:
         )
 
     def _fill(self) -> tuple[Any, Any]:
-        """Memory and disks as they come; answers the state that ends it, and which pages come later."""
+        """Store memory and disks as they arrive; return the final state, and the bitmaps of pages that come later."""
         assert self._machine is not None and self._images is not None
         memory, channel, images = self._machine.memory, self._channel, self._images
         while True:
@@ -280,10 +280,10 @@ class Arrival:
             if frame.kind == Kind.STATE:
                 value = frame.value
                 if not isinstance(value, dict) or value.keys() != {"machine", "later"}:
-                    raise MigrationError("the other side sent no state")
+                    raise MigrationError("the other side sent no state: the migration is refused")
                 return value["machine"], value["later"]
             if frame.kind == Kind.ROUND:
-                images.sync()  # little is left for the moment in which nobody runs, and the source sees what it takes
+                images.sync()  # keeps the downtime short, and lets the source measure the disk's speed
                 channel.send(Kind.SEEN)
             elif frame.kind in (Kind.DISK, Kind.DISK_ZEROS):
                 images.put(frame)
@@ -294,17 +294,17 @@ class Arrival:
 
     def _clear(self, gpa: int, size: int) -> None:
         assert self._machine is not None
-        if self._machine.memory.read(gpa, size) != bytes(size):  # else it would get pages for nothing
+        if self._machine.memory.read(gpa, size) != bytes(size):  # a write would allocate pages that are zero anyway
             self._machine.memory.fill(gpa, size)
 
     def _take(self) -> None:
-        """Become its owner, or raise: then it never runs here."""
+        """Take ownership, or raise; after an exception the machine never runs here."""
         fence = self._fence
         try:
             self._channel.receive(Kind.YOURS)
         except LinkLost as lost:
-            # Without a fence a broken link is not told from a dead source: it may go on there. A dead source has taken
-            # with it what it had of memory.
+            # Without a fence a broken link looks like a dead source: the machine may continue there. A dead source
+            # also takes the pages that only it had.
             whole = self._pages is None or (fence is not None and fence.source_lives())
             if fence is None or not whole or not fence.lock_within(self._patience) or not fence.take():
                 raise LinkLost(f"{lost}: the machine stays where it was") from None

@@ -1,14 +1,14 @@
-"""Who owns a machine that moves: a file that both sides see, decided by its lock and its one record.
+"""Ownership of a migrating machine: a file that both sides see, with a lock and one record.
 
-Whoever may run the machine holds the file's lock, and a dead process holds none: that is how one side knows of the
-other's death, which no link can tell it. What the record says is final once it is ``kept`` or ``taken``.
+The side that may run the machine holds the file's lock, and the kernel releases a dead process's locks: this is how
+one side detects the other's death, which a lost link does not prove. The records ``kept`` and ``taken`` are final.
 
 ========= ======================================================= ==================================================
-record    written                                                 found by who gets the lock
+record    written                                                 meaning for the side that gets the lock
 ========= ======================================================= ==================================================
-offered   by the source, before anything is sent                  its source is dead: whoever has all of it goes on
+offered   by the source, before anything is sent                  the source is dead: a complete destination goes on
 kept      by the source: it goes on itself                        the destination gives up
-given     by the source, which lets go of the lock then           no one has it: the first to say so does
+given     by the source, which then releases the lock             there is no owner: the first to write the record is
 taken     by the destination, before its first instruction        the source never goes on again
 ========= ======================================================= ==================================================
 """
@@ -27,11 +27,11 @@ from vmm.errors import ConfigError, MigrationError
 OFFERED, KEPT, GIVEN, TAKEN = b"offered.", b"kept....", b"given...", b"taken..."
 TOKEN = 16
 _OWNER, _PAGES = 0, 1  # bytes of the file that are locked: the machine; pages that only the source has
-_LOOK = 0.02  # seconds between two looks at a lock, in the moments in which a link is lost
+_LOOK = 0.02  # seconds between two attempts to lock, after a link was lost
 
 
 class Fence:
-    """This process's end of it. ``fd``: the file, opened for it alone; ``token``: of this migration."""
+    """One side's handle of the fence. ``fd`` is the file, opened for it alone; ``token`` identifies the migration."""
 
     def __init__(self, fd: int, token: bytes) -> None:
         self._fd = fd
@@ -39,9 +39,9 @@ class Fence:
 
     @classmethod
     def make(cls, path: str | None) -> Fence:
-        """The source's: at ``path``, or without a name. The machine is offered.
+        """Create the source's fence at ``path``, or as a memfd, with the record ``offered``.
 
-        Raises :class:`~vmm.errors.ConfigError` where the file cannot be used, or another machine owns it.
+        Raises :class:`~vmm.errors.ConfigError` if the file cannot be used, or another machine has locked it.
         """
         try:
             if path is None:
@@ -59,7 +59,7 @@ class Fence:
 
     @classmethod
     def open(cls, path: str, token: bytes) -> Fence:
-        """The destination's, by a path. Raises :class:`~vmm.errors.ConfigError`."""
+        """Open the destination's fence by path. Raises :class:`~vmm.errors.ConfigError`."""
         try:
             fence = cls(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), token)
         except OSError as error:
@@ -70,13 +70,13 @@ class Fence:
 
     @classmethod
     def adopt(cls, fd: int, token: bytes) -> Fence:
-        """The destination's, by the descriptor that came with the connection, which it closes."""
+        """Open the destination's fence from the descriptor that came with the connection; closes that descriptor."""
         try:
-            # With this process's rights: only what the other side could write itself, and no device.
+            # This process opens it with its own rights: accept only a regular file that the peer could write itself.
             flags, mode = fcntl.fcntl(fd, fcntl.F_GETFL), os.fstat(fd).st_mode
             if flags & os.O_ACCMODE != os.O_RDWR or flags & os.O_PATH or not stat.S_ISREG(mode):
                 raise MigrationError("the other side's fence is no file that it can write")
-            # Opened anew: locks are of an open file, and the one that came is the source's as well.
+            # Reopen it: locks belong to the open file description, which the descriptor shares with the source.
             return cls(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC), token)._checked()
         except OSError as error:
             raise MigrationError(f"the other side's fence cannot be used: {error.strerror}") from error
@@ -90,17 +90,17 @@ class Fence:
         return self
 
     def another(self) -> int:
-        """A descriptor to hand over: the file opened once more, without this one's locks."""
+        """Return a descriptor to pass to the peer: the file opened again, without this handle's locks."""
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
 
     # ---- the lock ----
 
     def try_lock(self) -> bool:
-        """Have the lock, if nobody else has it."""
+        """Try to take the owner lock; return whether it is held now."""
         return self._lock(_OWNER)
 
     def lock_within(self, seconds: float) -> bool:
-        """Have the lock within this time."""
+        """Try to take the owner lock for ``seconds``; return whether it is held now."""
         deadline = time.monotonic() + seconds
         while not self.try_lock():
             if time.monotonic() > deadline:
@@ -109,7 +109,7 @@ class Fence:
         return True
 
     def source_lives(self) -> bool:
-        """Whether the source still holds pages for the destination."""
+        """Return whether the source still holds pages for the destination."""
         if self._lock(_PAGES):
             self._lock(_PAGES, fcntl.F_UNLCK)
             return False
@@ -126,7 +126,7 @@ class Fence:
 
     @property
     def state(self) -> bytes | None:
-        """What the record says; ``None``: it is not of this migration."""
+        """The record; ``None`` if it belongs to another migration."""
         record = os.pread(self._fd, TOKEN + 8, 0)
         return record[TOKEN:] if record[:TOKEN] == self.token else None
 
@@ -135,23 +135,24 @@ class Fence:
         os.fsync(self._fd)
 
     def keep(self) -> None:
-        """The source goes on; it has the lock."""
+        """Record that the source goes on. It must hold the lock."""
         self._write(KEPT)
 
     def give(self) -> None:
-        """The source will not go on, unless it gets the lock again and reads that nobody took the machine."""
+        """Record that the source gives the machine away. It goes on only if it gets the lock again and reads that the
+        machine was not taken."""
         self._write(GIVEN)
         self._lock(_OWNER, fcntl.F_UNLCK)
 
     def take(self) -> bool:
-        """The destination, which has the lock, goes on; false: it must not."""
+        """Record that the destination, which holds the lock, goes on; return false if it must not."""
         if self.state not in (OFFERED, GIVEN):
             return False
         self._write(TAKEN)
         return True
 
     def close(self) -> None:
-        """Let go of it, and of its locks. Twice is fine."""
+        """Close the file, which releases its locks. Idempotent."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._fd)

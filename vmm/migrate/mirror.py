@@ -1,7 +1,7 @@
-"""Disks that go along with a machine: each is copied while its guest writes it, as memory is.
+"""Mirroring of disks during a migration: each is copied while the guest writes it, as memory is.
 
-What goes over is what the guest sees, whatever the disk is made of here; there it is one raw file, which is made for
-it and removed again if the machine does not come.
+The guest's view of the disk is sent, whatever files it consists of at the source; at the destination it becomes one
+raw file, which is removed again if the migration fails.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
     from vmm.migrate.wire import Channel, Frame
     from vmm.snapshot.description import Described
 
-CLUSTER = 4096  # what is written is known by so many bytes
+CLUSTER = 4096  # granularity of the disk's dirty log, in bytes
 SIZE_MAX = (1 << 63) - 1  # of a file
-SYNC_EVERY = 64 << 20  # bytes after which they are put on stable storage: nobody waits for all of them at the end
+SYNC_EVERY = 64 << 20  # bytes after which they are flushed, so that the final flush is short
 
 
 # ---- the source ----
 
 
 class MirroredDisk:
-    """One of a running machine's disks: all that it holds, then what was written meanwhile. ``number`` among the
-    machine's disks; ``size`` in bytes, which it keeps until :meth:`close`."""
+    """Send one disk of a running machine: first all its data, then what was written meanwhile. ``number`` is its index
+    among the machine's disks; ``size`` is in bytes, and cannot change until :meth:`close`."""
 
     def __init__(self, number: int, blk: Blk) -> None:
         self.number = number
         self._blk = blk
-        self._log = blk.dirty_log()  # before anything is read
+        self._log = blk.dirty_log()  # opened before the first read
         self.size = blk.size
         self.begun = False
-        """Whether all of it was sent once."""
+        """Whether the first pass over the disk is complete."""
         self._page = mmap.mmap(-1, wire.DATA_MAX)  # aligned, for O_DIRECT
 
     def copies(self) -> list[tuple[int, bytes]]:
-        """What was written since it was sent last, as places and bytes, of a machine that is held."""
+        """Return ``(offset, bytes)`` of what was written since the last send. The machine must be paused."""
         return [(at, self._read(at, size)) for at, size in self._log.take(wire.DATA_MAX)]
 
     def remaining(self) -> int:
-        """Bytes to send now. At first about so many: holes are found on the way."""
+        """Return the bytes to send now; in the first pass an upper bound, since holes are found while sending."""
         return self._log.collect() * CLUSTER if self.begun else self._in_use()
 
     def _in_use(self) -> int:
@@ -60,9 +60,9 @@ class MirroredDisk:
         return min(self.size, blocks * 512) if all(file.st_size for file in files) else self.size
 
     def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
-        """Send them; ``each`` is called after every frame, with its bytes of the disk.
+        """Send what remains; ``each`` is called after every frame with the bytes of disk it covered.
 
-        Raises :class:`~vmm.errors.HostError` for what cannot be read here.
+        Raises :class:`~vmm.errors.HostError` for data that cannot be read here.
         """
         runs = self._log.take(wire.DATA_MAX) if self.begun else self._blk.in_use()
         self.begun = True
@@ -74,7 +74,7 @@ class MirroredDisk:
                     each(len(data))
 
     def send_at(self, channel: Channel, at: int, data: bytes) -> None:
-        """One frame: these bytes of it."""
+        """Send one frame with ``data`` at the byte offset ``at``."""
         if data.strip(b"\0"):
             channel.send(Kind.DISK, data, address=at, disk=self.number)
         else:
@@ -86,12 +86,12 @@ class MirroredDisk:
             return bytes(part)
 
     def close(self) -> None:
-        """The disk may have another size again. Twice is fine."""
+        """Stop logging and allow a resize of the disk again. Idempotent."""
         self._log.close()
 
 
 def chosen(mirror: bool | Sequence[int], n: int) -> list[int]:
-    """The numbers of the disks that go along, of ``n``. Raises :class:`~vmm.errors.ConfigError`."""
+    """Return the numbers of the disks to mirror, of ``n``. Raises :class:`~vmm.errors.ConfigError`."""
     if isinstance(mirror, bool):
         return list(range(n)) if mirror else []
     for number in mirror:
@@ -104,7 +104,7 @@ def chosen(mirror: bool | Sequence[int], n: int) -> list[int]:
 
 
 def check_sizes(sizes: list[Any], n: int) -> None:
-    """What the other side says of ``n`` disks: the bytes of each that comes along, 0 for one that does not.
+    """Check the peer's sizes of ``n`` disks: bytes for each mirrored one, 0 for the others.
 
     Raises :class:`~vmm.errors.MigrationError`.
     """
@@ -113,7 +113,7 @@ def check_sizes(sizes: list[Any], n: int) -> None:
 
 
 def coming(described: Described, sizes: Sequence[int], directory: str | None) -> dict[int, Disk]:
-    """The machine's disks that come along, with a size, as raw files in ``directory``, if there is one; by number."""
+    """Return the mirrored disks (size above 0) as raw files in ``directory``, by number; none without a directory."""
     if directory is None:
         return {}
     place = os.path.abspath(directory)
@@ -125,22 +125,22 @@ def coming(described: Described, sizes: Sequence[int], directory: str | None) ->
 
 
 def check_plain(disks: Sequence[Disk], sizes: Sequence[int]) -> None:
-    """Raise :class:`~vmm.errors.ConfigError` for a disk that comes along into anything but one raw file."""
+    """Raise :class:`~vmm.errors.ConfigError` for a mirrored disk whose target is not one raw file."""
     for disk, size in zip(disks, sizes, strict=True):
         if size and (disk.overlay or disk.temporary):
             raise ConfigError(f"disk {disk.path} comes along, into one raw file: leave out overlay= and temporary")
 
 
 class Images:
-    """The files of disks that come along, made here. Where ``sizes`` has 0 there is none.
+    """Create the files of mirrored disks. A disk with size 0 has none.
 
-    Raises :class:`~vmm.errors.ConfigError` for a file that is there, :class:`~vmm.errors.HostError` where the host
-    refuses (a full file system); none is left then.
+    Raises :class:`~vmm.errors.ConfigError` for a file that exists, :class:`~vmm.errors.HostError` if the host
+    refuses (a full file system); after an exception no file is left.
     """
 
     def __init__(self, disks: Sequence[Disk], sizes: Sequence[int]) -> None:
         self._files: dict[int, _File] = {}
-        self._staged: list[tuple[_File, int, int, int]] = []  # file, place, size, where it is staged; -1: zeros
+        self._staged: list[tuple[_File, int, int, int]] = []  # file, offset, size, offset where staged; -1: zeros
         self._staging: IO[bytes] | None = None
         self._staged_bytes = 0
         try:
@@ -152,7 +152,7 @@ class Images:
             raise
 
     def put(self, frame: Frame) -> None:
-        """A DISK or DISK_ZEROS frame. Raises :class:`~vmm.errors.MigrationError` for one that is outside its disk."""
+        """Write a DISK or DISK_ZEROS frame. Raises :class:`~vmm.errors.MigrationError` if it is outside its disk."""
         file, size = self._checked(frame)
         if frame.kind == Kind.DISK_ZEROS:
             file.clear(frame.address, size)
@@ -167,8 +167,8 @@ class Images:
         return file, size
 
     def stage(self, frame: Frame) -> None:
-        """:meth:`put` it when :meth:`apply` is called. Until then it lies in a file without a name beside its disk, as
-        long as all disks at most."""
+        """Keep a frame until :meth:`apply` writes it. It is staged in a file without a name beside its disk, which is
+        bounded by the size of all disks."""
         file, size = self._checked(frame)
         self._staged_bytes += max(size, CLUSTER)
         if self._staged_bytes > sum(-(-file.size // CLUSTER) * CLUSTER for file in self._files.values()):
@@ -184,7 +184,7 @@ class Images:
         self._staged.append((file, frame.address, size, at))
 
     def apply(self) -> None:
-        """What was staged is in the disks."""
+        """Write what was staged into the disks."""
         for file, place, size, at in self._staged:
             if at < 0:
                 file.clear(place, size)
@@ -201,24 +201,24 @@ class Images:
         self._staging, self._staged, self._staged_bytes = None, [], 0
 
     def sync(self) -> None:
-        """All that came is on stable storage."""
+        """Flush everything received to stable storage."""
         for file in self._files.values():
             file.sync()
 
     def finish(self) -> None:
-        """:meth:`sync`, and let the machine have the files."""
+        """Flush, then close the files so that the machine can open them."""
         for file in self._files.values():
             file.finish()
 
     def keep(self) -> None:
-        """The machine is here: the files stay, whatever happens. What was staged for them is forgotten."""
+        """Keep the files from now on, since the machine is here; discard what is staged."""
         self._forget_staged()
         for file in self._files.values():
             file.close()
         self._files.clear()
 
     def remove(self) -> None:
-        """It is not: they go. Twice is fine."""
+        """Remove the files unless :meth:`keep` was called. Idempotent."""
         self._forget_staged()
         for file in self._files.values():
             file.remove()
@@ -226,12 +226,12 @@ class Images:
 
 
 class _File:
-    """One that did not exist before, and is another machine's to nobody."""
+    """One new file, locked against use by another machine."""
 
     def __init__(self, disk: Disk, size: int) -> None:
         self.path = disk.path
         self.size = size
-        self._dirty = 0  # bytes that are not on stable storage yet
+        self._dirty = 0  # bytes written since the last flush
         self._image: Image | None = None
         if size % disk.sector:
             raise ConfigError(f"disk {self.path}: {size} bytes are not whole sectors of {disk.sector}")
@@ -249,7 +249,7 @@ class _File:
         try:
             with self.refusals("made as large"):
                 os.truncate(self.path, size)
-            # As the machine will open it: what cannot be is known before much was sent.
+            # Opened as the machine will open it, so that an impossible setting is found before much is sent.
             open_raw(self.path, readonly=disk.readonly, direct=disk.cache == "none", sector=disk.sector).close()
             self._image = Image(self.path, readonly=False)
         except BaseException:
@@ -258,7 +258,7 @@ class _File:
 
     @contextlib.contextmanager
     def refusals(self, what: str) -> Iterator[None]:
-        """The host's, as a sentence."""
+        """Turn an ``OSError`` into :class:`~vmm.errors.HostError` with a sentence; ``what`` is a participle."""
         try:
             yield
         except OSError as error:

@@ -1,8 +1,8 @@
-"""Memory that follows its machine: pages are sent when they are touched there, and all others beside that.
+"""Post-copy: pages are sent on demand after the machine runs at the destination, and all others in the background.
 
-Pages go over a connection of their own, as ``native/include/vmmlazy.h`` has it: at the destination native code asks for
-them, since a thread that touches a page waits for it, perhaps with the interpreter's lock. The source holds the machine
-until it is told that every page is there. When the connection breaks the guest waits, and the source connects anew.
+Pages have a connection of their own (protocol: ``native/include/vmmlazy.h``). At the destination native code requests
+them, because a thread that faults on a page may hold the GIL while it waits. The source keeps the paused machine until
+it is told that every page has arrived. When the connection breaks, faulting threads wait and the source reconnects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOTHING = bytes(wire.PAGE)
 
 
 def greeting(token: bytes) -> dict[str, Any]:
-    """The HELLO of a connection for pages."""
+    """Return the HELLO of a connection for pages."""
     return {"version": wire.VERSION, "how": "pages", "token": token}
 
 
@@ -42,15 +42,15 @@ def greeting(token: bytes) -> dict[str, Any]:
 
 
 class Touched:
-    """Which pages were ever touched: found while the guest runs, so that it need not wait for a look at all memory."""
+    """The pages that were ever touched, found while the guest runs to keep the downtime short."""
 
     def __init__(self, memory: GuestMemory, log: DirtyLog) -> None:
         self._regions = memory.regions
-        self._log = log  # opened before: what is touched from here on is in it
+        self._log = log  # opened before the scan, so that it has every later write
         self._before = [pages_in(gpa, size, memory.in_use(number)) for number, (gpa, size) in enumerate(self._regions)]
 
     def bitmaps(self) -> list[bytes]:
-        """A bitmap for each region, of a machine that is held now."""
+        """Return a bitmap for each region. The machine must be paused."""
         self._log.collect()
         runs = self._log.take()
         both = zip(self._before, (pages_in(gpa, size, runs) for gpa, size in self._regions), strict=True)
@@ -61,7 +61,7 @@ class Touched:
 
 
 class Pages:
-    """The source's end: answers requests for pages of a machine that is held, and connects again when it must."""
+    """The source's end: serve requests for pages of a paused machine, and reconnect after a lost connection."""
 
     def __init__(self, address: Address, tls: Tls | None, memory: GuestMemory, token: bytes) -> None:
         self._address = address
@@ -86,12 +86,12 @@ class Pages:
         return connection
 
     def start(self) -> None:
-        """Answer from now on: the machine is held."""
+        """Start to serve requests. The machine must be paused."""
         self._thread.start()
 
     def _serve(self) -> None:
         while not self._over.is_set():
-            with contextlib.suppress(OSError, ValueError), self._connection:  # the latter of TLS that was shut down
+            with contextlib.suppress(OSError, ValueError), self._connection:  # ValueError: TLS was shut down
                 answer_requests(self._connection, self._answer)
             while not self._over.wait(_AGAIN):
                 with contextlib.suppress(VmmError):
@@ -110,7 +110,7 @@ class Pages:
         return answered
 
     def close(self) -> None:
-        """No more. Twice is fine."""
+        """Stop and wait for the thread. Idempotent."""
         self._over.set()
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
@@ -120,14 +120,15 @@ class Pages:
 
 
 def await_all(channel: Channel, fence: Fence | None, address: Address, tls: Tls | None, token: bytes) -> None:
-    """Until the other side has every page. Without the connection it is asked again and again.
+    """Wait until the destination has every page; reconnect and ask again after a lost connection.
 
-    Raises :class:`~vmm.errors.MigrationError` when it is dead, and the machine with it.
+    Raises :class:`~vmm.errors.MigrationError` if the destination died, and the machine with it.
     """
     while True:
         try:
             channel.receive(Kind.ALL, timeout=None)
-            with contextlib.suppress(LinkLost):  # it may ask again, and finds nobody: as good an answer
+            # If OVER is lost, the destination asks again and finds no listener, which means the same.
+            with contextlib.suppress(LinkLost):
                 channel.send(Kind.OVER)
             return
         except LinkLost:
@@ -146,7 +147,7 @@ def await_all(channel: Channel, fence: Fence | None, address: Address, tls: Tls 
 
 
 def await_pages(listener: Listener, token: bytes) -> socket.socket:
-    """The connection for pages of the migration with this token."""
+    """Accept the connection for pages of the migration with this token."""
     how, connection = _greet(listener, token, wire.PATIENCE)
     if how != "pages":
         connection.close()
@@ -165,7 +166,7 @@ def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socke
     try:
         hello = channel.receive(Kind.HELLO, within=until).value
         if not isinstance(hello, dict) or hello.get("token") != token or hello.get("how") not in ("pages", "all"):
-            raise MigrationError("somebody else connected")
+            raise MigrationError("a connection for pages is not of this migration: it was refused")
         if hello["how"] == "pages":
             channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
         connection.settimeout(None)
@@ -176,7 +177,7 @@ def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socke
 
 
 def expect(machine: Arriving, bitmaps: Any, connection: socket.socket) -> LazyMemory:
-    """Have the machine's memory come from ``connection``: the pages of ``bitmaps``, one for each region."""
+    """Set up lazy memory from ``connection``: the pages of ``bitmaps``, one bitmap for each region."""
     from vmm.snapshot.lazy import LazyMemory
 
     regions = machine.memory.regions
@@ -195,11 +196,11 @@ def expect(machine: Arriving, bitmaps: Any, connection: socket.socket) -> LazyMe
 
 
 class PageWatch:
-    """Watches over a machine whose memory is partly elsewhere, until all of it is here; ``channel`` is told then.
+    """Watch a machine's lazy memory until all pages have arrived, then tell the source on ``channel``.
 
-    It begins before the machine is :meth:`taken`: devices and processors that become what they were touch memory. A
-    source that is gone then is waited for ``patience`` seconds, and later for as long as the machine lives, unless the
-    ``fence`` tells that it is dead. ``listener`` and ``fence`` are closed in the end.
+    It starts before the machine is :meth:`taken`, because loading devices and vCPUs touches memory. Before that a lost
+    source is awaited for ``patience`` seconds, afterwards for as long as the machine lives, unless the ``fence`` shows
+    that it is dead. It closes ``listener`` and ``fence`` at the end.
     """
 
     def __init__(
@@ -224,10 +225,10 @@ class PageWatch:
         self._thread = threading.Thread(target=self._tend, name="memory to come", daemon=True)
         self._thread.start()
         machine.run_beside(self)
-        machine.on_close(listener.end_relays)  # native code has closed its connection by then
+        machine.on_close(listener.end_relays)  # by then native code has closed its connection
 
     def taken(self) -> None:
-        """The machine runs here: have all of its memory come."""
+        """Start to fetch all remaining pages, since the machine runs here now."""
         self._lazy.fetch_rest()
         self._taken.set()
 
@@ -274,7 +275,7 @@ class PageWatch:
                 self._lazy.connect(connection)
 
     def _tell(self) -> None:
-        """Have the source know, and hear that it does: one that lost the connection connects again."""
+        """Send ALL until the source confirms it; a source that lost the connection connects again."""
         while not self._is_heard():
             if self._fence is not None and not self._fence.source_lives():
                 return
@@ -288,7 +289,7 @@ class PageWatch:
     def _is_heard(self) -> bool:
         with contextlib.suppress(MigrationError):
             self._channel.send(Kind.ALL)
-            # Its answer, or the end; it may also have connected again, and hear nothing on this one.
+            # OVER, or the end of the connection; the source may also have reconnected and not read this one.
             told = self._channel.fileno()
             if told in select.select([told, self._listener.fileno(), self._stop], [], [])[0]:
                 self._channel.receive(Kind.OVER)
@@ -296,7 +297,7 @@ class PageWatch:
         return False
 
     def stop(self) -> None:
-        """The machine is about to be closed. Twice is fine."""
+        """Stop and wait for the thread, before the machine is closed. Idempotent."""
         os.eventfd_write(self._stop, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join()

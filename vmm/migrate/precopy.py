@@ -1,4 +1,4 @@
-"""Pre-copy: what a guest writes is sent again and again while it runs, until little is left."""
+"""Pre-copy: send what the guest writes in rounds while it runs, until little is left."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     Runs = Iterable[tuple[int, int]]
 
-HANDOVER = 0.05  # seconds of a downtime that are not memory: the state, devices made there, three messages
-ROUNDS_MAX = 60  # rounds after which a guest that is held back ever more is held for good
-WORTH_IT = 0.7  # a round that leaves less than this of the last one's remainder gets on
-STEP = 0.2  # what the guest's share of time is cut by, of what it had
-SHARE_MIN = 0.02  # of its time is what the guest keeps in any case
-SLICE = 0.05  # seconds in which a guest that is held back runs and stands once
+HANDOVER = 0.05  # seconds of downtime beside memory: the state, creating devices there, three messages
+ROUNDS_MAX = 60  # rounds after which a throttled guest is paused for the handover
+WORTH_IT = 0.7  # a round makes progress if it leaves less than this share of the previous remainder
+STEP = 0.2  # fraction by which each throttling step cuts the guest's share of time
+SHARE_MIN = 0.02  # least share of its time that the guest keeps
+SLICE = 0.05  # seconds of one run and pause of a throttled guest
 _ZEROS = bytes(wire.DATA_MAX)
 
 
 class Progress(NamedTuple):
-    """How far it is. Bytes, bytes a second, seconds; ``share`` is what the guest has of its time."""
+    """Progress in bytes, bytes per second and seconds; ``share`` is the fraction of time in which the guest runs."""
 
     phase: str
     round: int
@@ -42,31 +42,31 @@ class Progress(NamedTuple):
 
 
 class Interruptible(Protocol):
-    """A migration that may be cancelled, and shows how far it is."""
+    """A migration that can be cancelled and reports its progress."""
 
     def check(self) -> None:
-        """Raise when it is to end."""
+        """Raise if the migration is to end."""
         ...
 
     def show(self, progress: Progress, *, always: bool = False) -> None:
-        """Show how far it is."""
+        """Report progress."""
         ...
 
 
 class Part(Protocol):
-    """Something of a machine that goes over while the guest writes it."""
+    """A part of the machine's state that is sent while the guest writes it: memory, or a disk."""
 
     def remaining(self) -> int:
-        """Look what was written since it was sent last; bytes to send now, all of it at first."""
+        """Collect what was written since the last send; return the bytes to send now, at first all of it."""
         ...
 
     def send(self, channel: Channel, each: Callable[[int], object] | None = None) -> None:
-        """Send that; ``each`` is called after every frame, with the bytes that it stood for."""
+        """Send what remains; ``each`` is called after every frame with the bytes it covered."""
         ...
 
 
 class MemoryPart:
-    """A machine's memory, as a :class:`Part`. ``log`` was opened before."""
+    """A machine's memory as a :class:`Part`. ``log`` must be open before the first scan."""
 
     def __init__(self, memory: GuestMemory, log: DirtyLog) -> None:
         self._memory = memory
@@ -84,8 +84,7 @@ class MemoryPart:
 
 
 class Rounds:
-    """Parts of a machine while its guest writes them: again and again what was written meanwhile, until little is
-    left."""
+    """Send parts of a machine in rounds, each with what was written during the last, until little is left."""
 
     def __init__(
         self, migration: Interruptible, downtime: float, channel: Channel, parts: Sequence[Part], brake: Brake
@@ -133,7 +132,7 @@ class Rounds:
         for part in self.parts:
             part.send(self.channel, each)
         self.channel.send(Kind.ROUND)
-        self.channel.receive(Kind.SEEN)  # it is there, not only in a buffer on the way
+        self.channel.receive(Kind.SEEN)  # the data has arrived, and is not only in a socket buffer
         seconds = max(time.monotonic() - began, 1e-6)
         if self.channel.sent - sent > wire.DATA_MAX or not self.rate:
             self.rate = (self.channel.sent - sent) / seconds
@@ -150,7 +149,7 @@ class Rounds:
 
 
 class Brake:
-    """Holds a guest back that writes faster than the link takes it: it stands for a part of every slice of time."""
+    """Throttle a guest that writes faster than the link sends: pause it for a part of every slice of time."""
 
     def __init__(self, machine: Mover) -> None:
         self._machine = machine
@@ -159,7 +158,7 @@ class Brake:
         self._thread: threading.Thread | None = None
 
     def press(self) -> None:
-        """Leave the guest less of its time."""
+        """Cut the guest's share of time by one step."""
         self.share = max(self.share * (1 - STEP), SHARE_MIN)
         if self._thread is None:
             self._thread = threading.Thread(target=self._hold, name="brake", daemon=True)
@@ -184,7 +183,7 @@ class Brake:
 
 
 def open_log(machine: Mover) -> DirtyLog:
-    """What is written from now on, of a machine that may run: it is held for that."""
+    """Open a dirty log; a running machine is paused meanwhile."""
     machine.pause()
     try:
         return machine.memory.dirty_log()
@@ -193,7 +192,7 @@ def open_log(machine: Mover) -> DirtyLog:
 
 
 def resident(memory: GuestMemory) -> list[tuple[int, int]]:
-    """The runs ``(gpa, size)`` of pages that hold something. What was never touched is not touched now."""
+    """Return the runs ``(gpa, size)`` of resident pages. Pages that were never touched are not touched now."""
     runs = []
     for region in memory.backing():
         ram = Ram(*region)
@@ -203,10 +202,10 @@ def resident(memory: GuestMemory) -> list[tuple[int, int]]:
 
 
 def send_runs(channel: Channel, memory: GuestMemory, runs: Runs, each: Callable[[int], object] | None = None) -> None:
-    """Send these parts of memory; ``each`` is called after every frame, with its bytes of memory."""
+    """Send these runs of memory; ``each`` is called after every frame with the bytes it covered."""
     for gpa, size in runs:
         for at in range(gpa, gpa + size, wire.DATA_MAX):
-            # A copy: the guest writes meanwhile, and the checksum is to be of what is sent.
+            # A copy, so that the checksum matches what is sent although the guest writes meanwhile.
             data = memory.read(at, min(wire.DATA_MAX, gpa + size - at))
             if data == _ZEROS[: len(data)]:
                 channel.send(Kind.ZEROS, len(data).to_bytes(8, "little"), address=at)
@@ -217,7 +216,7 @@ def send_runs(channel: Channel, memory: GuestMemory, runs: Runs, each: Callable[
 
 
 def send_rest(channel: Channel, parts: Iterable[Part]) -> None:
-    """What was written since these were sent last, of a machine that is held."""
+    """Send what was written since the last send. The machine must be paused."""
     for part in parts:
         part.remaining()
         part.send(channel)

@@ -1,7 +1,7 @@
-"""TLS for native code: a process between a connection of somebody else's and one of our own.
+"""TLS for native code: a relay process between the peer's connection and a local socket pair.
 
-Pages that a machine waits for are asked for by native code, which knows no TLS. A thread of ours in between would not
-do: whoever touches a page that is not here waits for it, perhaps with the interpreter's lock, which it would need.
+Native code requests the pages of lazy memory and has no TLS. A Python thread could deadlock as relay: a thread that
+faults on a missing page may hold the GIL while it waits, and the relay would need the GIL to bring the page.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import threading
 from vmm.errors import ConfigError
 from vmm.migrate.tls import CONNECT_SECONDS, Tls
 
-_ROOM = 1 << 20  # bytes on their way in one direction; who sends more waits
+_ROOM = 1 << 20  # bytes buffered in one direction; beyond that the sender waits
 _PIECE = 1 << 16
 
 
 def relayed(connection: socket.socket, tls: Tls) -> tuple[socket.socket, int]:
-    """What the other side of ``connection`` says in TLS, in the clear; closed when it is no friend.
+    """Start a relay for ``connection``; return a socket with the decrypted stream, and the relay's pidfd.
 
-    The handshake and all that follows is another process's, which ends with either of the two connections, and whose
-    pidfd is the second value; ``connection`` is its own from now on.
+    The relay does the handshake, closes the socket if the peer is not authenticated, and ends with either connection.
+    It owns ``connection`` from now on.
     """
     ours, inner = socket.socketpair()
     with connection, inner:
@@ -36,7 +36,7 @@ def relayed(connection: socket.socket, tls: Tls) -> tuple[socket.socket, int]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(connection.fileno(), inner.fileno()),
-            start_new_session=True,  # Ctrl-C is for the machine, which says when there is no more to relay
+            start_new_session=True,  # Ctrl-C must reach the machine only, which closes the connection when it is done
         )
     pidfd = os.pidfd_open(process.pid)
     threading.Thread(target=process.wait, name="relay", daemon=True).start()
@@ -44,14 +44,14 @@ def relayed(connection: socket.socket, tls: Tls) -> tuple[socket.socket, int]:
 
 
 def pump(secure: ssl.SSLSocket, inner: socket.socket) -> None:
-    """Pass on what comes on either, until one of them ends."""
+    """Forward bytes both ways until one connection ends."""
     secure.setblocking(False)
     inner.setblocking(False)
-    out, back = bytearray(), bytearray()  # to the other side; to us
+    out, back = bytearray(), bytearray()  # to the peer; from the peer
     while True:
         reading = [*([secure] if len(back) < _ROOM else []), *([inner] if len(out) < _ROOM else [])]
         writing = [*([secure] if out else []), *([inner] if back else [])]
-        at_once = len(back) < _ROOM and secure.pending() > 0  # select does not see what was decrypted already
+        at_once = len(back) < _ROOM and secure.pending() > 0  # select does not report decrypted bytes
         readable, writable, _ = select.select(reading, writing, [], 0 if at_once else None)
         if (at_once or secure in readable) and not _take(secure, back):
             inner.settimeout(CONNECT_SECONDS)
@@ -66,7 +66,7 @@ def pump(secure: ssl.SSLSocket, inner: socket.socket) -> None:
 
 
 def _take(source: socket.socket, buffer: bytearray) -> bool:
-    """Whether there is more to come."""
+    """Read into ``buffer``; return false at the end of the stream."""
     try:
         part = source.recv(_PIECE)
     except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -76,16 +76,16 @@ def _take(source: socket.socket, buffer: bytearray) -> bool:
 
 
 def _give(sink: socket.socket, buffer: bytearray) -> None:
-    # A write that TLS did not finish must be made again with what it was given: always from the front, in pieces.
+    # An unfinished TLS write must be repeated with the same bytes: always write from the front, in pieces.
     with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
         del buffer[: sink.send(buffer[:_PIECE])]
 
 
 def main(words: list[str]) -> int:
-    """The process: descriptors of both connections, then the three files of TLS."""
+    """Run the relay process. Arguments: descriptors of both connections, then the three TLS files."""
     outer, inner = (socket.socket(fileno=int(word)) for word in words[:2])
     outer.settimeout(CONNECT_SECONDS)
-    # Whatever goes wrong: who is at the other end finds its connection closed.
+    # Any error ends the process, which closes both connections.
     with contextlib.suppress(OSError, ConfigError), inner:
         pump(Tls(*words[2:]).context(server=True).wrap_socket(outer, server_side=True), inner)
     return 0

@@ -1,5 +1,5 @@
-"""The side that has the machine: its memory, and disks that go along, go over while it runs; then it is held for a
-moment, then it is gone."""
+"""Source of a migration: memory and mirrored disks are sent while the machine runs; then it is paused and handed
+over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Migrated(NamedTuple):
-    """How it went: ``rounds`` in which it was sent while it ran, ``bytes`` sent, seconds it was held and in all."""
+    """Result: ``rounds`` sent while the machine ran, ``bytes`` sent, seconds of downtime and in total."""
 
     rounds: int
     bytes: int
@@ -39,18 +39,18 @@ class Migrated(NamedTuple):
 
 
 class Cancelled(MigrationError):
-    """Somebody wanted the machine to stay."""
+    """The migration was cancelled; the machine stays at the source."""
 
 
 class Migration:
-    """One machine on its way to ``destination``. :meth:`run` it once; :meth:`cancel` from any thread.
+    """Migration of one machine to ``destination``. Call :meth:`run` once; :meth:`cancel` from any thread.
 
-    ``downtime``: seconds the guest may be held in the end. ``bandwidth``: bytes a second while the guest runs, or
-    ``None``. ``postcopy``: the machine goes first and its memory after it. ``mirror``: its disks go along, all of them
-    or those with these numbers; the others are where the destination says (:mod:`vmm.migrate.mirror`). ``fence``: a
-    path that both sides see, by which death of one is told from a broken link; a UNIX socket needs none. ``progress``
-    is called with a :class:`Progress` some times a second; what it raises cancels. ``patience``: seconds for the other
-    side after the handover.
+    ``downtime`` is the number of seconds the guest may be paused for the handover. ``bandwidth`` limits bytes per
+    second while the guest runs (``None``: no limit). ``postcopy`` sends the machine first and its memory afterwards.
+    ``mirror`` copies its disks, all or those with these numbers; the destination finds the others on its own
+    (:mod:`vmm.migrate.mirror`). ``fence`` is a path that both sides see, which tells the death of one side from a
+    broken link; a UNIX socket needs none. ``progress`` is called with a :class:`Progress` several times a second; an
+    exception from it cancels. ``patience`` is the number of seconds to wait for the destination after the handover.
     """
 
     def __init__(
@@ -86,18 +86,19 @@ class Migration:
         self._channel: Channel | None = None
         self._lock = threading.Lock()
         self._cancelled = False
-        self._gone = False  # given away: no way back
+        self._gone = False  # handed over: cancelling is impossible
         self._over = threading.Event()
         self._shown_at = 0.0
 
     # ---- the whole ----
 
     def run(self) -> Migrated:
-        """Move the machine. It has ended here then, with the outcome ``migrated``.
+        """Migrate the machine. On return its run has ended here, with the outcome ``migrated``.
 
-        Raises :class:`~vmm.errors.MigrationError`; the machine runs here as before, unless the error is ``undecided``:
-        then it is held, for a person to :meth:`~vmm.Machine.resume` or to :meth:`~vmm.Machine.stop`. It runs here also
-        after :class:`~vmm.errors.HostError`: a disk that goes along cannot be read.
+        Raises :class:`~vmm.errors.MigrationError`; the machine then runs here as before, unless the error is
+        ``undecided``: then it stays paused until the user calls :meth:`~vmm.Machine.resume` or
+        :meth:`~vmm.Machine.stop`. Raises :class:`~vmm.errors.HostError` if a mirrored disk cannot be read; the machine
+        runs here as before.
         """
         began = time.monotonic()
         try:
@@ -117,17 +118,17 @@ class Migration:
                 self._channel.close()
 
     def cancel(self) -> None:
-        """Have the machine stay; returns when that is so. Raises :class:`~vmm.errors.StateError` if it is too late."""
+        """Cancel, and wait until the machine stays here. Raises :class:`~vmm.errors.StateError` if it is too late."""
         with self._lock:
             if self._gone:
                 raise StateError("the machine was handed over: it cannot be called back")
             self._cancelled = True
         if not self._over.wait(1.0) and self._channel is not None:
-            self._channel.interrupt()  # it is in the middle of sending to somebody who does not read
+            self._channel.interrupt()  # wakes a send to a peer that does not read
         self._over.wait()
 
     def wait(self) -> None:
-        """Until it is over, one way or the other."""
+        """Wait until the migration has ended, with success or not."""
         self._over.wait()
 
     def _open(self) -> None:
@@ -184,13 +185,13 @@ class Migration:
         return rounds, downtime
 
     def _send_running(self, parts: Sequence[Part]) -> int:
-        """Send them while the guest writes, until little is left; answers how many rounds it took."""
+        """Send the parts while the guest writes, until little is left; return the number of rounds."""
         assert self._channel is not None
         with Brake(self._machine) as brake:
             return Rounds(self, self._downtime, self._channel, parts, brake).run()
 
     def _go_ahead(self, channel: Channel) -> tuple[int, float]:
-        """The machine first, its memory behind it; its disks before it, of which nothing can follow."""
+        """Post-copy: send the disks, which cannot follow, then the machine, then its memory."""
         from vmm.migrate import postcopy
 
         memory = self._machine.memory
@@ -203,7 +204,7 @@ class Migration:
 
             def bitmaps(channel: Channel, state: State) -> None:
                 send_rest(channel, self._disks)
-                pages.start()  # its devices touch memory before it runs
+                pages.start()  # loading its devices touches memory before it runs
                 channel.send_value(Kind.STATE, {"machine": state, "later": touched.bitmaps()})
 
             downtime = self._hand_over(bitmaps)
@@ -211,21 +212,21 @@ class Migration:
             try:
                 postcopy.await_all(channel, self._fence, self._address, self._tls, self._token)
             finally:
-                self._machine.end_migrated()  # it is lost where it went, if anywhere
+                self._machine.end_migrated()  # it can only be at the destination, and is lost there
         channel.sent += pages.sent
         return rounds, downtime
 
-    # ---- along the way ----
+    # ---- progress ----
 
     def check(self) -> None:
-        """Raise if it is to go no further."""
+        """Raise if the migration was cancelled or the machine has ended."""
         if self._cancelled:
             raise Cancelled("the migration was cancelled; the machine runs here")
         if has_ended(self._machine):
             raise MigrationError("the machine ended before it was moved")
 
     def show(self, progress: Progress, *, always: bool = False) -> None:
-        """Tell whoever wants to know."""
+        """Call the progress callback, at most several times a second unless ``always``."""
         now = time.monotonic()
         if self._progress is not None and (always or now - self._shown_at >= 0.1):
             self._shown_at = now
@@ -234,14 +235,14 @@ class Migration:
     # ---- the handover ----
 
     def _hand_over(self, send_last: Callable[[Channel, State], None]) -> float:
-        """Hold the machine and give it away; answers for how long nobody ran it."""
+        """Pause the machine and hand it over; return the downtime in seconds."""
         channel, machine = self._channel, self._machine
         assert channel is not None
         began = time.monotonic()
         machine.pause()
         try:
             channel.unlimited()
-            # Devices let go of what they have in flight, and write memory and disks for it: before the last of both.
+            # Quiescing devices completes requests, which writes memory and disks: do it before both are sent last.
             state = machine.save()
             for disk in self._shared:
                 disk.let_go()
@@ -257,7 +258,7 @@ class Migration:
         return time.monotonic() - began
 
     def _stay(self, error: BaseException) -> None:
-        """The machine was held and goes on: nobody else has it, or will."""
+        """Resume the paused machine, which the destination neither owns nor can take."""
         if self._fence is not None:
             self._fence.keep()
         self._goodbye(error)
@@ -267,7 +268,7 @@ class Migration:
                 for disk in self._shared:
                     disk.take_back()
                 break
-            except VmmError as refused:  # the other side has not let go of it yet
+            except VmmError as refused:  # the destination has not released its disks yet
                 if time.monotonic() > deadline:
                     raise _undecided(f"{refused}; the machine is held here") from error
                 time.sleep(0.05)
@@ -280,7 +281,7 @@ class Migration:
             self._channel.close()
 
     def _give(self) -> None:
-        """The machine is the other's. From here on only the fence can give it back."""
+        """Hand over ownership. From here on only the fence can return it."""
         assert self._channel is not None
         if self._fence is not None:
             self._fence.give()
@@ -305,7 +306,7 @@ class Migration:
         while time.monotonic() < deadline:
             if fence.state == record.TAKEN:
                 return True
-            if fence.try_lock():  # nobody can take it any more
+            if fence.try_lock():  # with the lock held here, it cannot be taken any more
                 return fence.state == record.TAKEN
             time.sleep(0.02)
         raise _undecided(
@@ -315,7 +316,7 @@ class Migration:
 
 
 def hello(machine: Mover, how: str, token: bytes, *, fence: bool) -> State:
-    """The first thing the other side is told; ``fence``: whether there is one that it has to open by its path there."""
+    """Return the HELLO; ``fence`` tells whether the destination must open a fence by a path of its own."""
     return {
         "version": wire.VERSION,
         "description": machine.describe(),
@@ -328,7 +329,7 @@ def hello(machine: Mover, how: str, token: bytes, *, fence: bool) -> State:
 
 
 def has_ended(machine: Mover) -> bool:
-    """Whether its guest has ended, or somebody stopped it."""
+    """Return whether the guest has ended or the machine was stopped."""
     return bool(select.select([machine.stop_fd], [], [], 0)[0])
 
 

@@ -1,9 +1,9 @@
-"""A second process that has a machine's state of a moment ago, and goes on from it when the first dies.
+"""Standby: a second process keeps a recent state of a machine, and continues from it when the first process dies.
 
-Every period the machine is held while its state and the pages written since are copied, with what was written to its
-disks, and goes on while they are sent. The standby puts them together when all have come: what it goes on from is
-always one whole moment. It does so only with the fence's lock: the process that ran the machine is dead then, or has
-not said that it ended in order.
+Every period the machine is paused while its state, the pages written since and the disk writes are copied; it runs on
+while they are sent. The standby applies an epoch only when it is complete, so its state is always of one moment. It
+takes over only with the fence's lock held: then the process that ran the machine has died, and did not record an
+orderly end.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from vmm.migrate.mirror import Images
     from vmm.migrate.subject import Arriving, Mover
 
-ROUNDS_MAX = 10  # over disks, before the first state
-LITTLE = 16 << 20  # bytes of disks that the machine may be held for
-AGAIN = 1.0  # seconds before a standby that was lost is looked for again
+ROUNDS_MAX = 10  # passes over disks before the first state
+LITTLE = 16 << 20  # bytes of disks that may be copied while the machine is paused
+AGAIN = 1.0  # seconds between two attempts to reach a lost standby
 
 
 class Shadow:
-    """The side that runs the machine: sends what it is every ``every`` seconds to a standby at ``address``.
+    """The side that runs the machine: sends its state every ``every`` seconds to a standby at ``address``.
 
-    What is lost when this process dies is what the guest did since the last state that went over whole: ``every``, and
-    the time the sending takes. ``fence``: needed over TCP. A standby that is lost or not there yet is looked for
-    again, and gets everything anew. :attr:`sent` counts states that it confirmed. Disks that the guest writes are
-    copied to files of the standby's (:mod:`vmm.migrate.mirror`); those that it only reads both sides see.
+    If this process dies, the guest's work since the last complete state is lost: up to ``every`` seconds and the time
+    of a transfer. ``fence`` is required over TCP. A standby that is lost or not there yet is retried, and gets
+    everything again. :attr:`sent` counts the states that it confirmed. Disks that the guest writes are copied to files
+    of the standby (:mod:`vmm.migrate.mirror`); both sides must see the read-only ones.
 
     Raises :class:`~vmm.errors.ConfigError`.
     """
@@ -66,7 +66,8 @@ class Shadow:
         if self._address.port >= 0 and fence is None:
             raise ConfigError("a standby over TCP takes a fence: without it, it could not know that this side is dead")
         if not 0 < every < wire.PATIENCE / 2:
-            raise ConfigError(f"a state every {every} s: give less than {wire.PATIENCE / 2:g}, or it takes us for lost")
+            limit = f"must be below {wire.PATIENCE / 2:g} s, half of the standby's timeout"
+            raise ConfigError(f"a state every {every} s {limit}: give less")
         self._over = threading.Event()
         self._fence: Fence | None = None
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
@@ -125,7 +126,7 @@ class Shadow:
             self._fence.close()
 
     def _send_running(self, channel: Channel, disks: list[MirroredDisk]) -> None:
-        """Disks while the guest writes them, until little is left or it does not get less."""
+        """Send disks while the guest writes them, until little is left or the rest does not shrink."""
         for _ in range(ROUNDS_MAX):
             if sum(disk.remaining() for disk in disks) <= LITTLE and all(disk.begun for disk in disks):
                 return
@@ -160,20 +161,20 @@ class Shadow:
         self.sent += 1
 
     def stop(self) -> None:
-        """No standby any more: it is told so. Twice is fine."""
+        """Tell the standby that it is not needed any more, and wait for the thread. Idempotent."""
         self._over.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
 
 def follow(machine: Arriving, channel: Channel, fence: Fence | None, images: Images, patience: float) -> None:
-    """The other side: keep up until the machine is to go on here, and have it become its last state.
+    """Run the standby's side: receive states until the source dies, then load the last complete one.
 
-    Raises :class:`~vmm.migrate.wire.LinkLost` where it runs on without us, :class:`~vmm.errors.MigrationError` where it
-    ended in order.
+    Raises :class:`~vmm.migrate.wire.LinkLost` if the source runs on without this standby,
+    :class:`~vmm.errors.MigrationError` if the machine ended in order.
     """
     if fence is None:
-        raise MigrationError("a standby takes a fence")
+        raise MigrationError("a standby takes a fence: give --fence to both sides")
     memory, state = machine.memory, None
     staged: list[tuple[int, bytes]] = []
     size = 0
@@ -191,9 +192,9 @@ def follow(machine: Arriving, channel: Channel, fence: Fence | None, images: Ima
                 (images.put if state is None else images.stage)(frame)
                 continue
             data = frame.payload if frame.kind == Kind.PAGES else bytes(cleared(frame))
-            memory.view(frame.address, len(data))  # whether there is such memory
+            memory.view(frame.address, len(data))  # raises if there is no such memory
             size += len(data)
-            if state is None:  # nothing is whole yet
+            if state is None:  # no complete state yet
                 memory.write(frame.address, data)
             elif size > memory.size:
                 raise MigrationError("the other side sends more than it has memory, and no state")
@@ -202,7 +203,7 @@ def follow(machine: Arriving, channel: Channel, fence: Fence | None, images: Ima
     except LinkLost as lost:
         if state is None or not fence.lock_within(patience) or not fence.take():
             raise LinkLost(f"{lost}: the machine runs on without a standby, or has ended") from None
-    # It is ours: these files are all that there is of its disks.
+    # The machine is owned here now, and these files are the only copy of its disks.
     try:
         images.finish()
     finally:

@@ -1,4 +1,4 @@
-"""What a migration needs of a machine at either side. :class:`vmm.Machine` has all of it."""
+"""Protocols of a machine as a migration uses it. :class:`vmm.Machine` implements all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Mover(Stateful, Protocol):
-    """A machine that moves elsewhere, or that a standby follows."""
+    """A machine at the source: it migrates, or a standby follows it."""
 
     @property
     def running(self) -> bool: ...
@@ -28,7 +28,7 @@ class Mover(Stateful, Protocol):
 
 
 class Arriving(Protocol):
-    """A machine that is being built here from what its source sends."""
+    """A machine at the destination, built from what the source sends."""
 
     @property
     def memory(self) -> GuestMemory: ...

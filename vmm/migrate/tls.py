@@ -1,4 +1,4 @@
-"""TLS for migrations: the files of one side."""
+"""TLS for migrations: the files of one side, and its context."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CONNECT_SECONDS = 10.0  # to connect, and for a TLS handshake
 
 
 class Tls(NamedTuple):
-    """Files in PEM: this side's ``certificate`` and ``key``, and the ``authority`` that the other side's must be of.
+    """Files in PEM: this side's ``certificate`` and ``key``, and the ``authority`` that must have issued the peer's.
 
-    Both sides show a certificate. What it is issued for is not compared with a host's name: the authority is to
-    certify those who may have machines, and nobody else.
+    Both sides present a certificate. Its subject is not compared with a host name: the authority must certify only
+    hosts that may receive machines.
     """
 
     certificate: str
@@ -24,7 +24,7 @@ class Tls(NamedTuple):
     authority: str
 
     def context(self, *, server: bool) -> ssl.SSLContext:
-        """For one side. Raises :class:`~vmm.errors.ConfigError` for files that cannot be used."""
+        """Return the context of one side. Raises :class:`~vmm.errors.ConfigError` for files that cannot be used."""
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -34,6 +34,6 @@ class Tls(NamedTuple):
         try:
             context.load_cert_chain(self.certificate, self.key)
             context.load_verify_locations(self.authority)
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # ssl.SSLError is a subclass
             raise ConfigError(f"TLS: {error}: give certificate, key and authority in PEM that fit") from error
         return context

@@ -1,8 +1,8 @@
-"""Frames on a stream socket: what the two sides of a migration say to each other (docs/migration.md).
+"""The migration protocol's frames on a stream socket (docs/migration.md).
 
-A frame is a header of 24 bytes and a payload: kind, number of a disk, length of the payload, an address, CRC-32C of the
-header before it and of the payload, zeros. What a frame of a kind may be long is bounded before it is read; whoever
-breaks a rule is refused with :class:`~vmm.errors.MigrationError`.
+A frame is a header of 24 bytes and a payload. The header has the kind, the number of a disk, the length of the payload,
+an address, a CRC-32C over the header before it and the payload, and zeros. The length is checked against the bound of
+the kind before the payload is read; a violation raises :class:`~vmm.errors.MigrationError`.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ if TYPE_CHECKING:
 VERSION = 3
 PAGE = 4096
 _HEADER = struct.Struct("<HHIQII")
-_SUMMED = 16  # bytes of the header under the checksum, which follows them
+_SUMMED = 16  # bytes of the header that the checksum covers; it follows them
 
-HELLO_MAX = 256 << 10  # a description has 1 KiB and two command lines; whoever sends it may be anybody
+HELLO_MAX = 256 << 10  # a description has 1 KiB and two command lines; its sender is not authenticated yet
 TEXT_MAX = 16 << 10  # a sentence, or the version of the protocol
 STATE_MAX = 64 << 20  # a vCPU's state has 10 KiB, and a region of 1 TiB a bitmap of 32 MiB
 HELLO_VALUES = 1 << 14  # a description has some 600, whatever the number of vCPUs
-DATA_MAX = 256 << 10  # a link of 1 MB/s moves it within the downtime that is asked for
-PATIENCE = 30.0  # seconds in which not one frame comes or goes: the link is lost
-SLOWEST = 1 << 20  # bytes a second that a frame may count on beyond that
+DATA_MAX = 256 << 10  # a link of 1 MB/s sends it within the default downtime
+PATIENCE = 30.0  # seconds without a frame in either direction after which the link is lost
+SLOWEST = 1 << 20  # bytes per second by which a long frame extends that deadline
 
 
 class Kind(IntEnum):
     """What a frame is for."""
 
-    # From the side that has the machine, the source:
+    # From the source:
     HELLO = 1  # value: what is coming
     PAGES = 2  # memory at the address
     ZEROS = 3  # as many bytes of zeros (8 bytes: their number) at the address
-    ROUND = 4  # all so far is sent: answered by SEEN
+    ROUND = 4  # all so far is sent: the reply is SEEN
     STATE = 5  # value: the machine's state, behind all of its memory
     YOURS = 6  # the machine is the destination's
     ABORT = 7  # value: why it stays where it was
-    EPOCH = 8  # value: a state to go on from, if the source dies; all pages before belong to it
-    DISK = 9  # what a disk holds at the address, a byte's
+    EPOCH = 8  # value: a state to continue from if the source dies; all pages before belong to it
+    DISK = 9  # data of a disk at the address, in bytes
     DISK_ZEROS = 10  # as many bytes of zeros (8 bytes: their number) there
-    OVER = 11  # it has heard ALL, and forgets the machine
+    OVER = 11  # ALL was received; the source releases the machine
     # From the destination:
     ACCEPT = 32  # value: it can become that machine
     SEEN = 33
-    READY = 34  # it has become it, and waits to be told to go on
+    READY = 34  # the state is loaded; it waits for YOURS
     TAKEN = 35  # it goes on
-    ALL = 36  # every page is here: answered by OVER
+    ALL = 36  # every page has arrived: the reply is OVER
     REFUSE = 37  # value: why not
 
 
@@ -78,7 +78,7 @@ _LONGEST = {
 
 
 class Frame(NamedTuple):
-    """What came: ``payload`` is bytes, ``value`` what it decodes to where the kind has one, ``disk`` a number."""
+    """A received frame: ``payload`` is bytes, ``value`` its decoded form where the kind has one, ``disk`` a number."""
 
     kind: Kind
     address: int
@@ -88,33 +88,33 @@ class Frame(NamedTuple):
 
 
 class LinkLost(MigrationError):
-    """The other side is not heard any more: that says nothing of what it does."""
+    """The link to the peer is lost, which does not tell whether the peer still runs."""
 
 
 class Channel:
-    """One connection. Used by one thread at a time, but for :meth:`interrupt`.
+    """One connection. Not thread-safe, except for :meth:`interrupt`.
 
-    ``sent`` counts bytes. A frame that has begun, in or out, has :data:`PATIENCE` and its length at :data:`SLOWEST` to
-    be over. Raises :class:`LinkLost` where the connection ends or a deadline is over, and
-    :class:`~vmm.errors.MigrationError` for what the other side must not send.
+    ``sent`` counts bytes. Once begun, a frame in either direction must be complete within :data:`PATIENCE` seconds
+    plus its length at :data:`SLOWEST`. Raises :class:`LinkLost` when the connection ends or a deadline passes, and
+    :class:`~vmm.errors.MigrationError` for frames that the peer must not send.
     """
 
     def __init__(self, connection: socket.socket, *, bandwidth: int | None = None) -> None:
         self._socket = connection
         self._bandwidth = bandwidth
-        self._paid = time.monotonic()  # what was sent until now is due at this moment
+        self._paid = time.monotonic()  # the moment by which the bandwidth limit has accounted for everything sent
         self.sent = 0
 
     # ---- out ----
 
     def send(self, kind: Kind, payload: Bytes = b"", *, address: int = 0, disk: int = 0) -> None:
-        """One frame. Where the other side has gone and has said why, that is raised."""
+        """Send one frame. If the peer has closed the connection with a reason, raise that reason."""
         assert len(payload) <= _LONGEST[kind]
         head = struct.pack("<HHIQ", kind, disk, len(payload), address)
         crc = _crc(_crc(0, head), payload)
         until = _frame_deadline(len(payload))
         try:
-            # One packet where it fits one: a header on its own would wait for the acknowledgement of the last.
+            # One packet if possible: a separate header would wait for the previous acknowledgement.
             if len(payload) <= DATA_MAX:
                 deadline.send(self._socket, b"".join((head, struct.pack("<II", crc, 0), payload)), until)
             else:
@@ -128,7 +128,8 @@ class Channel:
             self._pay(_HEADER.size + len(payload))
 
     def _raise_reason(self) -> None:
-        """Who refuses closes the connection with what it has not read, so sending fails before its reason is read."""
+        """Raise the peer's reason, if it sent one: a peer that refuses closes with unread data, so that sending fails
+        before the reason is read."""
         try:
             last = self.receive(Kind.REFUSE, Kind.ABORT, timeout=1.0)
         except MigrationError:
@@ -142,11 +143,11 @@ class Channel:
             time.sleep(self._paid - now)
 
     def unlimited(self) -> None:
-        """No limit of bandwidth from now on: the guest stands still."""
+        """Lift the bandwidth limit from now on, for the time in which the guest is paused."""
         self._bandwidth = None
 
     def send_value(self, kind: Kind, value: Any) -> None:
-        """One frame with a plain value."""
+        """Send one frame with a plain value."""
         try:
             encoded = cbor.encode(value)
         except ValueError as error:
@@ -158,10 +159,10 @@ class Channel:
     # ---- in ----
 
     def receive(self, *kinds: Kind, timeout: float | None = PATIENCE, within: Deadline | None = None) -> Frame:
-        """The next frame, which must be of one of ``kinds``. REFUSE and ABORT raise with the reason they give.
+        """Return the next frame, which must be of one of ``kinds``. REFUSE and ABORT raise with the reason they give.
 
-        It begins within ``timeout`` seconds; or all of it, and whatever else keeps to the same deadline, is there
-        ``within`` that.
+        It must begin within ``timeout`` seconds; or, with ``within``, be complete before that deadline, which several
+        calls can share.
         """
         first = self._read(1, within or Deadline(timeout))
         head = first + self._read(_HEADER.size - 1, within or _frame_deadline(_HEADER.size))
@@ -201,7 +202,7 @@ class Channel:
         return self._socket.fileno()
 
     def interrupt(self) -> None:
-        """Have whoever is in :meth:`send` or :meth:`receive` find the link lost. From any thread."""
+        """Make a thread in :meth:`send` or :meth:`receive` raise :class:`LinkLost`. Call it from any thread."""
         import contextlib
         import socket
 
@@ -209,17 +210,17 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection. Twice is fine."""
+        """Close the connection. Idempotent."""
         self._socket.close()
 
 
 def _frame_deadline(length: int) -> Deadline:
-    """For a frame that has begun."""
+    """Return the deadline of a frame that has begun."""
     return Deadline(PATIENCE + length / SLOWEST)
 
 
 def cleared(frame: Frame) -> int:
-    """How many bytes of zeros a frame is for. Raises :class:`~vmm.errors.MigrationError` for more than one may be."""
+    """Return the bytes of zeros a frame stands for. Raises :class:`~vmm.errors.MigrationError` above the bound."""
     size = int.from_bytes(frame.payload, "little")
     if size > DATA_MAX:
         raise MigrationError(f"{size} bytes of zeros in one frame: {DATA_MAX} are the most")
@@ -235,7 +236,7 @@ def _why(error: BaseException) -> str:
 
 
 def _text(value: Any) -> str:
-    """A reason the other side gave, fit to be printed."""
+    """Return the peer's reason, made printable."""
     text = value if isinstance(value, str) else "it gave no reason"
     shown = "".join(c if c.isprintable() else "?" for c in text[:500])
     return f"the other side says: {shown}"

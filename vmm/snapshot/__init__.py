@@ -1,4 +1,4 @@
-"""Time as a feature: checkpoints in process; snapshots, the state of a machine and its memory in a directory.
+"""Checkpoints in process, and snapshots: the state of a machine and its memory in a directory.
 
 The format of the directory is in docs/snapshot-format.md.
 
@@ -8,7 +8,7 @@ The format of the directory is in docs/snapshot-format.md.
         after.check()
     snapshot.merge(after, "whole")
 
-What is about files knows files and pages: no machine, no KVM. Each name is imported when it is first used.
+The modules for files know neither machines nor KVM. Each name is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Plain values as bytes: CBOR (RFC 8949) in its core deterministic encoding (4.2), and no other.
+"""Encode plain values as CBOR (RFC 8949) in its core deterministic encoding (4.2), and decode only that.
 
 A value is ``None``, a ``bool``, an ``int`` of any size, ``bytes``, ``str``, or a list or dict of such, with ``str`` and
 64-bit ``int`` keys. One value has one encoding: what :func:`decode` accepts, :func:`encode` returns again.
 
-Why not ``cbor2``: a file of 24 MiB, or a frame of a migration, holds 24 million empty lists, which become 1.7 GB. What
-is read is bounded in depth, in the number of its values before any of them is made, and in the length of its texts;
-cbor2 (6.3) has a limit of depth alone. It also takes other encodings than the one (numbers and keys in another form or
-order, bytes behind the value), by which records with different digests are the same. It decodes the state of a machine
-with 8 vCPUs, 5400 values, in 4 ms where this takes 16.
+Why not ``cbor2``: a file or a migration frame of 24 MiB can hold 24 million empty lists, which take 1.7 GB. This
+decoder bounds the depth, the number of values before it creates any of them, and the length of texts; cbor2 (6.3) only
+bounds the depth. It also accepts other encodings (numbers and keys in another form or order, trailing bytes), so that
+records with different digests would be equal. It decodes the state of a machine with 8 vCPUs, 5400 values, in 4 ms,
+where this takes 16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _POSITIVE_BIGNUM, _NEGATIVE_BIGNUM = 2, 3
 
 
 def encode(value: Any) -> bytes:
-    """The one encoding of ``value``. Raises ``ValueError`` for what is no plain value, with the way to it."""
+    """Return the encoding of ``value``. Raises ``ValueError`` for other values, with the path to the part at fault."""
     out = bytearray()
     _encode(value, out, ())
     return bytes(out)
@@ -89,7 +89,7 @@ def _name(way: tuple[Any, ...]) -> str:
 
 
 def decode(encoded: bytes, values_max: int = VALUES_MAX) -> Any:
-    """The value that ``encoded`` is the encoding of, all of it, with at most ``values_max`` values in it. Raises
+    """Return the value that ``encoded`` is the whole encoding of, with at most ``values_max`` values in it. Raises
     ``ValueError`` for any other bytes."""
     try:
         value, end = _decode(encoded, 0, 0, [values_max])
@@ -100,12 +100,11 @@ def decode(encoded: bytes, values_max: int = VALUES_MAX) -> Any:
     return value
 
 
-# A snapshot has some two thousand values, and a restore waits for them: each of these takes where a value begins and
-# answers it with where the next one does.
+# Each decoder takes the offset of a value and returns the value and the offset after it.
 
 
 def _decode(encoded: bytes, at: int, depth: int, left: list[int]) -> tuple[Any, int]:
-    """``left``: how many more values there may be; counted where a list or map begins."""
+    """``left`` is the number of further values allowed, reduced at the start of each list or map."""
     if depth > DEPTH_MAX:
         raise ValueError(f"more than {DEPTH_MAX} lists and maps within each other")
     first = encoded[at]
@@ -122,7 +121,7 @@ def _decode(encoded: bytes, at: int, depth: int, left: list[int]) -> tuple[Any, 
         if argument not in _SIMPLE_VALUES:
             raise ValueError(f"simple value {argument} is not known")
         return _SIMPLE_VALUES[argument], at
-    # Items take at least a byte each: more than are left is a lie.
+    # Each item takes at least a byte, so a larger count is false.
     if argument > len(encoded) - at:
         raise ValueError(f"{argument} bytes or items are said to be at {at}, where there are fewer bytes")
     if major == _LIST:
@@ -142,7 +141,7 @@ def _decode(encoded: bytes, at: int, depth: int, left: list[int]) -> tuple[Any, 
 
 
 def _argument(encoded: bytes, at: int, first: int) -> tuple[int, int]:
-    """What follows a first byte that does not hold it itself."""
+    """Return the argument of a first byte (RFC 8949, 3), and the offset after it."""
     if first & 31 > 27 or first >> 5 == _SIMPLE:
         raise ValueError(f"byte {first:#x} at {at - 1} begins nothing known")
     size = 1 << (first & 31) - 24

@@ -1,7 +1,7 @@
-"""Checkpoints in process: a machine's state kept in memory, and the way back to it.
+"""Checkpoints in process: keep a machine's state in memory, and roll back to it.
 
-Going back costs what was changed since: the pages that were written, the processors' and devices' states, the clusters
-of disks that were written.
+The cost of a roll-back is proportional to what changed since: written pages, states of vCPUs and devices, written disk
+clusters.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from vmm.devices.device import Device
 
 
-NOTHING = {"version": 1}  # what a device has to say that remembers nothing
+NOTHING = {"version": 1}  # the state of a device that has none
 
 
 class Checkpoint:
-    """What :meth:`vmm.Machine.checkpoint` answers; :meth:`vmm.Machine.rollback` goes back to it, any number of times.
+    """A checkpoint, as :meth:`vmm.Machine.checkpoint` returns it; :meth:`vmm.Machine.rollback` can use it repeatedly.
 
-    It holds a copy of the memory the guest had touched: :meth:`close` it, or use it as a context manager. It ends with
-    its machine. ``vm`` is the native machine, which is held; ``closed(checkpoint)`` is called by :meth:`close`.
+    It holds a copy of the memory that the guest had touched: :meth:`close` it, or use it as a context manager. It is
+    closed with its machine. ``vm`` is the native machine, which is paused; :meth:`close` calls ``closed(checkpoint)``.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Checkpoint:
         self.pages = 0
         """Pages that the last roll-back copied."""
         try:
-            # Devices finish what is in flight, and write memory for it: before anything else.
+            # Quiescing devices completes requests, which writes memory: do it before anything is copied.
             states = [(device, device.capture()) for device in devices]
             self._states: list[tuple[Device, Any]] = [(device, state) for device, state in states if state != NOTHING]
             self._input = console.pending()
@@ -53,10 +53,10 @@ class Checkpoint:
             raise
 
     def roll_back(self) -> None:
-        """Put the machine, which does not run, back. For :meth:`vmm.Machine.rollback`."""
+        """Restore the state into the machine, which must not run. For :meth:`vmm.Machine.rollback`."""
         if self._native is None:
             raise StateError("the checkpoint is closed: make another")
-        # A device forgets what is in flight, which may still have written memory; it drives the lines of the chips.
+        # Reset devices first: requests in flight may still write memory. Load them before the chips: they drive lines.
         for device, state in self._states:
             device.roll_back(state)
         self.pages = check(lib.vmm_checkpoint_roll_back_memory(self._native))
@@ -67,11 +67,11 @@ class Checkpoint:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing can go back to it any more."""
+        """Whether the checkpoint is closed."""
         return self._native is None
 
     def close(self) -> None:
-        """Give it up. Twice is fine."""
+        """Release the copy. Idempotent."""
         native, self._native = self._native, None
         if native is not None:
             lib.vmm_checkpoint_destroy(native)

@@ -1,4 +1,4 @@
-"""What time it is for a machine that goes on elsewhere, or later."""
+"""The guest's clocks after a restore or a migration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ KINDS = ("advanced", "kept")
 
 
 def advances(kind: str) -> bool:
-    """Whether a machine's clocks go on with the host's (``advanced``) or from where they stood (``kept``).
+    """Return whether the guest's clocks follow the host's (``advanced``), or continue where they stood (``kept``).
 
-    Raises :class:`~vmm.errors.ConfigError` for a kind there is not.
+    Raises :class:`~vmm.errors.ConfigError` for any other kind.
     """
     if kind not in KINDS:
         raise ConfigError(f"there is no clock {kind!r}: it is advanced to the host's time, or kept as it was")

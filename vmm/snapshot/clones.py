@@ -1,8 +1,8 @@
-"""Clones: machines that go on from where another one is, which share its memory and disks until somebody writes.
+"""Clones: machines that continue from the state of another one and share its memory and disks copy-on-write.
 
-The memory of the original is frozen, once: it and its clones have private pages over the same file. What an original
-has written since is in no file. Clones then get copies of those pages, or all of memory in use is written to another
-file, which they share: whichever takes less memory.
+The memory of the original is frozen once: it and its clones map the same file privately. Pages that the original has
+written since are not in the file. Later clones get copies of those pages, or all memory in use is written to a new
+file that they share, whichever takes less memory.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     M = TypeVar("M", bound=Restorable)
 
-# How it is used that goes for a clone as well; a debugger's port and the console's place are the original's.
+# Settings that a clone inherits; the debugger's port and the console stay the original's.
 _USES = ("timeout", "stall", "symbols", "screen", "reboot")
 
-_AT_ONCE = 4  # more gain nothing: the state of a machine is taken up by Python
+_AT_ONCE = 4  # more gain nothing, since Python loads a machine's state under the GIL
 
 
 class CloneSource:
-    """A machine as it is now, which is held meanwhile, for ``n`` clones: ``origin`` and :meth:`config` for each, then
-    :meth:`finish`. :meth:`close` it when they are made. Raises StateError for a machine that cannot be cloned."""
+    """The state of a paused machine for ``n`` clones. Create each from ``origin`` and :meth:`config`, call
+    :meth:`finish` on it, and :meth:`close` this afterwards. Raises StateError for a machine that cannot be cloned."""
 
     def __init__(self, machine: Stateful, symbols: str | None, n: int, clock: str) -> None:
         clocks.advances(clock)
@@ -50,7 +50,7 @@ class CloneSource:
         self._fds: list[int] = []
         self._disks: Any = None
         self._config = machine.config
-        self._state = machine.save()  # before memory: devices let go of what they have in flight
+        self._state = machine.save()  # before memory: quiescing devices completes requests, which writes it
         try:
             files, self._changed = self._share(machine.memory, n)
             self.origin = Origin(machine.describe(), files=files)
@@ -64,7 +64,7 @@ class CloneSource:
             raise
 
     def config(self, given: Mapping[str, Any]) -> MachineConfig:
-        """What a clone is, with the fields ``given`` for it. Raises :class:`~vmm.errors.ConfigError`."""
+        """Return a clone's configuration, with the fields ``given`` for it. Raises :class:`~vmm.errors.ConfigError`."""
         places: dict[str, Any] = {name: getattr(self._config, name) for name in _USES}
         places["vsock"] = self._config.vsock
         if self._disks is not None:
@@ -77,8 +77,8 @@ class CloneSource:
         return config
 
     def finish(self, clone: Restorable, *, renew: bool = True) -> None:
-        """Have a machine that was made with ``origin`` take up the rest; it is closed when it cannot. ``renew``: it is
-        another machine to its guest."""
+        """Load the rest of the state into a machine created with ``origin``; on an error it is closed. ``renew`` gives
+        it a new identity (:mod:`vmm.snapshot.identity`)."""
         try:
             for gpa, data in self._changed:
                 clone.memory.write(gpa, data)
@@ -96,7 +96,7 @@ class CloneSource:
                 clone.notes.append(f"net {index}: ports of the host go on leading to the original, not to this clone")
 
     def _share(self, memory: GuestMemory, n: int) -> tuple[list[tuple[int, int]], list[tuple[int, bytes]]]:
-        """The files that clones start from, and what each writes over them."""
+        """Return the files that clones map, and the pages that each copies over them."""
         if not memory.private:
             return memory.freeze(), []
         rams = [Ram(*region) for region in memory.backing()]
@@ -111,7 +111,7 @@ class CloneSource:
         return fd
 
     def close(self) -> None:
-        """No more clones: those there are have what they need."""
+        """Release what only creating clones needs; existing clones do not depend on it."""
         while self._fds:
             os.close(self._fds.pop())
         if self._disks is not None:
@@ -127,8 +127,8 @@ class CloneSource:
 
 
 def make_together(make: Callable[[int], M], n: int) -> list[M]:
-    """``n`` machines, some at a time: most of what one takes is waiting, for grace periods of the kernel's. All or
-    none: raises what ``make`` raised first."""
+    """Create ``n`` machines, several at a time, because creating one mostly waits for RCU grace periods. On an error
+    close all of them and raise the first exception of ``make``."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(min(n, _AT_ONCE)) as pool:
@@ -143,7 +143,7 @@ def make_together(make: Callable[[int], M], n: int) -> list[M]:
 
 
 def _apart(index: int, net: Net) -> Net:
-    """A network that can be there twice. Raises :class:`~vmm.errors.ConfigError` where it cannot."""
+    """Return the network for a clone. Raises :class:`~vmm.errors.ConfigError` for a back end that cannot be shared."""
     if net.backend != "user":
         other = f'fields=lambda clone: {{"nets": Net("{net.backend}", {net.backend}=...)}}'
         raise ConfigError(
@@ -157,19 +157,19 @@ def _apart(index: int, net: Net) -> Net:
 
 
 def _changed(ram: Ram) -> list[tuple[int, int]]:
-    """Runs ``(gpa, size)`` of the pages of a private mapping that are this machine's own: it wrote them."""
+    """Return the runs ``(gpa, size)`` of pages of a private mapping that this machine has written."""
     own = bytearray(bitmap_size(ram.size))
     check(lib.vmm_pages_own(ffi.from_buffer(ram.view), ram.size, words(own)))
     return [(ram.gpa + first * PAGE, n * PAGE) for first, n in runs_of(int.from_bytes(own, "little"))]
 
 
 def _held(ram: Ram) -> int:
-    """Bytes of a region that are in its file."""
+    """Return the bytes of a region that its file holds (extents, not holes)."""
     held, at, end = 0, ram.offset, ram.offset + ram.size
     while at < end:
         try:
             at = os.lseek(ram.fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: no more
+        except OSError:  # ENXIO: no further extent
             break
         hole = min(os.lseek(ram.fd, at, os.SEEK_HOLE), end)
         held += max(hole - at, 0)
@@ -178,7 +178,7 @@ def _held(ram: Ram) -> int:
 
 
 def _copied(ram: Ram) -> int:
-    """A new file with all there is in a region."""
+    """Copy the content of a region to a new file; return its descriptor."""
     fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, ram.size)

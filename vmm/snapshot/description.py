@@ -1,8 +1,8 @@
-"""What a record says of a machine: what it is, never where anything of it lies.
+"""The description of a machine in a record: its properties, never a place on the host.
 
-A snapshot and a stream of a migration may be anybody's. So no path, socket, interface, port, address or command ever
-comes from one: what is written is an allow-list of fields that describe, and what is read must be exactly these. Where
-disks, networks and sockets are is said by the person who restores or receives the machine.
+Snapshots and migration streams are untrusted. So no path, socket, interface, port, address or command is ever taken
+from one: an allow-list of descriptive fields is written, and a record must have exactly these. The user who restores or
+receives the machine names the places of disks, networks and sockets.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FIELDS = (
 )  # fmt: skip
 DISK = ("readonly", "serial", "cache", "sector", "queues", "iops", "bps")
 NET = ("backend", "mac", "mtu", "queues", "pps", "bps")
-PARTS_MAX = 64  # of a kind: there are fewer places on the PCI bus
+PARTS_MAX = 64  # of a kind: the PCI bus has fewer slots
 
-_NOWHERE = "-"  # stands where a part asks for its place, while what a record says is checked
+_NOWHERE = "-"  # placeholder for the place of a part, while a record is checked
 _NEEDS = {
     "tap": ("is a tap interface", "--net tap=NAME"),
     "socket": ("is a link to another machine", "--net socket=PATH"),
@@ -36,7 +36,7 @@ _NEEDS = {
 
 
 def describe(config: MachineConfig, sizes: Sequence[int]) -> State:
-    """``config`` as it goes into a record; ``sizes`` of its disks in bytes."""
+    """Return the description of ``config`` for a record; ``sizes`` are those of its disks in bytes."""
     vsock = config.vsock
     return {
         "config": {name: getattr(config, name) for name in FIELDS},
@@ -47,7 +47,7 @@ def describe(config: MachineConfig, sizes: Sequence[int]) -> State:
 
 
 def without_places(config: Mapping[str, Any]) -> State:
-    """What :func:`describe` returns now, of the configuration in a description of version 1, which had places in it.
+    """Convert the configuration of a description of version 1, which had places in it, to the present form.
 
     Raises ``KeyError``, ``TypeError`` or ``ValueError``.
     """
@@ -67,8 +67,8 @@ def _some(part: Part, names: Sequence[str]) -> dict[str, Any]:
 
 
 class Described:
-    """What :func:`describe` returned, read back. Raises ``ValueError``, ``TypeError``, ``KeyError`` or
-    :class:`~vmm.errors.ConfigError` for anything else, a field that locates something among it."""
+    """A description, read and checked. Raises ``ValueError``, ``TypeError``, ``KeyError`` or
+    :class:`~vmm.errors.ConfigError` for any field that :func:`describe` does not write, such as a place."""
 
     def __init__(self, value: Mapping[str, Any]) -> None:
         self.fields: dict[str, Any] = dict(_exactly(value["config"], FIELDS))
@@ -83,7 +83,7 @@ class Described:
             Vsock(_NOWHERE, **self._vsock)
 
     def disk(self, number: int, given: Disk) -> Disk:
-        """The machine's disk where ``given`` says, with what that leaves out."""
+        """Return the disk at the place ``given``, with the described values for fields that ``given`` does not set."""
         fields = {name: self.disks[number][name] for name in DISK}
         if given.overlay or given.temporary:
             fields["readonly"] = False
@@ -97,11 +97,11 @@ class Described:
         based: Mapping[int, tuple[str, Callable[[Disk], Disk]]],
         why: str,
     ) -> dict[str, Any]:
-        """The fields ``disks``, ``nets`` and ``vsock`` of the machine here.
+        """Return the fields ``disks``, ``nets`` and ``vsock`` of the machine on this host.
 
-        ``given``: what the person said of them. ``ready``: disks that need nothing said. ``based``: disks that need
-        their base said, with the reason, and what makes the disk of it. ``why`` the others need a place. Raises
-        :class:`~vmm.errors.ConfigError` naming the option that is missing.
+        ``given`` are the user's values. ``ready`` are disks that need no place. ``based`` are disks that need their
+        base, with the reason and a function that creates the disk from it. ``why`` is the reason for the others.
+        Raises :class:`~vmm.errors.ConfigError` naming the option that is missing.
         """
         return {
             "disks": self._place_disks(read_disks(given.get("disks")), ready, based, why),
@@ -159,9 +159,9 @@ def _net(described: Mapping[str, Any], given: Net) -> Net:
 
 
 def _assign(kind: str, given: Sequence[Any], total: int, needing: Mapping[int, tuple[str, str]]) -> dict[int, Any]:
-    """Which was given for which: one for each, or one for each that needs one, in their order.
+    """Assign the given places by number, in order: one for each part, or one for each that needs one.
 
-    ``needing``: why each does, and what to give for it.
+    ``needing`` maps each number that needs a place to the reason and the fix.
     """
     if len(given) == total:
         return dict(enumerate(given))

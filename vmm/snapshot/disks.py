@@ -1,12 +1,12 @@
-"""Disks in snapshots and clones: what the guest can write is copied once, what it cannot is referred to.
+"""Disks in snapshots and clones: writable files are copied once, read-only ones are referred to.
 
-A copy is sparse, and shares its blocks with the original where the host's file system can (reflink). Nobody writes it
-afterwards: a machine that is made from it gets an overlay over it, of its own. So restoring costs no copy, and a
-snapshot may be restored any number of times, also at the same time.
+A copy is sparse, and shares blocks with the original where the host's file system supports reflinks. It is never
+written afterwards: each machine restored from it gets an overlay of its own. So a restore copies nothing, and a
+snapshot can be restored any number of times, also concurrently.
 
-What a snapshot does not hold (bases of overlays, disks that are only read) is given again by the person who restores
-it, and is known again by its size and the time of the last write. What it holds has its checksum among its records, and
-a name that is computed (docs/snapshot-format.md). No record says where a file is.
+Files that a snapshot does not hold (bases of overlays, read-only disks) are named again by the user at a restore, and
+identified by size and modification time. Files that it holds have a checksum in the records and a computed name
+(docs/snapshot-format.md). No record has a path.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OPTIONS = ("serial", "cache", "sector", "queues", "iops", "bps")
 
 
 def identity(path: str | int) -> State:
-    """By what a file is known again: ``size`` in bytes and ``mtime_ns``. A block device's says little. Raises
+    """Return what identifies a file: ``size`` in bytes and ``mtime_ns``, which for a block device proves little. Raises
     ``OSError``."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if isinstance(path, str) else path
     try:
@@ -50,7 +50,7 @@ def identity(path: str | int) -> State:
 
 
 def changed_since(path: str, known: State) -> str:
-    """What is different from :func:`identity`'s answer of then, as the end of a sentence about it; "": nothing."""
+    """Compare a file with its recorded :func:`identity`; return the difference as the end of a sentence, or ""."""
     try:
         now = identity(path)
     except OSError as error:
@@ -61,12 +61,11 @@ def changed_since(path: str, known: State) -> str:
 
 
 def copy_disk(source: str | int, to: str | int) -> None:
-    """Copy a disk's file or block device to a new file ``to`` (or a descriptor of an empty one), and see to it that the
-    copy is on stable storage; its directory is the caller's to sync.
+    """Copy a disk's file or block device to a new file ``to`` (or a descriptor of an empty one), and flush the copy to
+    stable storage; the caller flushes its directory.
 
-    Of a descriptor the position is not used, and O_DIRECT does not matter. Raises
-    :class:`~vmm.errors.HostError` when the host fails, or when somebody writes the source meanwhile; a new file is
-    removed then.
+    The file position and O_DIRECT of a descriptor do not matter. Raises :class:`~vmm.errors.HostError` if the host
+    fails, or the source is written meanwhile; then a new file is removed.
     """
     import errno
 
@@ -88,7 +87,7 @@ def copy_disk(source: str | int, to: str | int) -> None:
 
 
 def _copy_into(source: str, to: int) -> None:
-    file = os.open(source, os.O_RDONLY | os.O_CLOEXEC)  # opened anew: its own flags
+    file = os.open(source, os.O_RDONLY | os.O_CLOEXEC)  # opened again, for flags of its own
     try:
         before = identity(file)
         os.ftruncate(to, before["size"])
@@ -97,13 +96,15 @@ def _copy_into(source: str, to: int) -> None:
                 _copy_range(file, to, start, end)
         os.fsync(to)
         if identity(file) != before or os.fstat(to).st_size != before["size"]:
-            raise HostError("a disk was written while it was copied: pause its machine, and nobody else may write it")
+            raise HostError(
+                "a disk was written while it was copied: pause its machine, and end other programs that write it"
+            )
     finally:
         os.close(file)
 
 
 def _reflink(source: int, to: int) -> bool:
-    """Let both files share their blocks until one of them is written. False: the file system cannot."""
+    """Reflink the source's blocks into ``to`` (FICLONE); return false if the file system does not support it."""
     import fcntl
 
     try:
@@ -114,7 +115,7 @@ def _reflink(source: int, to: int) -> bool:
 
 
 def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where there is something, from and to, in order."""
+    """Yield ``(start, end)`` of the extents that are not holes, ascending."""
     import errno
 
     done = 0
@@ -123,21 +124,21 @@ def _data(fd: int, size: int) -> Iterator[tuple[int, int]]:
             start = os.lseek(fd, done, os.SEEK_DATA)
             done = min(size, os.lseek(fd, start, os.SEEK_HOLE))
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing from here to the end
+            if error.errno == errno.ENXIO:  # a hole from here to the end
                 return
             if error.errno != errno.EINVAL:
                 raise
-            start, done = done, size  # a block device does not say
+            start, done = done, size  # a block device has no SEEK_DATA
         yield start, done
 
 
 def _copy_range(source: int, to: int, at: int, end: int) -> None:
-    """Within the kernel where it can, else through here; MiBs of zeros become holes then."""
+    """Copy a range by copy_file_range(2), else by read and write, which leaves MiBs of zeros as holes."""
     try:
         while at < end and (n := os.copy_file_range(source, to, end - at, at, at)):
             at += n
     except OSError:
-        pass  # two file systems, or one that cannot; a real error comes again
+        pass  # across file systems, or not supported; a real error recurs below
     while at < end and (piece := os.pread(source, min(_PIECE, end - at), at)):
         if not piece.strip(b"\0"):
             at += len(piece)
@@ -152,11 +153,11 @@ def _copy_range(source: int, to: int, at: int, end: int) -> None:
 
 
 def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) -> list[State]:
-    """A record for each of a paused machine's disks: its files, the base first. No record says where a file is.
+    """Save a paused machine's disks; return a record for each: its files, the base first, without paths.
 
-    Copied into ``directory``, a new one, is all but a base (or a disk) that the guest only reads and that has a name:
-    :func:`held_name` says under which name. A file of another snapshot, on which the machine began, is linked there (or
-    copied): no snapshot needs another's directory. Raises :class:`~vmm.errors.HostError`.
+    All files are copied into the new ``directory`` under :func:`held_name`, except read-only bases and disks that have
+    a name. Files of the snapshot that the machine was restored from are linked (or copied), so that no snapshot needs
+    another's directory. Raises :class:`~vmm.errors.HostError`.
     """
     return [
         {
@@ -170,19 +171,19 @@ def save_disks(disks: Sequence[Disk], devices: Sequence[Blk], directory: str) ->
 
 
 def held_name(index: int, level: int) -> str:
-    """The name in its snapshot of a file of the disk ``index``; level 0 is the base."""
+    """Return the name that a file of disk ``index`` has in its snapshot; level 0 is the base."""
     return f"disk{index}-{level}.{'ovl' if level else 'img'}"
 
 
 def _has_name(image: Image) -> bool:
-    """Not one of :class:`FrozenDisks`."""
+    """Return whether a file has a name; those of :class:`FrozenDisks` do not."""
     return os.fstat(image.fd).st_nlink > 0
 
 
 def _save(index: int, disk: Disk, blk: Blk, directory: str) -> Iterator[State]:
     *below, last = blk.files()
     if below:
-        blk.sync()  # an overlay's bitmap is in memory until then
+        blk.sync()  # writes an overlay's bitmap, which is in memory until then
     for level, image in enumerate([*below, last]):
         to = os.path.join(directory, held_name(index, level))
         if level or not _has_name(image) or (image is last and not disk.readonly):
@@ -197,12 +198,12 @@ def _save(index: int, disk: Disk, blk: Blk, directory: str) -> Iterator[State]:
 
 
 def _is_snapshots(image: Image) -> bool:
-    """Whether a file lies in a snapshot."""
+    """Return whether a file lies in a snapshot."""
     return os.path.exists(os.path.join(os.path.dirname(os.path.abspath(image.path)), RECORDS))
 
 
 def _link(image: Image, to: str) -> bool:
-    """Give a file that nobody writes another name. False: another file system, or another file has its name now."""
+    """Hard-link a file that is never written; return false across file systems, or if its name was reused."""
     try:
         os.link(image.path, to, follow_symlinks=False)
     except OSError:
@@ -214,14 +215,14 @@ def _link(image: Image, to: str) -> bool:
 
 
 class SavedDisks:
-    """The disks of a machine that goes on from what :func:`save_disks` put into ``directory``, which it does not write.
+    """The disks of a machine restored from what :func:`save_disks` put into ``directory``, which is only read.
 
-    What its guest writes goes to overlays ``disk0.ovl`` in the directory ``writable``, or, without one, to files that
-    go with the machine. ``ready``: those that are all in the directory. ``based``: those whose base is not, with the
-    reason, and what makes the disk of the base that somebody gives. Only regular files in the directory are taken, by
-    names that are computed here. That they are what was written has been checked.
+    The guest's writes go to overlays ``disk0.ovl`` in the directory ``writable``, or without one to temporary files.
+    ``ready`` are disks whose files are all in the directory; ``based`` are those whose base is not, with the reason and
+    a function that creates the disk from the base that the user names. Only regular files in the directory are used,
+    by names computed here. The caller has checked their content.
 
-    Raises :class:`~vmm.errors.SnapshotError` naming what is missing; ``ValueError`` for what is no record of a disk.
+    Raises :class:`~vmm.errors.SnapshotError` naming a missing file; ``ValueError`` for a record that is not a disk's.
     """
 
     def __init__(self, states: Any, directory: str, writable: str | None = None) -> None:
@@ -274,9 +275,9 @@ class SavedDisks:
         return Disk(base, layers=layers, **{**options, **place})
 
     def verify(self, disks: Sequence[Disk], devices: Sequence[Blk]) -> None:
-        """The files that a machine with these disks has opened are those that were looked at.
+        """Check that the files which the machine has opened are those that were checked before.
 
-        Raises :class:`~vmm.errors.SnapshotError`: a name in the directory leads elsewhere since.
+        Raises :class:`~vmm.errors.SnapshotError` if a name in the directory now leads to another file.
         """
         for index, (disk, blk) in enumerate(zip(disks, devices, strict=True)):
             held = self._held.get(index, [])
@@ -290,7 +291,7 @@ class SavedDisks:
 def restore_disks(
     states: Any, directory: str, writable: str | None = None, given: Sequence[Disk | str] = ()
 ) -> list[Disk]:
-    """All disks of :class:`SavedDisks`, ``given`` the bases that are not in the directory, in their order."""
+    """Return all disks of :class:`SavedDisks`; ``given`` are the bases that the directory lacks, in order."""
     saved = SavedDisks(states, directory, writable)
     bases = iter(read_disks(list(given)))
     try:
@@ -299,11 +300,11 @@ def restore_disks(
             for index in range(len(states))
         ]
     except StopIteration:
-        raise ConfigError("a base that the snapshot does not hold is not given") from None
+        raise ConfigError("a base that the snapshot does not hold is not given: give a disk for each") from None
 
 
 def _look(folder: int, directory: str, name: str) -> os.stat_result:
-    """What a file of the snapshot is. Raises :class:`~vmm.errors.SnapshotError` where it is no regular file."""
+    """Return the stat result of a snapshot's file. Raises :class:`~vmm.errors.SnapshotError` unless it is regular."""
     path = os.path.join(directory, name)
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -315,7 +316,7 @@ def _look(folder: int, directory: str, name: str) -> os.stat_result:
 
 
 def _parsed(index: int, found: Any) -> State:
-    """A record that can be one. Raises ``ValueError``."""
+    """Return the checked record of a disk. Raises ``ValueError``."""
     if not isinstance(found, dict) or found.get("version") not in (1, VERSION):
         raise ValueError(f"no record of a disk of version 1 or {VERSION}")
     state: State = _without_places(index, found) if found["version"] == 1 else found
@@ -333,7 +334,7 @@ def _parsed(index: int, found: Any) -> State:
 
 
 def _without_places(index: int, state: State) -> State:
-    """A record of version 2 for one of version 1, in which a file that is not held had a path: that is left out."""
+    """Convert a record of version 1 to version 2: drop the paths of files that the snapshot does not hold."""
     files: list[State] = []
     if not isinstance(state.get("files"), list):
         raise ValueError("a disk's record without a list of its files")
@@ -358,17 +359,17 @@ def _require(value: object, **kinds: type) -> None:
 
 
 class FrozenDisks:
-    """Disks as they are now, for any number of clones of a machine: ``disks`` for each of them.
+    """A copy of a machine's disks at one moment, for any number of clones: ``disks`` for each of them.
 
-    Every clone writes into a temporary overlay of its own. The original goes on with its own files and does not disturb
-    them. Cost: one copy, whatever the number of clones, of what the guest can write: of a raw disk all that is not a
-    hole, of an overlay what was written into it; blocks are shared instead where the file system can. Copies have
-    no name, lie beside the original where that can be, and go with the last clone, once this is closed: do so when
-    the clones' machines are made. In this process only.
+    Every clone writes to a temporary overlay of its own; the original continues with its own files. The cost is one
+    copy of the writable files, whatever the number of clones: of a raw disk all extents that are not holes, of an
+    overlay its clusters, or a reflink where the file system supports it. Copies have no name, lie beside the original
+    if possible, and are freed with the last clone after :meth:`close`, which is to be called when the clones are
+    created. They can be used in this process only.
     """
 
     def __init__(self, disks: Sequence[Disk], devices: Sequence[Blk]) -> None:
-        """The machine is paused. Raises :class:`~vmm.errors.HostError`."""
+        """Copy the disks of a paused machine. Raises :class:`~vmm.errors.HostError`."""
         self._files: list[int] = []
         try:
             self.disks = [self._freeze(disk, blk) for disk, blk in zip(disks, devices, strict=True)]
@@ -400,7 +401,7 @@ class FrozenDisks:
         return f"/proc/self/fd/{self._files[-1]}"
 
     def close(self) -> None:
-        """Make no more clones. A second close does nothing."""
+        """Release the copies, except those that clones use. Idempotent."""
         while self._files:
             os.close(self._files.pop())
 

@@ -1,4 +1,4 @@
-"""A snapshot that is served over a stream socket (:mod:`vmm.snapshot.serving`), as the machine made of it sees it."""
+"""Client of a snapshot that :mod:`vmm.snapshot.serving` serves over a stream socket."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from vmm.snapshot.lazy import LazyMemory
 
-_AGAIN = 0.5  # seconds between two looks for a server that is gone
+_AGAIN = 0.5  # seconds between two attempts to reach a lost server
 
 
 def connect(path: str) -> socket.socket:
-    """A connection to the :class:`PageListener` at ``path``. Raises :class:`~vmm.errors.SnapshotError`."""
+    """Connect to the :class:`PageListener` at ``path``. Raises :class:`~vmm.errors.SnapshotError`."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(ANSWERS)
@@ -37,10 +37,9 @@ def connect(path: str) -> socket.socket:
 
 
 class Reconnection:
-    """Finds the server again when it is lost, as long as pages are to come: the guest waits meanwhile.
+    """Reconnect to a lost server while pages are missing; threads that fault on one wait meanwhile.
 
-    ``what`` was received at first: another snapshot is not taken in its place. ``tell`` is told what a person should
-    know.
+    ``what`` was received at first: another snapshot is refused. ``tell`` is called with messages for the user.
     """
 
     def __init__(self, memory: LazyMemory, path: str, what: object, tell: Callable[[str], object]) -> None:
@@ -68,7 +67,7 @@ class Reconnection:
         try:
             with connect(self._path) as connection:
                 if receive(connection) != self._what:
-                    raise SnapshotError(f"another snapshot is served at {self._path}")
+                    raise SnapshotError(f"another snapshot is served at {self._path}: serve the machine's own")
                 self._memory.connect(connection)
         except VmmError as error:
             self._say(f"the guest waits for its memory: {error}")
@@ -87,9 +86,9 @@ class Reconnection:
 
 
 def receive(connection: socket.socket) -> tuple[Any, tuple[Region, ...]]:
-    """The state and the regions that a :class:`PageServer` sends first; then the socket is one for pages.
+    """Receive the state and the regions that a :class:`PageServer` sends first; afterwards the socket is for pages.
 
-    Raises :class:`~vmm.errors.SnapshotError` for what is no such thing, or an end before it.
+    Raises :class:`~vmm.errors.SnapshotError` for anything else, or an early end of the stream.
     """
     timeout = connection.gettimeout()
     size = int.from_bytes(_exactly(connection, 8, Deadline(ANSWERS)), "little")

@@ -1,7 +1,7 @@
-"""What must not be the same in two machines: the generation ID, hardware addresses, the context id of sockets.
+"""The identity of a machine: generation ID, hardware addresses, context id of vsock. Two machines must not share it.
 
-A copy of a machine gets others. What the guest makes of them is its own business: the generation ID and the context id
-are announced to it, and Linux acts on both; a hardware address it reads when its driver starts, and never again.
+A copy of a machine gets a new one. The generation ID and the context id are announced to the guest, and Linux acts on
+both; a hardware address is only read when the guest's driver starts.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CID_FIRST, _CID_END = 3, 0xFFFFFFFF  # of guests: virtio 1.2, 5.10.4
 
 
 def asked(kind: str) -> bool:
-    """Whether a copy is to be another machine. Raises :class:`~vmm.errors.ConfigError` for a kind there is not."""
+    """Return whether a copy gets a new identity. Raises :class:`~vmm.errors.ConfigError` for an unknown kind."""
     if kind not in KINDS:
         raise ConfigError(f"there is no identity {kind!r}: a copy has a new one or the same")
     return kind == "new"
 
 
 def another(config: MachineConfig, given: Mapping[str, Any]) -> MachineConfig:
-    """``config`` with random hardware addresses and context id, but for those in ``given``, the fields said anew."""
+    """Return ``config`` with random hardware addresses and context id, except those in ``given``."""
     said = {net.mac for net in read_nets(given.get("nets")) if net.mac}
     nets = tuple(net if net.mac in said else net.with_(mac=random_mac()) for net in config.nets)
     vsock, said_vsock = config.vsock, read_vsock(given.get("vsock"))
@@ -41,9 +41,9 @@ def another(config: MachineConfig, given: Mapping[str, Any]) -> MachineConfig:
 
 
 def renew(machine: Restorable) -> None:
-    """Let a machine that has taken up another's state, and does not run yet, be the one its configuration names.
+    """Give a machine that has loaded another's state, and does not run yet, the identity in its configuration.
 
-    A socket device sees to itself: it compares its context id with the one it finds in the state.
+    A vsock device renews itself: it compares its context id with the one in the state.
     """
     from vmm.devices.virtio.net import DEVICE_ID, parse_mac
 
@@ -54,7 +54,7 @@ def renew(machine: Restorable) -> None:
 
 
 def random_mac() -> str:
-    """A locally administered unicast address (IEEE 802, 8.2) of 46 random bits."""
+    """Return a locally administered unicast address (IEEE 802, 8.2) with 46 random bits."""
     import os
 
     octets = os.urandom(6)
@@ -62,7 +62,7 @@ def random_mac() -> str:
 
 
 def random_cid() -> int:
-    """A context id a guest may have."""
+    """Return a random context id that a guest may have."""
     import random
 
     return random.SystemRandom().randrange(_CID_FIRST, _CID_END)

@@ -1,9 +1,8 @@
-"""Snapshots of a machine on a period, the newest of them kept.
+"""Periodic snapshots of a machine, of which the newest are kept.
 
-They are named by a number in eight digits, ascending. Every ``retain``-th is full, and those after it are built on
-it; all that is older is removed once ``retain`` of the newest chain are there. So the last ``retain`` can always be
-restored, and there are at most twice as many. Each is written as any snapshot is: killed at any moment, this leaves
-whole ones.
+Their names are ascending numbers of eight digits. Every ``retain``-th is full, and those after it are differentials of
+it; older chains are removed once the newest has ``retain`` snapshots. So the last ``retain`` can always be restored,
+and at most twice as many exist. Each is written atomically: a process killed at any moment leaves complete ones.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from vmm.snapshot.subject import Stateful
 
     class Snapshotted(Stateful, Protocol):
-        """A machine of which snapshots are written."""
+        """A machine that can write snapshots."""
 
         def snapshot(
             self, path: str | os.PathLike[str], *, differential: bool, series: Series | None = None
@@ -35,9 +34,10 @@ _DIGITS = 8
 
 
 class Keeper:
-    """What :meth:`vmm.Machine.keep` answers. On a thread of its own; the machine is held while one is written.
+    """Periodic snapshots, as :meth:`vmm.Machine.keep` returns it. It has a thread; the machine is paused while one is
+    written.
 
-    What goes wrong is said in the machine's messages, and tried again after the next period.
+    Errors go to the machine's messages, and the next period tries again.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Keeper:
                 self._tell(str(error))
 
     def take(self) -> str:
-        """One now; answers its path. Raises what :meth:`vmm.Machine.snapshot` does."""
+        """Write a snapshot now; return its path. Raises what :meth:`vmm.Machine.snapshot` raises."""
         with self._lock:
             if self._series is None or self._in_chain >= self._retain:
                 self._begin_chain()
@@ -101,7 +101,7 @@ class Keeper:
         self._series, self._in_chain = Series(self._machine), 0
 
     def _remove_older(self) -> None:
-        """All but this chain; what is built on another before that other."""
+        """Remove older chains, each differential before its parent."""
         for name in reversed(kept(self.directory)):
             if int(name) < self._next - self._in_chain:
                 remove(os.path.join(self.directory, name))
@@ -118,5 +118,5 @@ class Keeper:
 
 
 def kept(directory: str | os.PathLike[str]) -> list[str]:
-    """The names of the snapshots in a directory of these, the oldest first."""
+    """Return the names of the snapshots in such a directory, oldest first."""
     return sorted(name for name in os.listdir(directory) if len(name) == _DIGITS and name.isascii() and name.isdigit())

@@ -1,6 +1,6 @@
-"""Memory that comes while the machine runs: pages of a snapshot, or of another process, when they are touched.
+"""Lazy guest memory, filled on demand through userfaultfd from a snapshot or from another process.
 
-What it rests on, and the protocol of the socket, are in ``native/include/vmmlazy.h``.
+``native/include/vmmlazy.h`` describes the mechanism and the protocol of the socket.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _STATES = {
 
 
 class LazyMemory:
-    """The memory of a machine, still to come. It lasts as long as the machine.
+    """Lazy memory of one machine. It lives as long as the machine.
 
-    Say which pages are wanted (:meth:`want_snapshot`, :meth:`want`), :meth:`start`, and let the machine run: whoever
-    touches a wanted page waits for it. The thread that does waits with the GIL, if it has it: what serves pages must be
-    native code (all of this is) or another process.
+    Mark the missing pages (:meth:`want_snapshot`, :meth:`want`), call :meth:`start`, and let the machine run: a thread
+    that touches a missing page waits for it. It may hold the GIL while it waits, so pages must be served by native
+    code (as here) or by another process.
 
-    ``vm`` is the native machine, ``memory`` its memory. Raises :class:`~vmm.errors.HostError` where the host does not
-    allow it, with what to change, and for memory that is private or in huge pages.
+    ``vm`` is the native machine, ``memory`` its memory. Raises :class:`~vmm.errors.HostError` where the host forbids
+    userfaultfd, with the fix, and for memory that is private or in huge pages.
     """
 
     def __init__(self, vm: vmm_vm, memory: GuestMemory) -> None:
@@ -60,7 +60,7 @@ class LazyMemory:
         self._native = None
 
     def want_snapshot(self, snapshot: Snapshot) -> None:
-        """Have the memory of ``snapshot`` come from its file. The pages of differentials are copied at once."""
+        """Fill the memory from the file of ``snapshot`` on demand. Pages of differentials are copied at once."""
         layers = snapshot.layers
         for number, region in enumerate(layers[0].regions):
             later = int.from_bytes(region.held, "little")
@@ -71,9 +71,9 @@ class LazyMemory:
         snapshot.overlay(self._memory.view)
 
     def want(self, number: int, region: Region) -> None:
-        """Mark the pages that ``region`` holds as wanted, in the machine's region of that number.
+        """Mark the pages that ``region`` holds as missing in the machine's region of that number.
 
-        Raises :class:`~vmm.errors.SnapshotError` if that is another one.
+        Raises :class:`~vmm.errors.SnapshotError` if the two regions differ.
         """
         if self._memory.regions[number : number + 1] != [(region.gpa, region.size)]:
             raise SnapshotError(
@@ -82,35 +82,35 @@ class LazyMemory:
         check(lib.vmm_lazy_want(self.native, number, words(region.held)))
 
     def start(self) -> None:
-        """From now on touching a wanted page waits."""
+        """Register with userfaultfd: from now on a thread that touches a missing page waits."""
         check(lib.vmm_lazy_start(self.native))
 
     def connect(self, source: socket.socket) -> None:
-        """Have pages come from a stream socket; also in place of one that was lost. The socket stays the caller's."""
+        """Fetch pages from a stream socket, also in place of a lost one. The caller keeps the socket."""
         check(lib.vmm_lazy_connect(self.native, source.fileno()))
 
     def prefetch(self, gpas: Sequence[int]) -> None:
-        """Fetch these pages in this order while nobody waits for another."""
+        """Fetch these pages in this order, behind pages that a thread waits for."""
         from array import array
 
         check(lib.vmm_lazy_prefetch(self.native, ffi.from_buffer("uint64_t[]", array("Q", gpas)), len(gpas)))
 
     def fetch_rest(self) -> None:
-        """And then all others."""
+        """Fetch all other pages afterwards."""
         lib.vmm_lazy_fetch_rest(self.native)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until every page is here, or ``timeout`` seconds are over: whether it is.
+        """Wait until every page has arrived, at most ``timeout`` seconds; return whether it has.
 
         Raises :class:`~vmm.errors.StateError` when pages are missing for good.
         """
         found = wait(lambda milliseconds: int(lib.vmm_lazy_wait(self.native, milliseconds)), timeout)
         if found < 0:
-            raise StateError("guest memory that was still to come will not")
+            raise StateError("guest memory that was still to come will not: its source is gone, so end the machine")
         return bool(found)
 
     def complete(self) -> None:
-        """Fetch everything now. Raises :class:`~vmm.errors.StateError` when that cannot be: the source is gone."""
+        """Fetch all pages and wait. Raises :class:`~vmm.errors.StateError` if the source is gone."""
         self.fetch_rest()
         while not self.wait(0.1):
             if self.state == "lost":
@@ -125,7 +125,7 @@ class LazyMemory:
             lib.vmm_lazy_abandon(self._native, ffi.NULL)
 
     def abandon(self, why: str) -> None:
-        """Give up: the machine stops with ``why`` as its message, and the outcome ``memory-lost``."""
+        """Give up: stop the machine with the message ``why`` and the outcome ``memory-lost``."""
         lib.vmm_lazy_abandon(self.native, why.encode())
 
     @property
@@ -139,7 +139,7 @@ class LazyMemory:
         return int(lib.vmm_lazy_fd(self.native))
 
     def touched(self) -> list[int]:
-        """The wanted pages that were waited for, in that order: addresses. Also after the machine was closed."""
+        """Return the addresses of pages that a thread waited for, in order. Works after the machine was closed."""
         if self._native is not None:
             count = lib.vmm_lazy_order(self._native, ffi.NULL, 0)
             gpas = ffi.new("uint64_t[]", count)
@@ -147,7 +147,7 @@ class LazyMemory:
         return list(self._touched)
 
     def statistics(self) -> dict[str, int]:
-        """Pages: wanted, missing, that came unasked or twice; faults, and the nanoseconds they took from a file."""
+        """Return counts: pages wanted, missing, unrequested, duplicate; faults, and nanoseconds spent on the file's."""
         stats = ffi.new("vmm_lazy_stats *")
         lib.vmm_lazy_get_stats(self.native, stats)
         return {name: int(getattr(stats, name)) for name, _ in ffi.typeof("vmm_lazy_stats").fields}

@@ -1,4 +1,4 @@
-"""Where a machine comes from that is not booted: what it is, the state it takes up, the memory under it."""
+"""Origin of a machine that is not booted: its description, its state and its memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ if TYPE_CHECKING:
 
 VERSION = 2
 
-# How a person uses a machine, not what the guest sees of it: whoever takes it up says so anew.
+# Settings that the guest does not see: the user who restores the machine gives them again.
 USES = (
     "timeout", "stall", "console", "gdb", "symbols", "control", "huge_pages",
     "checkpoint_dir", "checkpoint_every", "retain", "standby", "screen", "reboot",
 )  # fmt: skip
-# Where a part of it is on the host, which no record says; the number and kind of parts stay.
+# Places of parts on the host, which no record has; the number and kind of parts stay.
 PLACES = ("disks", "nets", "vsock")
 
 
 class Origin:
-    """What a new machine becomes. ``description`` is :func:`describe`'s, ``state`` :meth:`vmm.Machine.save`'s.
+    """Origin of a new machine: ``description`` from :func:`describe`, ``state`` from :meth:`vmm.Machine.save`.
 
-    ``files``, one ``(fd, offset)`` for each region, is the memory (:class:`vmm.memory.GuestMemory`). Without
-    ``state`` the machine is made, with memory of its own, and whoever made it fills that and calls
-    :meth:`vmm.Machine.load_state`. ``arriving``: it is made as far as it can be before anybody lets go of its
-    disks and networks; :meth:`vmm.Machine.arrive` makes the rest. ``clock`` is what :meth:`vmm.Machine.load_state`
-    takes with ``state``. Raises :class:`~vmm.errors.SnapshotError` for a
-    description that cannot be.
+    ``files``, one ``(fd, offset)`` for each region, is the memory (:class:`vmm.memory.GuestMemory`). Without ``state``
+    the machine gets memory of its own, which the caller fills before it calls :meth:`vmm.Machine.load_state`.
+    ``arriving``: build the machine only as far as possible while the source still owns its disks and networks;
+    :meth:`vmm.Machine.arrive` builds the rest. ``clock`` is passed to :meth:`vmm.Machine.load_state` with ``state``.
+    Raises :class:`~vmm.errors.SnapshotError` for an invalid description.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Origin:
         self.files = files
         self.arriving = arriving
         self.symbols: str | None = None
-        """Where the image's own symbols are; of a clone, whose original knows."""
+        """Path of the image's own symbols; set for a clone, from its original."""
         try:
             self._read(description)
         except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
@@ -65,7 +64,7 @@ class Origin:
 
         version = description["version"]
         keys = {"version", "kind", "merge_ticks", "command_line", "mode", "cpuid"}
-        if version == 1:  # had the places of everything in it, which are not looked at
+        if version == 1:  # it had places, which are ignored
             keys |= {"config", "symbols"}
             described = descriptions.without_places(description["config"])
         elif version == VERSION:
@@ -91,10 +90,10 @@ class Origin:
         based: Mapping[int, tuple[str, Callable[[Disk], Disk]]] | None = None,
         why: str = "is not in the record",
     ) -> MachineConfig:
-        """The configuration here: what the record describes, with the fields of :data:`USES` and :data:`PLACES` that
-        are ``given``. For the others see :meth:`vmm.snapshot.description.Described.place`.
+        """Return the configuration on this host: the description, with the fields of :data:`USES` and :data:`PLACES`
+        that are ``given``. For the others see :meth:`vmm.snapshot.description.Described.place`.
 
-        Raises :class:`~vmm.errors.ConfigError` for any other field, and for a place that nobody gives.
+        Raises :class:`~vmm.errors.ConfigError` for any other field, and for a place that is missing.
         """
         for name in given:
             if name not in FIELDS:
@@ -107,9 +106,9 @@ class Origin:
 
 
 def describe(config: MachineConfig, booted: Bootable, disk_sizes: list[int], cpuid: CpuidTable) -> State:
-    """Return what must be the same for the guest wherever the machine goes on, as a plain value.
+    """Return, as a plain value, what must stay the same for the guest on every host.
 
-    ``disk_sizes`` are in bytes. An image that is not loaded yet is loaded: the command line is known only then.
+    ``disk_sizes`` are in bytes. It loads the image if necessary, since the command line is known only then.
     """
     entry = booted.load()
     return {

@@ -1,4 +1,4 @@
-"""A snapshot in its directory: opened, checked, and its memory handed out."""
+"""Reader of a snapshot's directory: open it, check it, provide its memory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 RECORDS = "snapshot.pyvmm"
 MEMORY = "memory"
-CHAIN_MAX = 256  # snapshots from a full one to its last differential: each is two open files
-_RETRIES = 8  # a directory that is replaced while it is opened is opened anew; a machine writes one in milliseconds
+CHAIN_MAX = 256  # longest chain from a full snapshot to its last differential: each takes two open files
+_RETRIES = 8  # attempts to open a directory that is being replaced; writing one takes milliseconds
 
 
 class File(NamedTuple):
-    """Another file of a snapshot: a disk, for one."""
+    """Another file of a snapshot, such as a disk."""
 
     size: int
     crc32c: int
 
 
 class Snapshot:
-    """An open snapshot; the files stay what they were, whatever takes the directory's name afterwards.
+    """An open snapshot. Its files stay the same even if the directory is replaced afterwards.
 
-    ``state`` is the plain value that was written, ``id`` 32 bytes that no other snapshot has, ``regions`` this layer's
-    part of the memory, ``parent`` the open snapshot that a differential is built on, ``files`` the other files by
-    name. Nothing of the memory is read yet: :meth:`check` does that. A context manager.
+    ``state`` is the plain value that was written, ``id`` the 32 bytes that identify the snapshot, ``regions`` this
+    layer's part of the memory, ``parent`` the open parent of a differential, ``files`` the other files by name. Opening
+    reads no memory: :meth:`check` does. A context manager.
     """
 
     def __init__(self, path: str, chain: int = 0) -> None:
@@ -108,7 +108,7 @@ class Snapshot:
         return parent
 
     def file_fd(self, name: str) -> int:
-        """A descriptor of the regular file ``name``, to read; the caller's. Raises ``OSError``."""
+        """Open the regular file ``name`` for reading; the caller owns the descriptor. Raises ``OSError``."""
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._directory)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             return fd
@@ -116,12 +116,12 @@ class Snapshot:
         raise OSError(errno.EINVAL, "it is no regular file", name)
 
     def file_path(self, name: str) -> str:
-        """Where the file ``name`` is, as long as nothing replaces this snapshot."""
+        """Return the path of the file ``name``, valid until the snapshot is replaced."""
         return os.path.join(self.path, name)
 
     @property
     def layers(self) -> list[Snapshot]:
-        """The chain, from the full snapshot to this one."""
+        """Return the chain, from the full snapshot to this one."""
         chain, layer = [self], self
         while layer.parent:
             layer = layer.parent
@@ -134,10 +134,10 @@ class Snapshot:
         return sum(region.size for region in self.regions)
 
     def check(self, *, files: bool = True) -> None:
-        """Read every page that is held, in every layer, and with ``files`` this layer's other files.
+        """Compare every held page of every layer with its checksum; with ``files`` this layer's other files too.
 
-        Takes some 5 ms for 60 MiB that are in the page cache, on one CPU; it takes more where there are. Raises
-        :class:`~vmm.errors.SnapshotError`: some byte is not what was written.
+        It takes about 5 ms for 60 MiB in the page cache on one CPU, and uses several. Raises
+        :class:`~vmm.errors.SnapshotError` if any byte differs from what was written.
         """
         for layer in self.layers:
             for region in layer.regions:
@@ -166,7 +166,7 @@ class Snapshot:
     def overlay(self, view: Callable[[int, int], memoryview]) -> None:
         """Copy the pages of every differential over a mapping of the full snapshot's memory.
 
-        ``view(gpa, size)`` answers that memory. A full snapshot has none to copy.
+        ``view(gpa, size)`` returns that memory. A full snapshot copies nothing.
         """
         for layer in self.layers[1:]:
             for region in layer.regions:
@@ -175,7 +175,7 @@ class Snapshot:
                 _whole(layer.path, MEMORY, rc)
 
     def copy_files(self, directory: str) -> None:
-        """Have the other files in another directory too: as links where that can be, for nobody writes them."""
+        """Copy the other files to another directory, as hard links if possible, since they are never written."""
         for name in self.files:
             to = os.path.join(directory, name)
             try:
@@ -190,7 +190,7 @@ class Snapshot:
                     os.close(fd)
 
     def close(self) -> None:
-        """Close the files of all layers. What was mapped stays mapped."""
+        """Close the files of all layers. Mappings stay valid."""
         for fd in (self.memory_fd, self._directory):
             if fd >= 0:
                 os.close(fd)
@@ -215,7 +215,7 @@ def read(path: str | os.PathLike[str]) -> Snapshot:
 
 
 def file_sum(fd: int) -> File:
-    """Size and checksum of an open file. Raises :class:`~vmm.errors.HostError`."""
+    """Return size and checksum of an open file. Raises :class:`~vmm.errors.HostError`."""
     crc = ffi.new("uint32_t *")
     check(lib.vmm_file_crc32c(fd, crc))
     return File(os.fstat(fd).st_size, crc[0])
@@ -248,7 +248,7 @@ def _files(value: dict[Any, Any]) -> dict[str, File]:
 
 
 def _parent(value: Any) -> bytes | None:
-    """A parent's id. Where it is the records do not say: :func:`_beside`."""
+    """Return the parent's id. The records have no path of it: see :func:`_beside`."""
     if value is None:
         return None
     parent = _exactly(value, **{"id": bytes, **({"path": str} if isinstance(value, dict) and "path" in value else {})})
@@ -257,9 +257,9 @@ def _parent(value: Any) -> bytes | None:
 
 
 def _beside(path: str, identity: bytes) -> str | None:
-    """The snapshot with this id among those in the directory that ``path`` lies in; ``None``: there is none.
+    """Find the snapshot with this id in the directory that contains ``path``; return its path, or ``None``.
 
-    An id is the end of a record file: nothing else of the others is read.
+    The id is the end of a record file: nothing else of the others is read.
     """
     folder = os.path.dirname(os.path.realpath(path))
     try:
@@ -285,7 +285,7 @@ def _beside(path: str, identity: bytes) -> str | None:
 
 
 def parse_regions(path: str, value: Any) -> tuple[Region, ...]:
-    """Regions from records that did not come from a directory. Raises :class:`~vmm.errors.SnapshotError`."""
+    """Check and return regions from received records. Raises :class:`~vmm.errors.SnapshotError`."""
     try:
         return _regions(_exactly({"memory": value}, memory=list)["memory"])
     except ValueError as error:
@@ -293,7 +293,7 @@ def parse_regions(path: str, value: Any) -> tuple[Region, ...]:
 
 
 def _regions(value: list[Any]) -> tuple[Region, ...]:
-    """Regions as the records have them: ascending, whole pages, one behind the other in the file."""
+    """Check and return regions: ascending, in whole pages, contiguous in the file."""
     if not 0 < len(value) <= REGIONS_MAX:
         raise ValueError(f"memory is not of 1 to {REGIONS_MAX} regions")
     regions = []

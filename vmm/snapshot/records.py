@@ -9,7 +9,7 @@ from vmm.snapshot import cbor
 
 MAGIC = b"PYVMMSNP"
 VERSION = 2
-VERSIONS = (1, VERSION)  # in 1 a differential's parent had a path, which is not looked at
+VERSIONS = (1, VERSION)  # in version 1 a differential's parent had a path, which is ignored
 SIZE_MAX = 1 << 30  # bytes: a TiB of memory has 96 MiB of bitmap and checksums
 _HEADER = 8 + 4 + 8
 _DIGEST = 32
@@ -23,14 +23,14 @@ def digest(content: bytes) -> bytes:
 
 
 def pack(records: dict[str, Any]) -> bytes:
-    """The content of a record file; its last 32 bytes are its digest. Raises ``ValueError`` for what is not plain."""
+    """Return the content of a record file; its last 32 bytes are its digest. Raises ``ValueError`` for other values."""
     payload = cbor.encode(records)
     content = MAGIC + VERSION.to_bytes(4, "little") + len(payload).to_bytes(8, "little") + payload
     return content + digest(content)
 
 
 def unpack(path: str, content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Records and digest of a record file's content. Raises :class:`~vmm.errors.SnapshotError` naming ``path``."""
+    """Return records and digest of a record file. Raises :class:`~vmm.errors.SnapshotError` naming ``path``."""
     if content[: len(MAGIC)] != MAGIC:
         raise SnapshotError(f"{path} is not a record file of a snapshot: give the directory pyvmm wrote")
     version = int.from_bytes(content[8:12], "little")

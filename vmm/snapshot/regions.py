@@ -1,4 +1,4 @@
-"""Regions of guest memory, as they are handed to a snapshot and as they lie in its ``memory`` file."""
+"""Regions of guest memory: of a machine, and in a snapshot's ``memory`` file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REGIONS_MAX = 32  # of a machine (VMM_MAX_REGIONS)
 class Ram(NamedTuple):
     """``size`` bytes of memory at guest-physical address ``gpa``, of a machine that is paused.
 
-    ``view`` is the memory. ``fd`` (-1: none) is the file behind it from ``offset`` on: what is a hole there, and for
-    ``private`` memory (a private mapping, or anonymous) was not touched since, is known to be zeros and not read.
+    ``view`` is the memory. ``fd`` (-1: none) is the file behind it from ``offset`` on: its holes are known to be zeros
+    and not read, unless ``private`` memory (a private mapping, or anonymous) was touched since.
     """
 
     gpa: int
@@ -44,34 +44,34 @@ class Region(NamedTuple):
 
     @property
     def pages_held(self) -> int:
-        """How many pages are in the file."""
+        """Number of pages in the file."""
         return int.from_bytes(self.held, "little").bit_count()
 
 
 def bitmap_size(size: int) -> int:
-    """Bytes of a bitmap for ``size`` bytes of memory: whole words of 64 pages."""
+    """Return the bytes of a bitmap for ``size`` bytes of memory: whole words of 64 pages."""
     return -(-size // (64 * PAGE)) * 8
 
 
 def checksums_size(size: int) -> int:
-    """Bytes of the checksums for ``size`` bytes of memory."""
+    """Return the bytes of the checksums for ``size`` bytes of memory."""
     return -(-size // CHUNK) * 4
 
 
 def words(bitmap: bytes | bytearray) -> Any:
-    """A bitmap as native code takes it; as long as ``bitmap`` lives."""
+    """Return a bitmap as a C pointer, valid as long as ``bitmap`` lives."""
     return ffi.from_buffer("uint64_t[]", bitmap)
 
 
 def pages_not_zero(ram: Ram) -> bytes:
-    """The bitmap of the pages of ``ram`` that hold something."""
+    """Return the bitmap of the pages of ``ram`` that are not zero."""
     bitmap = bytearray(bitmap_size(ram.size))
     check(lib.vmm_pages_find(ffi.from_buffer(ram.view), ram.size, ram.fd, ram.offset, int(ram.private), words(bitmap)))
     return bytes(bitmap)
 
 
 def pages_in(gpa: int, size: int, runs: Iterable[tuple[int, int]]) -> bytes:
-    """The bitmap of the pages of the region ``gpa``, ``size`` that ``runs`` of ``(gpa, size)`` touch."""
+    """Return the bitmap of the pages of the region ``gpa``, ``size`` that the ``runs`` ``(gpa, size)`` touch."""
     bitmap = bytearray(bitmap_size(size))
     for start, length in runs:
         first = max(start - gpa, 0) // PAGE

@@ -1,8 +1,8 @@
-"""A directory that takes its name when it is whole, and all at once; until then the name has what it had before.
+"""Atomic replacement of a directory: it takes its name only when it is complete.
 
-It is filled under a name of its own beside the other, made stable, and renamed; a snapshot that is there changes places
-with it and is removed. What a writer that died leaves under the name of its own is removed by the next one: each holds
-a lock on its directory, and a directory that nobody has locked is nobody's.
+It is filled under a temporary name beside the target, flushed, and renamed; an existing snapshot is exchanged with it
+and removed. Each writer holds a lock on its temporary directory, so that the next writer can remove unlocked ones,
+whose writer has died.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PARTIAL = ".pyvmm-partial"
-_TRIES = 100  # another writer may take or give up the name between looking and renaming
+_TRIES = 100  # another writer may take or release the name between check and rename
 
 
 class Replacement:
     """``with Replacement(path, marker) as new:`` write into ``new.directory``, then ``new.commit()``.
 
-    Without the commit nothing is left. A directory at ``path`` is replaced only if it is empty or has a file
-    ``marker``. Raises :class:`~vmm.errors.SnapshotError` otherwise, ``OSError`` for what the host refuses.
+    Without the commit nothing remains. A directory at ``path`` is replaced only if it is empty or has a file
+    ``marker``. Raises :class:`~vmm.errors.SnapshotError` otherwise, ``OSError`` if the host refuses.
     """
 
     def __init__(self, path: str, marker: str) -> None:
@@ -55,12 +55,12 @@ class Replacement:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError:
-                continue  # not ours, or gone
+                continue  # not a temporary directory of ours, or gone
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(path)
             except BlockingIOError:
-                pass  # its writer lives
+                pass  # its writer is alive
             finally:
                 os.close(fd)
 
@@ -73,7 +73,7 @@ class Replacement:
             try:
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:
-                continue  # another writer took it for a leftover before it was locked
+                continue  # another writer removed it as a leftover before it was locked
             fcntl.flock(fd, fcntl.LOCK_EX)
             if os.fstat(fd).st_nlink:
                 return directory, fd
@@ -84,7 +84,7 @@ class Replacement:
         return self
 
     def commit(self) -> None:
-        """Make every file stable and read-only, then take the name."""
+        """Flush every file, make it read-only, then take the name."""
         for name in os.listdir(self.directory):
             fd = os.open(os.path.join(self.directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -118,12 +118,12 @@ class Replacement:
         raise HostError(f"others write {self.path} again and again: give another name")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        _remove(self.directory)  # not finished, or what had the name before
+        _remove(self.directory)  # the unfinished directory, or the replaced snapshot
         os.close(self._lock)
 
 
 def remove(path: str) -> None:
-    """Remove a snapshot. Killed on the way, this leaves it whole, or what the next writer in that folder removes."""
+    """Remove a snapshot. A process killed meanwhile leaves it complete, or as a leftover for the next writer."""
     import contextlib
 
     gone = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.urandom(6).hex()}{PARTIAL}")
@@ -133,7 +133,7 @@ def remove(path: str) -> None:
 
 
 def _remove(directory: str) -> None:
-    """Remove a directory of files, as far as the host lets us; the next writer tries again."""
+    """Remove a directory of files, ignoring errors; the next writer tries again."""
     import contextlib
 
     with contextlib.suppress(OSError):

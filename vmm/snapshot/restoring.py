@@ -1,4 +1,4 @@
-"""From a snapshot in files to a machine that goes on."""
+"""Restore a machine from a snapshot in files, or from a server."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from vmm.snapshot.lazy import LazyMemory
     from vmm.snapshot.subject import BackgroundTask, Restorable
 
-SERVED = "unix:"  # begins the name of a socket in place of a directory
+SERVED = "unix:"  # prefix that names a socket in place of a directory
 
 
 class Prepared:
-    """What one machine is made of: ``origin`` first, then :meth:`finish`. ``files`` is the memory under it, if any."""
+    """A snapshot opened for one machine: create that from ``origin``, then :meth:`finish`. ``files`` is its memory."""
 
     def __init__(self, name: str, state: Any, files: list[tuple[int, int]] | None) -> None:
         self._name = name
@@ -39,16 +39,16 @@ class Prepared:
             raise SnapshotError(f"{name} does not have a record for each of its machine's disks")
 
     def config(self, given: dict[str, Any]) -> MachineConfig:
-        """The machine's configuration here: ``given``, with the snapshot's disks where none need be said.
+        """Return the configuration on this host: ``given``, with the disks that the snapshot holds.
 
-        Raises :class:`~vmm.errors.ConfigError` naming what must be said.
+        Raises :class:`~vmm.errors.ConfigError` naming the option that is missing.
         """
         return self.origin.config(given)
 
     def finish(self, machine: Restorable, clock: str) -> LazyMemory | None:
-        """Have the machine, made with ``origin``, take up the rest; it is closed when it cannot, or must not.
+        """Load the rest into the machine, which was created with ``origin``; on an error the machine is closed.
 
-        Answers its memory, where that is still to come.
+        Returns its lazy memory, if it has any.
         """
         try:
             if self._saved is not None:
@@ -64,15 +64,16 @@ class Prepared:
         return later
 
     def fill(self, machine: Restorable) -> LazyMemory | None:
-        """Bring the memory, or have it come."""
+        """Fill the memory, or return the lazy memory that will fill it."""
         raise NotImplementedError
 
     def attend(self, memory: LazyMemory | None, tell: Callable[[str], object]) -> BackgroundTask | None:
-        """Who is to look after the memory that :meth:`finish` answered; ``tell`` is told what a person should know."""
+        """Return a background task for the lazy memory of :meth:`finish`, or ``None``; ``tell`` gets messages for the
+        user."""
         return None
 
     def close(self) -> None:
-        """Once the machine is made, or could not be."""
+        """Release the snapshot, after the machine is created or has failed."""
 
     def __enter__(self) -> Prepared:
         return self
@@ -84,7 +85,7 @@ class Prepared:
 
 
 class _Checking:
-    """All of an open snapshot compared with its checksums, while the machine is made."""
+    """Check an open snapshot against its checksums on a thread, while the machine is created."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         from threading import Thread
@@ -101,14 +102,14 @@ class _Checking:
             self._error = error
 
     def finish(self) -> None:
-        """Wait for it. Raises what it found."""
+        """Wait for the check. Raises its exception."""
         self._thread.join()
         if self._error:
             raise self._error
 
 
 class _Local(Prepared):
-    """Memory is in the snapshot's directory."""
+    """A snapshot in a local directory."""
 
     def __init__(self, snapshot: Snapshot, check: bool, files: list[tuple[int, int]] | None) -> None:
         self._snapshot = snapshot
@@ -131,7 +132,7 @@ class _Local(Prepared):
         try:
             memory = super().finish(machine, clock)
         except SnapshotError:
-            self._compare()  # what does not fit may be damaged
+            self._compare()  # damage explains the error better than "does not fit"
             raise
         try:
             self._compare()
@@ -145,7 +146,7 @@ class _Local(Prepared):
     ) -> None:
         try:
             if isinstance(error, ConfigError) and not isinstance(error, SnapshotError):
-                self._compare()  # a disk that cannot be opened may be damaged
+                self._compare()  # damage explains why a disk cannot be opened
         finally:
             self.close()
 
@@ -157,12 +158,12 @@ class _Local(Prepared):
         import contextlib
 
         with contextlib.suppress(SnapshotError):
-            self._compare()  # it reads the files that are closed now
+            self._compare()  # the check reads the files that are closed next
         self._snapshot.close()
 
 
 class _Mapped(_Local):
-    """The full snapshot's file is mapped privately, and what the differentials have copied over it."""
+    """Map the full snapshot's file privately, and copy the differentials' pages over it."""
 
     def __init__(self, snapshot: Snapshot, check: bool) -> None:
         fd = snapshot.layers[0].memory_fd
@@ -173,7 +174,7 @@ class _Mapped(_Local):
 
 
 class _Later(_Local):
-    """Memory is the machine's own, and its pages come from the file when they are touched, or before that."""
+    """Lazy memory, filled from the file on demand and by prefetching."""
 
     def __init__(self, snapshot: Snapshot, check: bool) -> None:
         super().__init__(snapshot, check, None)
@@ -190,9 +191,9 @@ class _Later(_Local):
 
 
 class _Remote(Prepared):
-    """Memory of the machine's own, whose pages come over a socket (:mod:`vmm.snapshot.serving`).
+    """Lazy memory, filled over a socket (:mod:`vmm.snapshot.serving`).
 
-    With a ``path`` the connection is one to there, and ours; a lost one is made again.
+    With a ``path`` this object owns the connection, and reconnects to it after a loss.
     """
 
     def __init__(self, connection: socket.socket, path: str | None = None) -> None:
@@ -228,11 +229,11 @@ class _Remote(Prepared):
 
 
 def prepare(source: str | os.PathLike[str] | socket.socket, *, check: bool = True, later: bool = False) -> Prepared:
-    """Open a snapshot to make a machine of it, every byte compared with its checksum meanwhile if ``check``.
+    """Open a snapshot for one machine; with ``check`` every byte is compared with its checksum meanwhile.
 
-    ``later``: memory comes by userfaultfd, where it is touched; first the pages of the recorded working set. Without,
-    it is mapped. A socket, which stays the caller's, is one to a :class:`vmm.snapshot.serving.PageServer`, and
-    ``"unix:PATH"`` is where ``pyvmm serve`` has one: memory comes later. Raises :class:`~vmm.errors.SnapshotError`.
+    ``later`` selects lazy memory, with the pages of the recorded working set first; without it memory is mapped.
+    ``source`` may also be a socket to a :class:`vmm.snapshot.serving.PageServer`, which the caller keeps, or
+    ``"unix:PATH"`` of ``pyvmm serve``: memory is lazy then. Raises :class:`~vmm.errors.SnapshotError`.
     """
     if not isinstance(source, (str, os.PathLike)):
         return _Remote(source)

@@ -1,4 +1,4 @@
-"""The snapshots of one machine: full ones, and what was written since the one before."""
+"""The snapshots of one machine: full ones, and differentials with the pages written since the last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSION = 1
 
 
 class Series:
-    """Writes snapshots of a machine, and knows which pages were written since the last that others may build on."""
+    """Write snapshots of a machine, with a dirty log since the last one that can be a parent."""
 
     def __init__(self, machine: Stateful) -> None:
         self._machine = machine
@@ -28,8 +28,8 @@ class Series:
         self._last: tuple[str, bytes] | None = None  # path and id
 
     def write(self, path: str | os.PathLike[str], differential: bool) -> Snapshot:
-        """Write one; the machine is held. Of those to be differential the first in a directory is full."""
-        state = state_of(self._machine)  # before memory: devices let go of what they have in flight
+        """Write a snapshot of the paused machine. The first differential in a directory is written as a full one."""
+        state = state_of(self._machine)  # before memory: quiescing devices completes requests, which writes it
         if not differential:
             return self._write(path, state)
         parent = self._parent(path)
@@ -41,7 +41,7 @@ class Series:
             with parent or nullcontext() as under:
                 written = self._write(path, state, under, dirty if under else None)
         except BaseException:
-            for gpa, size in dirty:  # not in any snapshot yet
+            for gpa, size in dirty:  # the write failed: these pages are in no snapshot yet
                 self._machine.memory.wrote(gpa, size)
             raise
         self._last = (os.path.abspath(path), written.id)
@@ -65,7 +65,7 @@ class Series:
         return write(path, state, memory, parent=parent, dirty=dirty, extra_files=add_disks if machine.disks else None)
 
     def _parent(self, path: str | os.PathLike[str]) -> Snapshot | None:
-        """The last of the series, if it is still what it was, and lies where one at ``path`` looks for it."""
+        """Return the last of the series if it is unchanged and in the directory of ``path``, where a reader looks."""
         if self._last is None or not beside(self._last[0], path):
             return None
         try:
@@ -78,12 +78,12 @@ class Series:
         return None
 
     def close(self) -> None:
-        """Forget what was written since."""
+        """Close the dirty log."""
         if self._log is not None:
             self._log.close()
             self._log = None
 
 
 def state_of(machine: Stateful) -> State:
-    """What a snapshot has beside memory and disks, as a plain value."""
+    """Return the state of a snapshot, without memory and disks, as a plain value."""
     return {"version": VERSION, "description": machine.describe(), "machine": machine.save(), "disks": []}

@@ -1,8 +1,8 @@
-"""A snapshot over a stream socket, its memory to a machine that runs already (:mod:`vmm.snapshot.lazy`).
+"""Serve a snapshot over a stream socket, its memory to a running machine (:mod:`vmm.snapshot.lazy`).
 
-First the records, so that the other side can make the machine: their length, 8 bytes, little-endian, and ``state`` and
-``memory`` of what the whole chain is, packed as a record file (docs/snapshot-format.md). Then pages, as
-``native/include/vmmlazy.h`` says, until the other side closes.
+First the server sends the records from which the client creates the machine: their length (8 bytes, little-endian),
+then ``state`` and ``memory`` of the merged chain, packed as a record file (docs/snapshot-format.md). Then it serves
+pages by the protocol in ``native/include/vmmlazy.h`` until the client closes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from vmm.snapshot.reading import Snapshot
 
 _ANSWER = struct.Struct("<QII")  # address, whether a page follows, zeros
-_REQUESTS = 4096  # bytes of requests taken at a time
-ANSWERS = 10.0  # seconds in which a server begins to send
-SLOWEST = 1 << 20  # bytes a second, at which it has sent the records
-_READER_SECONDS = 30.0  # in which who asked for pages takes them
+_REQUESTS = 4096  # bytes of requests read at once
+ANSWERS = 10.0  # seconds within which a server must begin to send
+SLOWEST = 1 << 20  # bytes per second, the least rate of the records
+_READER_SECONDS = 30.0  # within which a client must read the pages it requested
 
 
 def answer_requests(connection: socket.socket, answer: Callable[[int], bytes]) -> None:
-    """Answer requests for pages until the other side closes. Raises ``OSError``, and what ``answer`` does.
+    """Serve requests for pages until the client closes. Raises ``OSError``, and what ``answer`` raises.
 
-    A request may come at any time, and is answered at the reader's pace, but not without end.
+    Replies wait for a slow client, at most :data:`_READER_SECONDS`.
     """
     pending = b""
     while True:
@@ -51,12 +51,12 @@ def answer_requests(connection: socket.socket, answer: Callable[[int], bytes]) -
 
 
 def answer_with(gpa: int, page: bytes | None) -> bytes:
-    """The answer for the page at ``gpa``; ``None``: it is zeros."""
+    """Return the reply for the page at ``gpa``; ``page`` is ``None`` for zeros."""
     return _ANSWER.pack(gpa, page is not None, 0) + (page or b"")
 
 
 class PageServer:
-    """Serves one snapshot to any number of machines, one after another or each on a thread of its own."""
+    """Serve one snapshot to any number of machines, one after another or each on its own thread."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._layers = snapshot.layers[::-1]
@@ -65,19 +65,19 @@ class PageServer:
             held = 0
             for layer in self._layers:
                 held |= int.from_bytes(layer.regions[number].held, "little")
-            sums = bytes(checksums_size(region.size))  # no file has these pages together: there is nothing to compare
+            sums = bytes(checksums_size(region.size))  # no single file has these pages, so there are no checksums
             whole = region._replace(held=held.to_bytes(len(region.held), "little"), checksums=sums)
             regions.append(whole._asdict())
         self._records = records.pack({"state": snapshot.state, "memory": regions})
 
     def serve(self, connection: socket.socket) -> None:
-        """Until the other side closes. Raises ``OSError``; ``ValueError`` when it asks for what is no page."""
+        """Serve one client until it closes. Raises ``OSError``, ``ValueError`` for an address that is not a page's."""
         greeting = len(self._records).to_bytes(8, "little") + self._records
         deadline.send(connection, greeting, Deadline(_READER_SECONDS + len(greeting) / SLOWEST))
         answer_requests(connection, self.answer)
 
     def answer(self, gpa: int) -> bytes:
-        """The answer to one request."""
+        """Return the reply to one request."""
         for layer in self._layers:
             region = _holder(layer.regions, gpa)
             number = (gpa - region.gpa) // PAGE
@@ -97,9 +97,9 @@ def _holder(regions: tuple[Region, ...], gpa: int) -> Region:
 
 
 class PageListener:
-    """A UNIX socket at ``path``, its owner's alone, where machines come for a snapshot. A context manager.
+    """A UNIX socket at ``path``, open to its owner only, that serves a snapshot. A context manager.
 
-    Raises :class:`~vmm.errors.ConfigError` when it cannot be there.
+    Raises :class:`~vmm.errors.ConfigError` if it cannot listen there.
     """
 
     def __init__(self, snapshot: Snapshot, path: str) -> None:
@@ -108,18 +108,18 @@ class PageListener:
         self._socket = self._named.socket
 
     def serve(self) -> None:
-        """Every machine that comes, each on a thread of its own; until the process ends, or :meth:`close`."""
+        """Serve every client on its own thread, until :meth:`close` or the end of the process."""
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._socket.accept()
                 threading.Thread(target=self._one, args=(connection,), name="pages", daemon=True).start()
 
     def _one(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError, ValueError):  # it went, or is no machine
+        with connection, contextlib.suppress(OSError, ValueError):  # the client closed, or broke the protocol
             self._server.serve(connection)
 
     def close(self) -> None:
-        """Nobody new. Twice is fine."""
+        """Stop listening; existing connections continue. Idempotent."""
         if self._socket.fileno() >= 0:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)

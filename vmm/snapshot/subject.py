@@ -1,4 +1,4 @@
-"""What snapshots and clones need of a machine. :class:`vmm.Machine` has all of it."""
+"""Protocols of a machine as snapshots and clones use it. :class:`vmm.Machine` implements all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Bootable(Protocol):
-    """What is known of how a machine was booted."""
+    """How a machine was booted."""
 
     @property
     def kind(self) -> str: ...
@@ -48,13 +48,13 @@ class Stateful(Built, Protocol):
 
 
 class Loadable(Protocol):
-    """What puts a state into a machine."""
+    """The part of a machine that loads a state."""
 
     def load(self, state: State, *, clock: str) -> None: ...
 
 
 class Restorable(Built, Protocol):
-    """A new machine that takes up a state, and does not run yet."""
+    """A new machine that loads a state and does not run yet."""
 
     @property
     def virtio(self) -> Sequence[VirtioDevice]: ...
@@ -70,7 +70,7 @@ class Restorable(Built, Protocol):
 
 
 class BackgroundTask(Protocol):
-    """Something that runs beside a machine on a thread of its own."""
+    """A task with its own thread beside a machine."""
 
     def stop(self) -> None:
         """Stop and wait for the thread. Idempotent."""

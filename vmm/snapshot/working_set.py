@@ -1,4 +1,4 @@
-"""The pages a restored machine touched first, kept with the snapshot for the next time."""
+"""The working set: pages that a restored machine touched first, saved with the snapshot for the next restore."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from vmm.snapshot.reading import Snapshot
 
 NAME = "working-set"
-PAGES_MAX = 1 << 20  # 4 GiB touched before anybody asks for more
+PAGES_MAX = 1 << 20  # 4 GiB of pages
 _PAGE_SHIFT = 12
 
 
 def save(snapshot: Snapshot, gpas: Sequence[int]) -> None:
-    """Keep the addresses of pages, in order, in the snapshot's directory; all at once, in place of what was there.
+    """Save the addresses of pages, in order, in the snapshot's directory; the file is replaced atomically.
 
     Raises :class:`~vmm.errors.HostError`.
     """
@@ -37,7 +37,7 @@ def save(snapshot: Snapshot, gpas: Sequence[int]) -> None:
 
 
 def forget(snapshot: Snapshot) -> None:
-    """Remove what was kept: a machine that is to be recorded anew must not have it fetched."""
+    """Remove the file, so that a new recording is not influenced by prefetching."""
     import contextlib
 
     with contextlib.suppress(FileNotFoundError):
@@ -45,7 +45,7 @@ def forget(snapshot: Snapshot) -> None:
 
 
 def load(snapshot: Snapshot) -> list[int]:
-    """The addresses that were kept; none if there are none, or they are another snapshot's.
+    """Return the saved addresses; an empty list if there are none, or they belong to another snapshot.
 
     Raises :class:`~vmm.errors.SnapshotError` when the file is damaged.
     """

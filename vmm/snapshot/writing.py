@@ -1,4 +1,4 @@
-"""Snapshots written: full, differential, and a chain merged into a full one."""
+"""Write snapshots: full, differential, and a chain merged into a full one."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write(
     dirty: Sequence[tuple[int, int]] | None = None,
     extra_files: Callable[[str], None] | None = None,
 ) -> Snapshot:
-    """Write a snapshot of a paused machine into the directory ``path``, and answer it, open.
+    """Write a snapshot of a paused machine into the directory ``path``, and return it, open.
 
     ``state`` is a plain value (:mod:`vmm.snapshot.cbor`). With ``parent``, a snapshot of a machine with the same
     regions, only the pages of the runs ``dirty`` of ``(gpa, bytes)`` are written. ``extra_files`` is called with a
-    directory to put further files into. The snapshot takes its name when all of it is stable; one that had the name
-    before is removed then, and stays as it was if anything fails.
+    directory to put further files into. The snapshot takes its name when all of it is on stable storage; a previous
+    one of that name is then removed, and stays unchanged if anything fails.
 
-    Raises :class:`~vmm.errors.SnapshotError` for what cannot be asked, :class:`~vmm.errors.HostError` for what the
-    host refuses (a full disk).
+    Raises :class:`~vmm.errors.SnapshotError` for invalid arguments, :class:`~vmm.errors.HostError` if the host
+    refuses (a full disk).
     """
     path = os.fspath(path)
     if (parent is None) != (dirty is None):
@@ -68,17 +68,17 @@ def write(
 
 
 def merge(snapshot: Snapshot, path: Path, *, extra_files: Callable[[str], None] | None = None) -> Snapshot:
-    """Write a full snapshot into ``path`` that is what ``snapshot`` is with all it is built on; answer it, open.
+    """Merge ``snapshot`` and its parents into a full snapshot at ``path``, and return it, open.
 
-    Every layer is checked first. ``path`` may be the differential's own: it is replaced. Without ``extra_files`` its
-    other files are copied. Raises what :func:`write` raises.
+    Every layer is checked first. ``path`` may be the differential's own, which is then replaced. Without
+    ``extra_files`` its other files are copied. Raises what :func:`write` raises.
     """
     snapshot.check()
     return write(path, snapshot.state, _composed(snapshot), extra_files=extra_files or snapshot.copy_files)
 
 
 def _composed(snapshot: Snapshot) -> list[Ram]:
-    """The memory of a chain: the full snapshot's file, mapped privately, with every differential over it."""
+    """Return the memory of a chain: the full snapshot's file, mapped privately, and every differential over it."""
     import mmap
 
     base = snapshot.layers[0].memory_fd
@@ -103,7 +103,7 @@ def _refuse_parent(path: str, memory: Sequence[Ram], parent: Snapshot) -> None:
 
 
 def _write_memory(path: str, memory: Sequence[Ram], held: Sequence[bytes]) -> list[dict[str, Any]]:
-    """The memory file, one region behind the other; answers its records."""
+    """Write the memory file, one region behind the other; return its records."""
     regions = []
     offset = 0
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -137,7 +137,7 @@ def _write_records(path: str, content: dict[str, Any]) -> None:
 
 
 def _sums(directory: str) -> dict[str, dict[str, int]]:
-    """Sizes and checksums of what ``extra_files`` has put there."""
+    """Return sizes and checksums of the files that ``extra_files`` has created."""
     sums = {}
     for name in sorted(os.listdir(directory)):
         if name == MEMORY:
@@ -151,7 +151,7 @@ def _sums(directory: str) -> dict[str, dict[str, int]]:
 
 
 def beside(one: Path, other: Path) -> bool:
-    """Whether two snapshots lie in one directory, where a differential looks for its parent."""
+    """Return whether two snapshots lie in one directory, where a differential finds its parent."""
     return os.path.dirname(os.path.realpath(one)) == os.path.dirname(os.path.realpath(other))
 
 
