@@ -71,7 +71,7 @@ def test_a_port_hook_sees_the_write_and_the_native_device_still_prints(flat: Any
 def test_an_answer_that_is_no_number_is_said_to_be_none(flat: Any) -> None:
     machine = flat(SAY_A_AND_EXIT)
     machine.on_port(0x3F8, lambda access: "B")
-    with pytest.raises(TypeError, match="a hook answered 'B': it answers a number, or None"):
+    with pytest.raises(TypeError, match="a hook returned 'B': return a number, or None"):
         machine.run(timeout=60)
 
 

@@ -1,7 +1,7 @@
-"""The only door to native code, and the only file that says GIL.
+"""The only module that imports native code, and the only one concerned with the GIL.
 
-Every function of ``lib`` releases the GIL while it runs: a vCPU thread inside ``vmm_vcpu_run`` holds none. It is
-taken again only when a device written in Python is accessed: :class:`Upcall` is what the native bus then calls.
+Every function of ``lib`` releases the GIL while it runs, so a vCPU thread inside ``vmm_vcpu_run`` does not hold it. An
+access to a device written in Python takes it again: the native bus calls :class:`Upcall`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 _MASK = (1 << 64) - 1
-_SLICE_MS = 100  # of a native wait: how late a signal's handler may run on a thread that waits
+_SLICE_MS = 100  # of one native wait: the longest delay of a signal handler on a waiting thread
 
 
 def from_native(code: int, text: str, source: int) -> VmmError:
@@ -67,7 +67,7 @@ def from_native(code: int, text: str, source: int) -> VmmError:
 
 
 def check(code: int) -> int:
-    """Answer a native function's non-negative result, or raise what its ``-errno`` stands for."""
+    """Return a native function's non-negative result, or raise the exception for its ``-errno``."""
     if code < 0:
         text = ffi.string(lib.vmm_error_text()).decode(errors="replace")
         raise from_native(code, text, lib.vmm_error_source(code))
@@ -75,11 +75,11 @@ def check(code: int) -> int:
 
 
 def wait(native: Callable[[int], int], timeout: float | None) -> int:
-    """Wait ``timeout`` seconds (``None``: as long as it takes) in ``native(milliseconds)``, which returns 0 only
-    when its time is up: return its last result.
+    """Wait ``timeout`` seconds (``None``: without a limit) in ``native(milliseconds)``, which returns 0 only when its
+    time is up; return its last result.
 
-    Python runs a signal's handler only between two calls, so a wait is made of short ones. What the handler raises
-    (``KeyboardInterrupt``, a test's time limit) comes out of here.
+    Python runs signal handlers only between two native calls, so a wait consists of short ones. It raises what a
+    handler raises (``KeyboardInterrupt``, a test's time limit).
     """
     end = None if timeout is None else time.monotonic() + timeout
     while True:
@@ -92,8 +92,8 @@ def wait(native: Callable[[int], int], timeout: float | None) -> int:
 def pause(vm: vmm_vm) -> None:
     """Pause a native machine and wait until all of it stands; ``vmm_vm_resume`` undoes it.
 
-    A device's own code may keep a vCPU for as long as it likes: what a signal's handler raises meanwhile comes out of
-    here, and the machine is not paused then.
+    Code of a device can delay a vCPU without limit. If a signal handler raises meanwhile, this raises the same
+    exception, and the machine is not paused.
     """
     check(lib.vmm_vm_request_pause(vm))
     try:
@@ -104,10 +104,10 @@ def pause(vm: vmm_vm) -> None:
 
 
 class Upcall:
-    """A Python ``read``/``write`` pair as the native bus sees it: ``opaque`` goes beside :data:`PYTHON_OPS`.
+    """A Python ``read``/``write`` pair for the native bus: pass ``opaque`` with :data:`PYTHON_OPS`.
 
-    An exception in either is given to ``failed`` (which is to stop the machine and keep the exception); the
-    guest's read is then answered with all-ones.
+    An exception in either is passed to ``failed`` (which must stop the machine and keep the exception); the guest's
+    read then returns all-ones.
     """
 
     __slots__ = ("failed", "opaque", "read", "write")
@@ -133,7 +133,7 @@ def vmm_py_read(opaque: Any, offset: int, size: int) -> int:
     upcall: Upcall = _from_handle(opaque)
     try:
         return upcall.read(offset, size) & _MASK
-    except BaseException as error:  # it must not vanish here: the run's caller gets it as itself
+    except BaseException as error:  # must not be lost: wait() raises it to the caller
         upcall.failed(error)
         return _MASK
 
@@ -152,7 +152,7 @@ PYTHON_OPS = ffi.new("vmm_device_ops *", {"read": lib.vmm_py_read, "write": lib.
 
 
 class HookUpcall:
-    """What takes the events of hooks, as native code sees it; on vCPU threads. An exception goes to ``failed``.
+    """Receiver of hook events for native code, called on vCPU threads. An exception is passed to ``failed``.
 
     ``access`` gets a native ``vmm_access`` and may change its value; ``exit`` a vCPU's number and an exit record.
     """
@@ -171,13 +171,13 @@ class HookUpcall:
         self.opaque: Any = ffi.new_handle(self)
 
     def connect(self, vm: vmm_vm) -> None:
-        """Have ``vm`` tell it; it must last as long as ``vm``."""
+        """Connect it to ``vm``; it must live as long as ``vm``."""
         lib.vmm_vm_on_hook(vm, lib.vmm_py_hook_access, lib.vmm_py_hook_exit, self.opaque)
 
 
 @ffi.def_extern()
 def vmm_py_hook_access(opaque: Any, access: Any) -> None:
-    """An access that a hook covers."""
+    """Report an access that a hook covers."""
     upcall: HookUpcall = _from_handle(opaque)
     try:
         upcall.access(access)
@@ -187,7 +187,7 @@ def vmm_py_hook_access(opaque: Any, access: Any) -> None:
 
 @ffi.def_extern()
 def vmm_py_hook_exit(opaque: Any, vcpu: int, record: Any) -> None:
-    """An exit of a reason that is hooked."""
+    """Report an exit with a hooked reason."""
     upcall: HookUpcall = _from_handle(opaque)
     try:
         upcall.exit(vcpu, record)
@@ -196,9 +196,9 @@ def vmm_py_hook_exit(opaque: Any, vcpu: int, record: Any) -> None:
 
 
 class VirtioUpcall:
-    """A Python virtio device as native code sees it: ``opaque`` goes beside :data:`PYTHON_VIRTIO_OPS`.
+    """A Python virtio device for native code: pass ``opaque`` with :data:`PYTHON_VIRTIO_OPS`.
 
-    All are called with the device's lock held. An exception goes to ``failed``.
+    All functions are called with the device's lock held. An exception is passed to ``failed``.
     """
 
     __slots__ = ("failed", "kick", "opaque", "quiesce", "start", "stop")
@@ -221,7 +221,7 @@ class VirtioUpcall:
 
 @ffi.def_extern()
 def vmm_py_virtio_start(opaque: Any) -> None:
-    """DRIVER_OK for a virtio device written in Python."""
+    """Handle DRIVER_OK for a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
     try:
         upcall.start()
@@ -231,7 +231,7 @@ def vmm_py_virtio_start(opaque: Any) -> None:
 
 @ffi.def_extern()
 def vmm_py_virtio_kick(opaque: Any, queue: int) -> None:
-    """A doorbell of a virtio device written in Python."""
+    """Handle a notification of a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
     try:
         upcall.kick(queue)
@@ -241,7 +241,7 @@ def vmm_py_virtio_kick(opaque: Any, queue: int) -> None:
 
 @ffi.def_extern()
 def vmm_py_virtio_stop(opaque: Any) -> None:
-    """The end of a driver, for a virtio device written in Python."""
+    """Handle a reset of a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
     try:
         upcall.stop()
@@ -251,7 +251,7 @@ def vmm_py_virtio_stop(opaque: Any) -> None:
 
 @ffi.def_extern()
 def vmm_py_virtio_quiesce(opaque: Any) -> None:
-    """Nothing is to be in flight, for a virtio device written in Python."""
+    """Complete all requests in flight of a virtio device written in Python."""
     upcall: VirtioUpcall = _from_handle(opaque)
     try:
         upcall.quiesce()
@@ -261,7 +261,7 @@ def vmm_py_virtio_quiesce(opaque: Any) -> None:
 
 @ffi.def_extern()
 def vmm_py_say(opaque: Any, text: Any) -> None:
-    """A message of the machine: ``opaque`` is a handle of the function that takes it."""
+    """Pass a message of the machine to the function of which ``opaque`` is a handle."""
     _from_handle(opaque)(ffi.string(text).decode(errors="replace"))
 
 

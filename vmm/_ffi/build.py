@@ -1,4 +1,4 @@
-"""Make ``vmm._native``: cffi in API mode over the declarations sliced out of ``native/include/*.h``.
+"""Build ``vmm._native``: cffi in API mode over the declarations sliced out of ``native/include/*.h``.
 
 The headers are the only declaration of the native half; the compiler checks every line of the slices against them.
 """
@@ -48,14 +48,14 @@ CORE = ["error", "vm", "memory", "dirty", "line", "bus", "vcpu", "state", "check
 
 
 def headers() -> list[str]:
-    """The boundary, in the order of dependence: the core, virtio, then what is built on them."""
+    """Return the headers of the boundary in order of dependence: the core, virtio, then their users."""
     first = [*(f"vmm/{name}.h" for name in CORE), "vmmvirtio.h"]
     rest = sorted(path.name for path in INCLUDE.glob("vmm*.h") if path.name != "vmmcore.h")
     return first + [name for name in rest if name not in first]
 
 
 def declarations() -> str:
-    """The parts of the headers between the cdef marks, without comments."""
+    """Return the parts of the headers between the cdef marks, without comments."""
     sliced = ""
     for header in headers():
         sliced += (INCLUDE / header).read_text().split("/* cdef: begin */")[1].split("/* cdef: end */")[0]

@@ -1,6 +1,6 @@
-"""The ``pyvmm`` command. One module a subcommand; each only parses, calls the library and maps the result.
+"""The ``pyvmm`` command. Each subcommand has a module that only parses, calls the library and maps the result.
 
-Exit status: that of the guest's end (see ``pyvmm boot --help``), 2 for a request that cannot be, 0 otherwise.
+Exit status: that of the guest's end (see ``pyvmm boot --help``), 2 for a request that cannot be met, 0 otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import vmm
 if TYPE_CHECKING:
     import argparse
 
-# name -> what it is for; the module of that name is imported only when it is the one asked for.
+# name -> purpose; only the module of the chosen command is imported.
 COMMANDS = {
     "boot": "boot a kernel, or a Linux that pyvmm gets for itself",
     "doctor": "say what this host's KVM is and can do",
@@ -45,7 +45,7 @@ def _overview() -> str:
 
 
 def command_parser(name: str, **how: Any) -> argparse.ArgumentParser:
-    """An argument parser that refuses as everything else does: one sentence, no usage."""
+    """Return an argument parser whose errors are one sentence, as everywhere, without the usage."""
     import argparse
 
     from vmm.errors import ConfigError
@@ -58,7 +58,7 @@ def command_parser(name: str, **how: Any) -> argparse.ArgumentParser:
 
 
 def check_writable(*paths: str | None) -> None:
-    """Refuse files that cannot be written, before a guest runs whose results would then be lost."""
+    """Raise :class:`~vmm.errors.ConfigError` for files that cannot be written, before the guest runs."""
     import os
 
     from vmm.errors import ConfigError
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
 
 
 def open_missing_descriptors() -> None:
-    """Put /dev/null on those of the descriptors 0 to 2 that this process was started without.
+    """Open /dev/null on each of the descriptors 0 to 2 that this process was started without.
 
     Else the next file to be opened has that number: a disk, guest memory, or the console's log, and text for
     standard error would be written into it.
@@ -118,7 +118,7 @@ def open_missing_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # the lowest number that is free: this one
+            os.set_inheritable(os.open("/dev/null", os.O_RDWR), True)  # open returns the lowest free number: this one
     if sys.stderr is None:  # print() would take standard output instead
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - for as long as the process lives
 
@@ -126,6 +126,6 @@ def open_missing_descriptors() -> None:
 def entry() -> None:
     """Console script."""
     open_missing_descriptors()
-    # Start-up makes no garbage, and looking for it is a tenth of its time. `pyvmm boot` switches it on again.
+    # Start-up creates no garbage cycles, and collecting costs a tenth of its time. `pyvmm boot` enables it again.
     gc.disable()
     sys.exit(main(sys.argv[1:]))

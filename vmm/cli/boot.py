@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: list[str], watch: Watch | None = None) -> int:
-    """Boot; answers the exit status.
+    """Boot; return the exit status.
 
     ``watch(machine, end)`` is a context that is entered before the vCPUs run and left once they have ended.
     """
@@ -54,7 +54,7 @@ def run(argv: list[str], watch: Watch | None = None) -> int:
 def once(
     config: MachineConfig, end: HostEnd, verbose: bool, watch: Watch | None, limits: RunLimits
 ) -> tuple[Outcome, str]:
-    """:func:`serve_once` of a new machine."""
+    """Create a machine and run it with :func:`serve_once`."""
     from vmm.machine import Machine
 
     return serve_once(Machine(config), end, verbose, watch, limits)
@@ -63,8 +63,8 @@ def once(
 def serve_once(
     made: Machine, end: HostEnd, verbose: bool, watch: Watch | None, limits: RunLimits
 ) -> tuple[Outcome, str]:
-    """Run a machine with ``end`` at its console, and close it; return how it ended and what a person should read
-    about that. ``limits`` are those of the run that this boot is one of."""
+    """Run a machine with ``end`` at its console, and close it; return its outcome and a report for the user.
+    ``limits`` are those of the whole run, which may have several boots."""
     from vmm.console.host_end import PeerGone
     from vmm.console.pump import serve
 
@@ -79,7 +79,7 @@ def serve_once(
         watched = watch(machine, end) if watch else nullcontext()
         controlled = _control(machine, config.control) if config.control else nullcontext()
         with watched, _gdb(machine, config.gdb) if config.gdb else nullcontext(), controlled:
-            if not machine.running:  # it came from elsewhere
+            if not machine.running:  # a received machine runs already
                 machine.start()
             _protect(machine, config)
             gc.freeze()  # see vmm.cli.entry
@@ -92,7 +92,7 @@ def serve_once(
             outcome = machine.wait()
         if outcome.reason in ("interrupted", "terminated") and not verbose:
             return outcome, f"pyvmm: {outcome.sentence}\n" + (_screen(machine) if config.screen else "")
-        # With panic=-1 a kernel that panics unheard only resets: its log tells.
+        # With panic=-1 a kernel that panics before it has a console only resets: look at its log.
         unheard = outcome.reason == "reset" and machine.kind in LINUX_KINDS and not machine.console.end
         with limits.looking(machine):
             if outcome.ok and not unheard:
@@ -111,7 +111,7 @@ def _screen(machine: Machine) -> str:
 
 
 def go_on(machine: Machine, verbose: bool) -> int:
-    """:func:`serve_once` of a machine that was not booted here, at the end its configuration names; the exit status."""
+    """Run a restored or received machine with :func:`serve_once` at its configured console; return the exit status."""
     from vmm.console.host_end import open_end
 
     try:
@@ -138,7 +138,7 @@ def _gdb(machine: Any, option: str) -> GdbServer:
 
 
 def _protect(machine: Machine, config: MachineConfig) -> None:
-    """Snapshots on a period, and a standby, as configured."""
+    """Start periodic snapshots and a standby, as configured."""
     if config.checkpoint_dir:
         machine.keep(config.checkpoint_dir, every=config.checkpoint_every, retain=config.retain)
     if config.standby:
@@ -147,7 +147,7 @@ def _protect(machine: Machine, config: MachineConfig) -> None:
 
 
 def parse_standby(text: str) -> tuple[str, str | None]:
-    """``ADDRESS[,fence=FILE]`` of ``--standby``."""
+    """Parse ``ADDRESS[,fence=FILE]`` of ``--standby``."""
     address, *options = split_commas(text)
     fence = [option.removeprefix("fence=") for option in options if option.startswith("fence=")]
     if len(options) != len(fence) or len(fence) > 1:

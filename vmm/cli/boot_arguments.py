@@ -1,4 +1,4 @@
-"""The command line of ``pyvmm boot``: flags, their fields, and the configuration that they make."""
+"""The command line of ``pyvmm boot``: flags, their fields, and the resulting configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _on_off(text: str) -> bool:
     return text == "on"
 
 
-# flag -> (field, how argparse takes it)
+# flag -> (field, arguments of add_argument)
 FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--kernel": ("kernel", {"metavar": "FILE"}),
     "--mem": ("memory", {"metavar": "SIZE"}),
@@ -87,13 +87,13 @@ def _show(name: str, default: Any) -> str:
 
 
 def arguments(argv: list[str]) -> dict[str, Any]:
-    """What a command line gives, by name of the field (and ``config``, ``verbose``); exits as argparse does."""
+    """Return the values of a command line by field name (and ``config``, ``verbose``); exits as argparse does."""
     plain = _plain_arguments(argv)
     return vars(_parser().parse_args(argv)) if plain is None else plain
 
 
 def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
-    """The usual command line: flags spelt out, each with its value. Anything else is argparse's: ``None``.
+    """Parse a plain command line, of complete flags each with its value; return ``None`` if it needs argparse.
 
     Importing argparse and building its parser takes longer than creating a machine.
     """
@@ -108,7 +108,7 @@ def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
             given[name] = True
             continue
         if "nargs" in how and not equals:
-            return None  # its value may be left out
+            return None  # its value is optional
         value = value if equals else next(words, "-")
         if not name or how.get("action") == "store_true" or (value.startswith("-") and not equals):
             return None
@@ -121,14 +121,14 @@ def _plain_arguments(argv: list[str]) -> dict[str, Any] | None:
 
 
 def given_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the machine file, then those of flags."""
+    """Return the fields of the machine file, overridden by those of flags."""
     fields = dict(read_file(given["config"])) if given.get("config") else {}
     fields.update((name, given[name]) for name, _ in FLAGS.values() if given.get(name) is not None)
     return fields
 
 
 def configure(given: dict[str, Any]) -> MachineConfig:
-    """Defaults, then what is given; and a Linux when no kernel is."""
+    """Return the configuration: defaults, then what is given, and the default Linux without a kernel."""
     fields = {**DEFAULTS, **given_fields(given)}
     config = MachineConfig(**fields)
     if config.kernel is None:

@@ -25,10 +25,10 @@ SMALL_MEMORY = 128 * layout.MIB  # every page costs about fifty emulated instruc
 def find(
     config: MachineConfig, *, memory_given: bool, make: Callable[[Path, list[Entry]], Path] | None = None
 ) -> MachineConfig:
-    """``config`` with a kernel, an initramfs when it has none, and memory to suit when none was asked for.
+    """Return ``config`` with a kernel, an initramfs if it has none, and suitable memory if none was requested.
 
-    A kernel it has is kept. ``make`` makes an initramfs of a busybox, drivers and what brings networks
-    up; it goes on top of those it has.
+    Its own kernel is kept. ``make`` creates an initramfs from a busybox, drivers and the network setup; it is placed
+    above its own ones.
 
     Where guest kernel code runs natively: Debian's stock cloud kernel, downloaded. Where KVM emulates it: the small
     kernel, built once (minutes). Raises :class:`~vmm.errors.HostError` when neither can be had.
@@ -66,7 +66,7 @@ def find(
 
 
 def progress_display() -> AbstractContextManager[Progress]:
-    """A progress callable: bars on a terminal, a line a stage elsewhere."""
+    """Return a context manager of a progress callable: bars on a terminal, a line for each stage elsewhere."""
     from contextlib import contextmanager
 
     @contextmanager
@@ -79,7 +79,7 @@ def progress_display() -> AbstractContextManager[Progress]:
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as display:
 
             def finish() -> None:
-                for task in tasks.values():  # a step that does not know how much there is to do ends at 100 %, too
+                for task in tasks.values():  # a step of unknown length ends at 100 %, too
                     display.update(task, completed=1, total=1)
 
             def show(stage: str, done: int, total: int | None) -> None:
@@ -102,7 +102,7 @@ def progress_display() -> AbstractContextManager[Progress]:
 
         yield show
 
-    # Nothing to display when everything is there: the first call decides, rich is not even imported.
+    # Opened by the first call: if everything is cached there is none, and rich is not imported.
     return _Lazy(bars if sys.stderr.isatty() else lines)
 
 

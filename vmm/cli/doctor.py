@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 KVM_PATH = "/dev/kvm"
 
-_KEYS = {"native": "guest_kernel_code", "missing": "missing_instructions"}  # where the report's name is another
+_KEYS = {"native": "guest_kernel_code", "missing": "missing_instructions"}  # finding -> name in the report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
-    """The report as a plain value. ``usable`` is False, with ``problem``, where no machine can be made."""
+    """Return the report as a plain value. ``usable`` is False, with ``problem``, if no machine can be created."""
     report: dict[str, Any] = {"device": kvm, "usable": False, "backend": host.backend()}
     out = ffi.new("vmm_vm **")
     code = lib.vmm_vm_create(kvm.encode(), 0, out)
@@ -76,7 +76,7 @@ def _withheld(vm: vmm_vm) -> list[str]:
 
 
 def consequences(found: Findings) -> list[str]:
-    """What each departure from the architecture means, and what pyvmm does about it."""
+    """Return a sentence for each departure from the architecture: its effect, and pyvmm's remedy."""
     said = []
     if not found.native:
         said.append(
@@ -110,7 +110,7 @@ def consequences(found: Findings) -> list[str]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """Return the report as text."""
     lines = [f"device            {report['device']}  ({_access(report['device'])})"]
     lines.append(f"backend           {report['backend']}")
     if not report["usable"]:

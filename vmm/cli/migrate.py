@@ -1,4 +1,4 @@
-"""``pyvmm migrate``: have a machine move, and show how it does."""
+"""``pyvmm migrate``: migrate a running machine, and show the progress."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_tls(parser: argparse.ArgumentParser) -> None:
 
 
 def tls_files(given: dict[str, Any]) -> dict[str, str]:
-    """The files of these flags that were given, with absolute paths."""
+    """Return the files given with these flags, with absolute paths."""
     names = ("certificate", "key", "authority")
     return {name: os.path.abspath(given[f"tls_{name}"]) for name in names if given[f"tls_{name}"]}
 
@@ -82,7 +82,7 @@ def _absolute(destination: str) -> str:
 
 
 class Display:
-    """What a person sees meanwhile: rate, what remains, how fast the guest writes, the pause to expect."""
+    """Progress display: rate, remaining bytes, the guest's write rate, the expected pause."""
 
     def __init__(self, terminal: bool) -> None:
         self._status: Any = None
@@ -92,7 +92,7 @@ class Display:
             self._status = Console(stderr=True).status("connecting")
 
     def show(self, progress: dict[str, Any]) -> None:
-        """Of :class:`vmm.migrate.Progress`."""
+        """Show the fields of a :class:`vmm.migrate.Progress`."""
         if self._status is not None:
             self._status.update(sentence(progress))
 
@@ -107,7 +107,7 @@ class Display:
 
 
 def sentence(progress: dict[str, Any]) -> str:
-    """One line of it."""
+    """Return the progress as one line."""
     if not progress["round"]:
         return f"{progress['phase']}, held for {progress['downtime'] * 1000:.0f} ms"
     held = "" if progress["share"] == 1 else f", guest held back to {progress['share']:.0%}"

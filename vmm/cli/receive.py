@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """For a command that waits for a machine."""
+    """Return the parser of a command that waits for a machine."""
     parser = command_parser(name, description=description)
     parser.add_argument("listen", metavar="LISTEN", help="unix:PATH or tcp:HOST:PORT (0: any port)")
     for flag, (name, how) in FLAGS.items():

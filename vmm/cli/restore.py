@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
-    """``--clock``, for a command that goes on with a machine."""
+    """Add ``--clock`` to a command that continues a machine."""
     parser.add_argument(
         "--clock",
         choices=clock.KINDS,

@@ -46,9 +46,9 @@ _STATUS = re.compile(re.escape(_MARK) + rb"(\d{1,3})\n")
 
 
 class CommandOutput:
-    """Finds the command's output in the console's: between init's two lines, with the terminal's CR LF made LF again.
+    """Extract the command's output from the console's: between init's two marker lines, with CR LF converted to LF.
 
-    The command may print such a line too: the last is init's. So what follows one is held back until another comes.
+    The command may print a marker line itself; the last one is init's. So output after one is held until another comes.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class CommandOutput:
         for tail in range(min(size, len(_MARK) + 3), 0, -1):
             mark, digits = self._held[-tail:][: len(_MARK)], self._held[-tail:][len(_MARK) :]
             if _MARK.startswith(mark) and (digits.isdigit() or not digits):
-                return size - tail  # a status line that is not whole yet
+                return size - tail  # an incomplete status line
         return size
 
     def _release(self, size: int) -> bytes:
@@ -87,7 +87,7 @@ class CommandOutput:
         return sure
 
     def finish(self) -> tuple[bytes, int | None]:
-        """The machine has ended: what is left of the command's output, and its exit status if it came."""
+        """After the machine's end, return the rest of the command's output, and its exit status if there is one."""
         match = _STATUS.match(self._held) if self._begun else None
         if match:
             return b"", int(match[1])
@@ -95,7 +95,7 @@ class CommandOutput:
 
 
 class CommandEnd(Stdio):
-    """Standard output, with the command's output alone unless ``everything`` is to be shown."""
+    """Standard output with only the command's output, or with all of the console if ``everything``."""
 
     def __init__(self, everything: bool) -> None:
         super().__init__(keyboard=False)
@@ -103,7 +103,7 @@ class CommandEnd(Stdio):
         self.output = CommandOutput()
 
     def show(self, data: bytes) -> bytes:
-        """What of the guest's output is the command's."""
+        """Return the command's part of the guest's output."""
         certain = self.output.feed(data)
         return data if self._everything else certain
 
@@ -116,7 +116,7 @@ class CommandEnd(Stdio):
 
 
 def configure(given: dict[str, Any], command: list[str]) -> MachineConfig:
-    """The machine that runs ``command``. Raises :class:`~vmm.errors.ConfigError` for options that make no sense."""
+    """Return the configuration that runs ``command``. Raises :class:`~vmm.errors.ConfigError` for unusable options."""
     fields = given_fields(given)
     for name in _REFUSED:
         if fields.get(name):

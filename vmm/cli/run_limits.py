@@ -1,4 +1,4 @@
-"""What ends a run, however often its machine boots: its time limit, and signals."""
+"""Time limit and signals of a run, which may have several boots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
     from vmm.outcome import Outcome
 
-LOOKING_LEAST = 10.0  # seconds for looking at a guest that has ended, however little of its time limit is left
+LOOKING_LEAST = 10.0  # least number of seconds to examine a guest that has ended, even if the time limit is nearly over
 
 
 class RunLimits:
-    """What belongs to a run, however often its machine boots: its time limit, and the signals that end it.
+    """Time limit of a run, and the signals that end it, across boots.
 
-    A context manager: signals are handled from the first :meth:`of` on, until it is left.
+    A context manager: it handles signals from the first :meth:`of` to its end.
     """
 
     SIGNALS: ClassVar = {signal.SIGINT: 2, signal.SIGTERM: 3, signal.SIGHUP: 3}  # codes of Machine.interrupt
@@ -32,12 +32,12 @@ class RunLimits:
         self._timeout = timeout
         self._deadline: float | None = None
         self._code: int | None = None  # of the first signal
-        self._over = False  # a boot has ended, and is looked at
+        self._over = False  # a boot has ended and is being examined
         self._machine: Machine | None = None
         self._before: dict[int, Any] = {}
 
     def of(self, machine: Machine) -> None:
-        """Have signals end ``machine`` from here on: also one that came before it was there."""
+        """Make signals end ``machine`` from now on; a signal that arrived before ends it at once."""
         self._machine = machine
         for number in self.SIGNALS if not self._before else ():
             self._before[number] = signal.signal(number, self._signalled)
@@ -45,7 +45,7 @@ class RunLimits:
             machine.interrupt(self._code)
 
     def left(self) -> float | None:
-        """Seconds until the time limit, which begins at the first call; ``None`` without one."""
+        """Return the seconds until the time limit, which starts at the first call; ``None`` without one."""
         if self._timeout is None:
             return None
         if self._deadline is None:
@@ -53,15 +53,15 @@ class RunLimits:
         return max(0.0, self._deadline - time.monotonic())
 
     def over(self) -> Outcome | None:
-        """How the run ends instead of with another boot, if it does."""
+        """Return the outcome if the run ends here instead of booting again, else ``None``."""
         from vmm.machine import host_outcome
 
         return host_outcome(self._code) if self._code is not None else host_outcome(1) if self.left() == 0 else None
 
     @contextmanager
     def looking(self, machine: Machine) -> Iterator[None]:
-        """A boot has ended, and its machine is looked at: a signal ends the command at once, and the time limit holds,
-        with :data:`LOOKING_LEAST` seconds behind it."""
+        """Examine a machine that has ended, in a ``with`` block: a signal ends the command at once, and so does the
+        time limit, but not before :data:`LOOKING_LEAST` seconds."""
         from vmm.observe.budget import Budget
 
         self._over = True
@@ -71,7 +71,7 @@ class RunLimits:
             with machine.looking(Budget(within=None if left is None else max(left, LOOKING_LEAST))):
                 yield
         finally:
-            self._over = False  # closing the machine ends its helpers
+            self._over = False  # closing the machine ends its child processes
 
     def _leave(self) -> None:
         if self._over and self._code is not None:
@@ -87,7 +87,7 @@ class RunLimits:
             self._code = self.SIGNALS[signal.Signals(number)]
         self._leave()
         if self._machine is not None:
-            with suppress(StateError):  # closed: the next one is told
+            with suppress(StateError):  # closed: the next machine is interrupted
                 self._machine.interrupt(self._code)
 
     def __enter__(self) -> RunLimits:

@@ -1,4 +1,4 @@
-"""``pyvmm serve``: a snapshot's memory, for machines that go on from it."""
+"""``pyvmm serve``: serve a snapshot's memory to machines that are restored from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     from vmm.snapshot.serving import PageListener
 
     given = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the socket is removed then as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM removes the socket, too
     with snapshot.read(given.directory) as served:
         served.check()
         with PageListener(served, given.path) as listener, contextlib.suppress(KeyboardInterrupt):

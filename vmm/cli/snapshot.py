@@ -1,4 +1,4 @@
-"""``pyvmm snapshot``: have a running machine write itself into a directory."""
+"""``pyvmm snapshot``: write a snapshot of a running machine."""
 
 from __future__ import annotations
 

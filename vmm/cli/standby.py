@@ -1,4 +1,4 @@
-"""``pyvmm standby``: follow a machine that runs in another process, and go on with it when that one dies."""
+"""``pyvmm standby``: follow a machine in another process, and take over when that process dies."""
 
 from __future__ import annotations
 

@@ -108,10 +108,10 @@ def _boot(given: argparse.Namespace, argv: list[str]) -> int:
 
 
 class _Follower:
-    """Writes lines as they come, on a thread of its own: the caller's serves the console.
+    """Write trace lines on a thread of its own, while the caller's thread serves the console.
 
-    While the machine runs its reader may take its time; events that the rings have no room for are lost, and the
-    lines say so. From :meth:`join` on a reader that takes nothing is waited for no longer than any other.
+    While the machine runs, a slow reader is waited for; events that overflow the rings are lost, which the lines
+    report. From :meth:`join` on the wait for a reader is bounded (:mod:`vmm.slow_reader`).
     """
 
     def __init__(self, trace: Trace, fd: int, newline: str, *, at_once: bool) -> None:
@@ -139,7 +139,7 @@ class _Follower:
         self._outlet.deliver(text.encode(errors="surrogateescape"), bounded_from=self._over)
 
     def join(self) -> None:
-        """The machine has ended: write what is left."""
+        """Write the rest after the machine's end, and wait for the thread."""
         os.eventfd_write(self._over, 1)
         self._thread.join()
         self._outlet.close()
@@ -153,7 +153,7 @@ def _follow(trace: Trace, lines: Any, end: HostEnd) -> _Follower:
 
 
 def _collect(trace: Trace) -> Any:
-    """Only take events out of the rings, before they are full."""
+    """Collect events from the rings on a thread, before they overflow."""
     from threading import Thread
 
     def collect() -> None:
@@ -180,7 +180,7 @@ def _write_lines(
 
 
 def _results(recording: Recording, given: argparse.Namespace) -> Iterable[str]:
-    """Do what was asked for once all is there; yields what is to be said of it."""
+    """Write the requested results of a complete recording; yield messages about them."""
     if given.save is not None:
         recording.save(given.save)
     if given.html is not None:

@@ -1,4 +1,4 @@
-"""A machine's console: the object that tests talk to (guest_end), and where its bytes go on the host (host_end)."""
+"""A machine's console: the object that tests use (guest_end), and its back ends on the host (host_end)."""
 
 from vmm.console.guest_end import Console as Console
 

@@ -1,4 +1,4 @@
-"""The console of a machine: what the guest prints is a log, what it is sent is a bounded queue."""
+"""The console of a machine: a log of the guest's output, and a bounded queue of its input."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SILENCE_MS = 50
 
 
 class Console:
-    """Guest output and input. Reading never holds the guest up; a pump (see ``vmm.cli``) may.
+    """Guest output and input. Reading never delays the guest; a pump (:mod:`vmm.console.pump`) can.
 
-    ``position`` is how far :meth:`expect` and :meth:`read` have come; :attr:`transcript` is everything so far.
+    ``position`` is the end of what :meth:`expect` and :meth:`read` have consumed; :attr:`transcript` is everything.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Console:
         self._native: Any = out[0]
         self.position = 0
         self.inputs = 0
-        """Bytes of input that were queued ever."""
+        """Total bytes of input queued so far."""
 
     @property
     def native(self) -> Any:
@@ -52,7 +52,7 @@ class Console:
                 self.clear_room()
 
     def offer(self, data: bytes) -> int:
-        """Queue what there is room for; answers how many bytes were taken."""
+        """Queue as many bytes as there is room for; return their number."""
         taken = self._queue(data)
         self.inputs += taken
         return taken
@@ -61,14 +61,14 @@ class Console:
         return int(lib.vmm_console_send(self.native, data, len(data)))
 
     def pending(self) -> bytes:
-        """Input that the guest has not taken yet; it stays queued. While the machine does not run."""
+        """Return the input that the guest has not read yet; it stays queued. The machine must not run."""
         queued = self._take_input()
         self._queue(queued)
         return queued
 
     def rewind(self, queued: bytes) -> None:
-        """Be as at a checkpoint that had this input pending. What was printed stays in the transcript, and
-        :attr:`position` goes behind it."""
+        """Roll back to a checkpoint that had this input pending. Output stays in the transcript, and :attr:`position`
+        moves to its end."""
         self._take_input()
         self._queue(queued)
         self.position = self.end
@@ -81,27 +81,27 @@ class Console:
 
     @property
     def room(self) -> int:
-        """Bytes the input queue can take now."""
+        """Return the free bytes of the input queue."""
         return int(lib.vmm_console_input_room(self.native))
 
     @property
     def end(self) -> int:
-        """Bytes the guest has printed so far."""
+        """Total bytes of output so far."""
         return int(lib.vmm_console_end(self.native))
 
     def output(self, start: int, size: int = 1 << 16) -> tuple[bytes, int]:
-        """Up to ``size`` bytes from log position ``start``; answers them and where the next read starts."""
+        """Return up to ``size`` bytes from log position ``start``, and the position of the next read."""
         buffer, position = ffi.new("uint8_t[]", size), ffi.new("uint64_t *", start)
         n = lib.vmm_console_read(self.native, position, buffer, size)
         return bytes(ffi.buffer(buffer, n)), int(position[0])
 
     def tail(self, size: int = 4096) -> bytes:
-        """The last ``size`` bytes printed."""
+        """Return the last ``size`` bytes of output."""
         return self.output(max(0, self.end - size), size)[0]
 
     @property
     def transcript(self) -> bytes:
-        """Everything printed so far (the newest 64 MiB)."""
+        """All output so far (the newest 64 MiB)."""
         at = 0
         parts: list[bytes] = []
         while True:
@@ -111,7 +111,7 @@ class Console:
             parts.append(part)
 
     def read(self) -> bytes:
-        """What was printed since the last :meth:`read` or :meth:`expect`."""
+        """Return the output since the last :meth:`read` or :meth:`expect`."""
         parts: list[bytes] = []
         while True:
             part, self.position = self.output(self.position)
@@ -122,11 +122,11 @@ class Console:
     def expect(self, pattern: bytes | str, timeout: float = 10.0) -> re.Match[bytes]:
         """Wait until ``pattern`` (a regular expression) appears in output not yet consumed; consume through it.
 
-        The match is the leftmost in what has come. One shorter than 4 KiB is found at once; a longer one when the
-        guest falls silent, ends, or has printed as much again: so the cost stays proportional to the output.
+        The match is the leftmost in the output so far. One shorter than 4 KiB is found at once; a longer one when the
+        guest falls silent, ends, or has doubled its output: so the cost stays proportional to the output.
 
-        Raises :class:`~vmm.errors.ConsoleTimeout` with the transcript when ``timeout`` seconds pass, or at once
-        when the machine has ended and the pattern is not there.
+        Raises :class:`~vmm.errors.ConsoleTimeout` with the transcript after ``timeout`` seconds, or at once if the
+        machine has ended and the pattern does not match.
         """
         import time
 
@@ -142,7 +142,8 @@ class Console:
         return match
 
     def _wait(self, position: int, timeout: float) -> bool:
-        """Wait ``timeout`` seconds for output past ``position``: whether there is. None comes of a closed console."""
+        """Wait ``timeout`` seconds for output past ``position``; return whether there is any. A closed console has
+        none."""
 
         def turn(milliseconds: int) -> int:
             return int(lib.vmm_console_wait(self.native, position, milliseconds)) or -int(self.closed)
@@ -169,19 +170,19 @@ class Console:
 
     @property
     def closed(self) -> bool:
-        """Whether the machine has ended: no more output will come."""
+        """Whether the machine has ended, so that no more output will come."""
         return bool(lib.vmm_console_closed(self.native))
 
     # for a pump
 
     @property
     def output_fd(self) -> int:
-        """An eventfd that turns readable when there is output past the pump's position."""
+        """An eventfd that becomes readable when there is output past the pump's position."""
         return int(lib.vmm_console_output_fd(self.native))
 
     @property
     def room_fd(self) -> int:
-        """An eventfd that turns readable when the guest took input after :meth:`offer` took less than given."""
+        """An eventfd that becomes readable when the guest reads input after :meth:`offer` queued less than given."""
         return int(lib.vmm_console_room_fd(self.native))
 
     def clear_room(self) -> None:
@@ -193,29 +194,29 @@ class Console:
         _drain(self.output_fd)
 
     def pumped(self, position: int | None) -> None:
-        """The pump has written out everything before ``position``; None: there is no pump any more."""
+        """Report that the pump has written everything before ``position``; ``None`` if there is no pump any more."""
         lib.vmm_console_set_pump(self.native, (1 << 64) - 1 if position is None else position)
 
     def close(self) -> None:
-        """No more output will come: waiters return."""
+        """Mark the end of output, and wake all waiters."""
         lib.vmm_console_close(self.native)
 
     def reopen(self) -> None:
-        """The machine goes on after an end."""
+        """Undo :meth:`close`, for a machine that runs again."""
         lib.vmm_console_reopen(self.native)
 
     def destroy(self) -> None:
-        """Free it, after every device that uses it."""
+        """Free the console, after every device that uses it."""
         if self._native is not None:
             lib.vmm_console_destroy(self._native)
             self._native = None
 
 
 class _Search:
-    """A pattern looked for in output as it comes, at a cost proportional to the output.
+    """Incremental search for a pattern, at a cost proportional to the output.
 
-    New output is searched together with the :data:`OVERLAP` bytes before it. The whole is searched when that finds
-    something (a longer match may begin further left), when it has doubled, and at :meth:`last_look`.
+    New output is searched together with the :data:`OVERLAP` bytes before it. The whole is searched when that matches (a
+    longer match may begin further left), when it has doubled, and by :meth:`last_look`.
     """
 
     def __init__(self, pattern: bytes | str, console: Console) -> None:
@@ -232,7 +233,7 @@ class _Search:
         self.searched = 0  # bytes of `seen` that were searched as a whole
 
     def look(self) -> re.Match[bytes] | None:
-        """Read all there is; answers the leftmost match, if the new output completed one."""
+        """Read the new output; return the leftmost match if it completed one."""
         while True:
             part, self.at = self.console.output(self.at)
             if not part:
@@ -245,13 +246,13 @@ class _Search:
                     return match
 
     def last_look(self) -> re.Match[bytes] | None:
-        """The same once nothing new comes: for matches longer than the overlap."""
+        """Search the whole, for matches longer than the overlap, when no new output comes."""
         return self.look() or (self._search_all() if self.searched < len(self.seen) else None)
 
     def conclude(self, left: float, timeout: float) -> re.Match[bytes] | None:
-        """Nothing new came while ``left`` seconds of ``timeout`` were left: the match if there is one after all, and
-        ``None`` to wait on. Raises :class:`~vmm.errors.ConsoleTimeout` when nothing more can come."""
-        over = left <= 0 or self.console.closed  # before the last look: what came until then is seen by it
+        """After a wait without output, with ``left`` seconds of ``timeout`` left: return a match, or ``None`` to wait
+        again. Raises :class:`~vmm.errors.ConsoleTimeout` when nothing more can come."""
+        over = left <= 0 or self.console.closed  # read before the last search, which then sees all output until now
         match = self.last_look()
         if match is None and over:
             raise self.failure(timeout)
@@ -262,11 +263,11 @@ class _Search:
         return self.compiled.search(bytes(self.seen))
 
     def patience(self, left: float) -> float:
-        """Seconds to wait for output when ``left`` seconds are left."""
+        """Return the seconds to wait for output when ``left`` seconds are left."""
         return left if self.searched == len(self.seen) else min(left, SILENCE_MS / 1000)
 
     def failure(self, timeout: float) -> ConsoleTimeout:
-        """The pattern did not come."""
+        """Return the exception for a pattern that did not match."""
         why = "before the machine ended" if self.console.closed else f"within {timeout:g} s"
         return ConsoleTimeout(
             f"the guest did not print {self.pattern!r} {why}; the end of what it printed: "

@@ -1,4 +1,4 @@
-"""The host's end of a machine's console: the terminal, a pty, a file, a UNIX socket, or nothing."""
+"""Back ends of a machine's console: the terminal, a pty, a file, a UNIX socket, or nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from vmm import slow_reader
 from vmm.errors import ConfigError, VmmError
 from vmm.printable import printable
 
-UNREAD_SECONDS = 1.0  # how long an ended machine's pty waits for its reader
+UNREAD_SECONDS = 1.0  # seconds that an ended machine's pty waits for its reader
 
 
 class PeerGone(VmmError):
-    """Whoever read the console went away, or stopped reading until the end."""
+    """The console's reader closed its end, or stopped reading until the end of the run."""
 
 
 class HostEnd:
-    """Where console bytes go to and come from. ``None`` for a direction it has not.
+    """Back end of a console: descriptors for output and input, ``None`` for a direction it lacks.
 
-    Subclasses open what they need in ``__init__`` and undo it in :meth:`close`. ``listen_fd`` is a file descriptor
-    that turns readable when :meth:`accept` should be called; it is looked at only while there is no ``out_fd``.
-    ``resumed_fd`` turns readable when :meth:`resumed` should be called.
+    Subclasses open what they need in ``__init__`` and release it in :meth:`close`. ``listen_fd`` becomes readable when
+    :meth:`accept` is to be called, and is polled only while there is no ``out_fd``. ``resumed_fd`` becomes readable
+    when :meth:`resumed` is to be called.
     """
 
     in_fd: int | None = None
@@ -32,29 +32,29 @@ class HostEnd:
     listen_fd: int | None = None
     resumed_fd: int | None = None
     escapes = False
-    raw = False  # standard error is likely the terminal that was put into raw mode
+    raw = False  # standard error is probably the terminal that is in raw mode
 
     def accept(self) -> None:
-        """A peer is waiting at ``listen_fd``."""
+        """Accept a peer that waits at ``listen_fd``."""
 
     def resumed(self) -> None:
-        """The process goes on after a stop, or as another job of its terminal."""
+        """React to SIGCONT: the process continues after a stop, or as another job of its terminal."""
 
     def peer_gone(self) -> None:
-        """The peer closed its end. Raises :class:`PeerGone` when there can be no other."""
+        """React to a peer that closed its end. Raises :class:`PeerGone` if there can be no other."""
         raise PeerGone("the console's reader went away; the guest was stopped (use --console none to run without)")
 
     def say(self, text: str) -> None:
-        """Print one line of the monitor's own on standard error, from any thread, without waiting for its reader."""
+        """Print a message of the monitor on standard error, from any thread, without waiting for its reader."""
         newline = "\r\n" if self.raw else "\n"
         slow_reader.say(f"{newline if self.raw else ''}pyvmm: {printable(text)}{newline}", newline)
 
     def show(self, data: bytes) -> bytes:
-        """What of the guest's output goes out."""
+        """Return the part of the guest's output to print."""
         return data
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
 
 
 class Stdio(HostEnd):
@@ -75,7 +75,7 @@ class Stdio(HostEnd):
         except OSError:
             self.in_fd = None
         try:
-            if sys.stdout is None:  # the process was started so; what is on the descriptor now is not for a guest
+            if sys.stdout is None:  # started without standard output; descriptor 1 is something else
                 raise OSError
             self._own = slow_reader.nonblocking(1)
         except OSError as error:
@@ -92,11 +92,11 @@ class Stdio(HostEnd):
 
         resumed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.resumed_fd = resumed
-        with contextlib.suppress(ValueError):  # not the main thread, which alone may handle signals
+        with contextlib.suppress(ValueError):  # only the main thread can set signal handlers
             self._handler = signal.signal(signal.SIGCONT, lambda *_: os.eventfd_write(resumed, 1))
 
     def resumed(self) -> None:
-        """Take the terminal if this is its foreground job now; else leave it alone."""
+        """Take the terminal if this is its foreground job now."""
         assert self.resumed_fd is not None
         os.eventfd_read(self.resumed_fd)
         self._take_terminal()
@@ -119,7 +119,7 @@ class Stdio(HostEnd):
         self.raw = self.escapes = True
 
     def close(self) -> None:
-        """Restore the terminal, unless it is another job's."""
+        """Restore the terminal, unless another job has it."""
         if self._saved is not None and _in_foreground(0):
             import termios
 
@@ -138,8 +138,8 @@ class Stdio(HostEnd):
 
 
 def _in_foreground(terminal: int) -> bool:
-    """Whether this process may read the terminal and set its mode: also where it is not the controlling one, which
-    knows no jobs."""
+    """Return whether this process may read the terminal and set its mode. It always may if it is not its controlling
+    terminal, to which job control does not apply."""
     try:
         return os.tcgetpgrp(terminal) == os.getpgrp()
     except OSError:
@@ -160,7 +160,7 @@ class Pty(HostEnd):
         self.say(f"console is {self.path}")
 
     def _let_it_be_read(self) -> None:
-        # Closing hangs the terminal up, and what its reader has not read by then is gone.
+        # Closing hangs up the terminal, which discards output that was not read.
         import fcntl
         import termios
 
@@ -180,7 +180,7 @@ class Pty(HostEnd):
 
 
 class File(HostEnd):
-    """Output into a file, which is truncated; no input."""
+    """Write output to a file, which is truncated; no input."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -208,7 +208,7 @@ class Unix(HostEnd):
         self.listen_fd = self._server.fileno()
 
     def accept(self) -> None:
-        """Take a client."""
+        """Accept a client."""
         try:
             client, _ = self._server.accept()
         except BlockingIOError:
@@ -232,7 +232,7 @@ class Unix(HostEnd):
 
 
 def open_end(kind: str) -> HostEnd:
-    """The host end for a console of this kind (see ``vmm.config.CONSOLES``)."""
+    """Return the back end of a console of this kind (``vmm.config.CONSOLES``)."""
     name, _, path = kind.partition(":")
     if name == "stdio":
         return Stdio()

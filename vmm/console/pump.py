@@ -1,7 +1,7 @@
-"""Moving console bytes between a machine and the host's end, on the calling thread.
+"""Move console bytes between a machine and its back end, on the calling thread.
 
-The guest is held back when the peer reads slowly (no byte is lost), never the monitor: a peer that stops reading
-altogether does not keep a time limit, a signal or Ctrl-A x from working.
+A slow peer delays the guest, without a loss of bytes, but never the monitor: the time limit, signals and Ctrl-A x work
+even if the peer stops reading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vmm.console.host_end import HostEnd
 
     class Limits(Protocol):
-        """Tells when a run is to end: :class:`vmm.observe.watch.Watch`."""
+        """Decides when a run must end: :class:`vmm.observe.watch.Watch`."""
 
         @property
         def left(self) -> float: ...
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 ESCAPE = 0x01  # Ctrl-A
 HELP = "\nCtrl-A x  quit\nCtrl-A h  this help (also Ctrl-A c)\nCtrl-A Ctrl-A  send Ctrl-A\n"
-LAST_WORDS = 256 << 10  # bytes taken of a peer that has closed: what a socket holds by default
+LAST_WORDS = 256 << 10  # bytes read from a peer that has closed: a socket's default buffer
 
 
 class _Pump:
@@ -63,7 +63,7 @@ class _Pump:
             self.pending = self.end.show(data)
 
     def write(self) -> None:
-        """Write until there is no more or the peer is full."""
+        """Write until there is no more output or the peer takes no more."""
         fd = self.end.out_fd
         self.refill()
         while self.pending and fd is not None:
@@ -71,7 +71,7 @@ class _Pump:
                 n = os.write(fd, self.pending[:CHUNK])
             except BlockingIOError:
                 break
-            except OSError:  # EPIPE, ECONNRESET, EIO: the reading side is closed
+            except OSError:  # EPIPE, ECONNRESET, EIO: the reader has closed
                 self.gone()
                 return
             self.pending = self.pending[n:]
@@ -83,14 +83,14 @@ class _Pump:
 
     def gone(self) -> None:
         if self.end.listen_fd is not None:
-            self.take_last_words()  # and what it did not get is the next one's
+            self.take_last_words()  # the next peer gets what this one did not read
         else:
             self.pending = b""
         self.console.pumped(None)
         self.end.peer_gone()
 
     def take_last_words(self) -> None:
-        """What the peer wrote before it closed is the guest's, also where a write was the first to notice."""
+        """Read what the peer wrote before it closed, also if a write detected the close."""
         assert self.end.in_fd is not None
         with contextlib.suppress(OSError):
             while len(self.typed) < LAST_WORDS and (data := os.read(self.end.in_fd, CHUNK)):
@@ -141,7 +141,7 @@ class _Pump:
     # both
 
     def wait(self, timeout: float | None) -> bool:
-        """One round: wait for something to do and do it. Answers whether the machine goes on."""
+        """Wait for events once and handle them; return whether the machine still runs."""
         end, console = self.end, self.console
         reading = [self.machine.stop_fd]
         writing = []
@@ -177,7 +177,7 @@ class _Pump:
         return self.machine.stop_fd not in readable
 
     def drain(self) -> None:
-        """Write out what is left, as long as the peer takes any."""
+        """Write the remaining output, as long as the peer takes any."""
         deadline = time.monotonic() + slow_reader.PATIENCE
         while self.end.out_fd is not None:
             before = self.position - len(self.pending)
@@ -193,10 +193,10 @@ class _Pump:
 
 
 def serve(machine: Served, end: HostEnd, timeout: float | None = None) -> None:
-    """Move console bytes until the machine has ended or ``timeout`` seconds have passed (it is stopped then), or it has
-    stalled as its configuration has it.
+    """Move console bytes until the machine has ended. Stop it after ``timeout`` seconds, or when it stalls for the
+    configured time.
 
-    Raises :class:`PeerGone` (machine stopped) when the only possible peer went away or did not take everything.
+    Raises :class:`PeerGone`, with the machine stopped, if the only possible peer closed or did not read everything.
     """
     pump = _Pump(machine, end)
     if end.out_fd is not None:

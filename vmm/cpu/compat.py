@@ -1,12 +1,12 @@
-"""What a Linux kernel is told on its command line where KVM cannot run everything it might use.
+"""Words for a Linux kernel's command line on hosts whose KVM cannot run everything the kernel might use.
 
 The other remedies (completing instructions, repairing SYSCALL) are native: ``native/compat``.
 """
 
 from __future__ import annotations
 
-# CPUID cannot hide these from the guest on such hosts, so the kernel is asked to: its own code then keeps to what
-# KVM's emulator knows. User space still has them, natively. Numbers (word * 32 + bit of Linux's cpufeatures.h),
+# CPUID cannot hide these from the guest on such hosts, so the command line does: the kernel's own code then uses only
+# what KVM's emulator supports. User space still has them, natively. Numbers (word * 32 + bit of Linux's cpufeatures.h),
 # not names: the kernel reads at most 127 characters. Last two words: without erms and fsrm Linux copies with
 # `rep movsq`, an eighth of the emulated iterations of `rep movsb`; with a TSC deadline timer it would rely on the
 # local APIC's tick even when told not to (apic_needs_pit), and have none.

@@ -1,4 +1,4 @@
-"""What CPUID tells the guest: KVM's supported leaves, made consistent with each vCPU's place."""
+"""The guest's CPUID: KVM's supported leaves, with each vCPU's place in the topology."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STAMPED = (1, 4, 0xB, 0x1F, 0x8000001E)  # leaves that tell a vCPU's place
 
 
 class _Supported:
-    """The leaves KVM supports, as far as a guest may have them, and where each function's entries are among them."""
+    """The leaves that KVM supports and a guest may have, and an index of each function's entries."""
 
     def __init__(self, vm: vmm_vm) -> None:
         entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
@@ -57,19 +57,19 @@ def _leaves(entries: Any, count: int) -> features.Leaves:
 
 
 def offered(vm: vmm_vm) -> features.Leaves:
-    """The leaves that KVM supports, before any is withheld."""
+    """Return the leaves that KVM supports, before any is withheld."""
     entries = ffi.new("vmm_cpuid_entry[]", MAX_ENTRIES)
     return _leaves(entries, check(lib.vmm_vm_supported_cpuid(vm, entries, MAX_ENTRIES)))
 
 
 def saved_msrs(vm: vmm_vm) -> list[int]:
-    """The MSRs that are saved of a vCPU that has them."""
+    """Return the MSRs that are saved for a vCPU that has them."""
     indices = ffi.new("uint32_t[]", lib.VMM_STATE_MSRS_MAX)
     return [indices[i] for i in range(check(lib.vmm_vm_saved_msrs(vm, indices, len(indices))))]
 
 
-# It does not change while KVM is loaded, and asking takes 0.3 ms where CPUID exits to a hypervisor below: asked once
-# a process. (What depends on the CPU that asks is stamped for each vCPU.)
+# Cached per process: it does not change while KVM is loaded, and a query takes 0.3 ms where CPUID exits to a
+# hypervisor below. (Fields that depend on the querying CPU are set for each vCPU.)
 _supported: _Supported | None = None
 
 
@@ -98,14 +98,14 @@ class CpuidTable:
             e.ecx = (e.ecx & ~0xF0FF) | min(cpus - 1, 0xFF) | width << 12
 
     def value(self) -> list[list[int]]:
-        """The leaves as plain values: function, index, flags, EAX, EBX, ECX, EDX of each."""
+        """Return the leaves as plain values: function, index, flags, EAX, EBX, ECX, EDX of each."""
         return [list(leaf) for leaf in _LEAF.iter_unpack(ffi.buffer(self._entries, self.count * _LEAF.size))]
 
     def become(self, value: object) -> None:
-        """Have the leaves that :meth:`value` gave, perhaps on another host. Before :meth:`apply`.
+        """Load the leaves that :meth:`value` returned, possibly on another host. Call it before :meth:`apply`.
 
-        Raises ``ValueError`` for what is no such value, :class:`~vmm.errors.HostError` naming the features that this
-        host lacks.
+        Raises ``ValueError`` for any other value, :class:`~vmm.errors.HostError` naming the features that this host
+        lacks.
         """
         leaves = rows(value)
         if missing := _missing(leaves, self.value()):
@@ -125,7 +125,7 @@ class CpuidTable:
 
     @property
     def physical_bits(self) -> int:
-        """MAXPHYADDR: how wide a guest-physical address is."""
+        """MAXPHYADDR: the width of a guest-physical address in bits."""
         return next((int(e.eax) & 0xFF for e in self._entries_of(0x80000008)), 36)
 
     @property
@@ -134,7 +134,7 @@ class CpuidTable:
         return any(e.edx & GIB_PAGES for e in self._entries_of(0x80000001))
 
     def xsave_offset(self, component: int) -> int:
-        """Where a state component lies in an XSAVE area, if the guest may have it, else 0 (SDM vol. 1, 13.5.2)."""
+        """Return the offset of a state component in an XSAVE area; 0 if the guest lacks it (SDM vol. 1, 13.5.2)."""
         supported = any(e.index == 0 and e.eax >> component & 1 for e in self._entries_of(0xD))
         return next((int(e.ebx) for e in self._entries_of(0xD) if supported and e.index == component), 0)
 
@@ -144,7 +144,7 @@ class CpuidTable:
         e.eax, e.ebx, e.ecx = shift, threads, kind << 8 | e.index
 
     def apply(self, vcpu: vmm_vcpu, apic_id: int) -> None:
-        """Give the leaves to a vCPU with this APIC id."""
+        """Set the leaves of a vCPU with this APIC id."""
         for e in self._per_vcpu:
             if e.function == 1:
                 e.ebx = (e.ebx & 0xFFFF) | min(self.cpus, 0xFF) << 16 | (apic_id & 0xFF) << 24
@@ -157,12 +157,12 @@ class CpuidTable:
         check(lib.vmm_vcpu_set_cpuid(vcpu, self._entries, self.count))
 
 
-# Registers whose bits are features: what a guest was told it has, it must find wherever it goes on.
+# Registers whose bits are features: a guest must find its features on every host where it continues.
 _FEATURES = features.REGISTERS | {(0xD, 0, "eax"), (0xD, 0, "edx")}
 
 
 def rows(value: object) -> list[list[int]]:
-    """``value``, if it is what :meth:`CpuidTable.value` may have given. Raises ``ValueError``."""
+    """Check and return a value of :meth:`CpuidTable.value`. Raises ``ValueError``."""
     if not isinstance(value, list) or len(value) > MAX_ENTRIES:
         raise ValueError("not a table of CPUID leaves")
     for row in value:
@@ -174,7 +174,7 @@ def rows(value: object) -> list[list[int]]:
 
 
 def _missing(wanted: list[list[int]], found: list[list[int]]) -> list[str]:
-    """Names of what the first table has and the second has not: vendor, or feature bits."""
+    """Return the names of what the second table lacks: the vendor, or feature bits."""
     here = {(row[0], row[1]): row for row in found}
     missing = []
     for row in wanted:

@@ -57,11 +57,11 @@ class Point:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where it is set: points may share a byte or a debug register."""
+        """The place where it is set, which points may share: a byte, or a debug register."""
         return self.gpa, self.slot
 
     def remove(self) -> None:
-        """Take it back. Twice is fine."""
+        """Remove the point. Idempotent."""
         self._remove(self)
 
     def __repr__(self) -> str:
@@ -69,8 +69,8 @@ class Point:
 
 
 class Followed(NamedTuple):
-    """Where a vCPU was before the latest instruction it began: ``registers`` as ``Vcpu.registers()`` has them, operand
-    size ``bits``, and the ``steps`` made before it."""
+    """A vCPU's state before the latest instruction it began: ``registers`` as from ``Vcpu.registers()``, operand size
+    ``bits``, and the number of ``steps`` before it."""
 
     registers: dict[str, int]
     bits: int
@@ -78,8 +78,8 @@ class Followed(NamedTuple):
 
 
 class Stop:
-    """Why the machine stands: which ``vcpu``, what ``kind`` of point (or "step", "count"), its linear ``address`` (of
-    a step: the next instruction's), and the ``points`` that are set there."""
+    """A stop of the machine: the ``vcpu``, the ``kind`` of point (or "step", "count"), its linear ``address`` (for a
+    step: the next instruction's), and the ``points`` that are set there."""
 
     __slots__ = ("address", "kind", "points", "vcpu")
 
@@ -94,12 +94,12 @@ class Stop:
 
 
 class Debugger:
-    """The debugger of one machine; :attr:`vmm.machine.Machine.debug` makes it on first use.
+    """The debugger of one machine; :attr:`vmm.machine.Machine.debug` creates it on first use.
 
-    ``pause`` and ``resume`` are the machine's (they nest); ``stop_fd`` is readable once it has ended; ``failed`` takes
-    an exception out of a callable and stops the machine; ``emulated`` says that the host's KVM emulates CPL 0 code
-    (``host.Findings``). There, watchpoints see writes only and step every instruction, and CPL 3 code is not stopped.
-    ``unstopped`` are the kinds of points that it does not stop at: they are refused.
+    ``pause`` and ``resume`` are the machine's (they nest); ``stop_fd`` is readable once it has ended; ``failed`` is
+    called with an exception of a callable, and stops the machine; ``emulated`` tells that the host's KVM emulates CPL 0
+    code (``host.Findings``): there, watchpoints stop at writes only and step every instruction, and CPL 3 code is not
+    stopped. ``unstopped`` are the kinds of points at which KVM does not stop: they are refused.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class Debugger:
         self._stop_fd = stop_fd
         self._unstopped = unstopped
         self._stops: SimpleQueue[Stop | None] = SimpleQueue()
-        self._before: dict[Vcpu, int] = {}  # who was told to stand before a breakpoint, and where
-        self._turn = threading.RLock()  # whoever takes events or lets vCPUs go
-        self._setting = threading.RLock()  # of points: not _turn, which is held while a vCPU makes a step
+        self._before: dict[Vcpu, int] = {}  # vCPU that must not pass a breakpoint yet -> its address
+        self._turn = threading.RLock()  # held by a thread that takes events or resumes vCPUs
+        self._setting = threading.RLock()  # guards the points; not _turn, which is held during a step
         with self._standing():
             check(lib.vmm_debug_open(vm, lib.VMM_DEBUG_WATCH_BY_STEP if emulated else 0))
         self.slots = int(lib.vmm_debug_slots(vm))
@@ -158,16 +158,16 @@ class Debugger:
         hardware: bool = False,
         vcpu: Vcpu | None = None,
     ) -> Point:
-        """Stop before the instruction at linear ``address`` is executed, on whatever vCPU.
+        """Stop before the instruction at linear ``address``, on any vCPU.
 
-        ``callback(stop)`` is called while the machine stands; it may look at and change registers and memory. When it
-        answers ``False`` the machine stays paused until :meth:`go`; after anything else it goes on. Without a
-        callback :meth:`wait` answers the stop. A software breakpoint is planted in the physical page that ``vcpu``
-        (default: the first) has at ``address`` now; where nothing is mapped yet take a ``hardware`` one, of which
-        there are :attr:`slots`.
+        ``callback(stop)`` is called while the machine is paused; it may read and change registers and memory. If it
+        returns ``False`` the machine stays paused until :meth:`go`, otherwise it continues. Without a callback
+        :meth:`wait` returns the stop. A software breakpoint is planted in the physical page that ``vcpu`` (default: the
+        first) maps at ``address`` now; where nothing is mapped yet use a ``hardware`` one, of which there are
+        :attr:`slots`.
 
-        Raises :class:`~vmm.errors.LinearMemoryError` where nothing is mapped, :class:`~vmm.errors.ConfigError` when
-        no debug register is left, :class:`~vmm.errors.HostError` where this host's KVM does not stop at such a point.
+        Raises :class:`~vmm.errors.LinearMemoryError` if nothing is mapped, :class:`~vmm.errors.ConfigError` if no debug
+        register is free, :class:`~vmm.errors.HostError` if this host's KVM does not stop at such a point.
         """
         point = Point("hardware" if hardware else "breakpoint", address, 1, callback, self.remove)
         return self._set(point, vcpu or self.vcpus[0])
@@ -175,8 +175,8 @@ class Debugger:
     def watch(
         self, address: int, size: int = 8, callback: Callable[[Stop], object] | None = None, *, reads: bool = False
     ) -> Point:
-        """Stop behind an instruction that has written (with ``reads``: or read) the 1, 2, 4 or 8 bytes at linear
-        ``address``, a multiple of that. ``callback`` as in :meth:`breakpoint`.
+        """Stop after an instruction that has written (with ``reads``: or read) the ``size`` bytes, 1, 2, 4 or 8, at
+        linear ``address``, a multiple of ``size``. ``callback`` is as in :meth:`breakpoint`.
         """
         if size not in (1, 2, 4, 8) or address % size:
             raise ConfigError(f"a watchpoint is 1, 2, 4 or 8 bytes at a multiple of that, not {size} at {address:#x}")
@@ -200,7 +200,7 @@ class Debugger:
         return point
 
     def _refuse_unstopped(self, kind: str) -> None:
-        """No point is set that a guest would run past, and perhaps into its own death: an INT3 is an instruction."""
+        """Refuse a point at which KVM does not stop: the guest would execute a planted INT3 itself, and might die."""
         if kind not in self._unstopped:
             return
         what = {"breakpoint": "software breakpoints", "hardware": "hardware breakpoints", "write": "watchpoints"}
@@ -222,7 +222,7 @@ class Debugger:
         return min(free)
 
     def _install(self, point: Point) -> None:
-        """Its place is set natively, unless it is for another point."""
+        """Set the point's place in native code, unless another point has set it."""
         if point.slot >= 0:
             check(lib.vmm_debug_set_point(self._vm, point.slot, NATIVE_KINDS[point.kind], point.address, point.size))
         elif point.gpa not in self._ram.planted:
@@ -237,7 +237,7 @@ class Debugger:
             check(lib.vmm_debug_lift(self._vm, point.gpa, self._ram.planted.pop(point.gpa)))
 
     def remove(self, point: Point) -> None:
-        """Take a point back. Twice is fine."""
+        """Remove a point. Idempotent."""
         with self._standing():
             if point not in self.points:
                 return
@@ -250,7 +250,7 @@ class Debugger:
 
     @contextlib.contextmanager
     def _lifted(self, address: int) -> Iterator[None]:
-        """No breakpoint at a linear address for a while (the machine stands when this begins, and when it ends)."""
+        """Remove breakpoints at a linear address for the block; the machine is paused at its start and end."""
         with self._setting:
             for point in self._here(address):
                 self._uninstall(point)
@@ -258,10 +258,10 @@ class Debugger:
             yield
         finally:
             with self._setting:
-                for point in self._here(address):  # fewer, perhaps, than there were
+                for point in self._here(address):  # some may have been removed meanwhile
                     self._install(point)
 
-    # ---- going on ----
+    # ---- continuing ----
 
     def go(self, *, step: Sequence[Vcpu] = (), hold: Sequence[Vcpu] = ()) -> None:
         """Undo the pause of a stop: ``step`` vCPUs for one instruction, ``hold`` not at all, the others run.
@@ -286,7 +286,7 @@ class Debugger:
             self._resume()
 
     def forget(self, stop: Stop) -> None:
-        """This stop was told to nobody: its vCPU runs into the breakpoint again."""
+        """Drop a stop that was not reported: its vCPU meets the breakpoint again."""
         with self._turn:
             self._before.pop(stop.vcpu, None)
 
@@ -296,10 +296,10 @@ class Debugger:
             check(lib.vmm_debug_step(vcpu.native, vcpu in step))
 
     def step(self, vcpu: Vcpu, timeout: float | None = 10) -> Stop:
-        """Have one vCPU of the paused machine execute one instruction while the others stand; it is paused again then.
+        """Execute one instruction on one vCPU of the paused machine, the others waiting; it is paused again afterwards.
 
-        Raises :class:`~vmm.errors.StateError` when it does not come to that (the machine ended, or an instruction
-        takes longer than ``timeout`` seconds), :class:`~vmm.errors.HostError` where the host cannot.
+        Raises :class:`~vmm.errors.StateError` if the step does not complete (the machine ended, or the instruction
+        takes longer than ``timeout`` seconds), :class:`~vmm.errors.HostError` if the host cannot step.
         """
         with self._turn:
             self._before.pop(vcpu, None)
@@ -313,13 +313,13 @@ class Debugger:
             self._roles([vcpu], [other for other in self.vcpus if other is not vcpu])
             return self._until_stop(timeout)
 
-    # ---- running it from here, with no other thread asked ----
+    # ---- running on the caller's thread ----
 
     def run(self, timeout: float, *, vcpu: Vcpu | None = None, exits: int = 0) -> Stop | None:
-        """Let the paused machine run to its next stop, and return that; ``None``: it ended, or ``timeout`` seconds
-        passed. It is paused again then.
+        """Run the paused machine to its next stop, and return that; ``None`` if it ended or ``timeout`` seconds passed.
+        It is paused again afterwards.
 
-        With ``vcpu`` and ``exits`` it also stops (kind "count") when that vCPU has recorded so many exits in its life.
+        With ``vcpu`` and ``exits`` it also stops (kind "count") when that vCPU has recorded so many exits in total.
         """
         with self._turn:
             for each in self.vcpus:
@@ -330,11 +330,11 @@ class Debugger:
             return self._until_stop(timeout)
 
     def follow(self, vcpu: Vcpu, steps: int, timeout: float) -> Followed:
-        """Step one vCPU of the paused machine ``steps`` times while the others run, for ``timeout`` seconds at most, or
-        to its end. Interrupts and exceptions do not wait; what they enter is not stepped. The machine is paused again
-        then.
+        """Step one vCPU of the paused machine ``steps`` times while the others run, for at most ``timeout`` seconds or
+        to its end. Interrupts and exceptions are delivered; their handlers are not stepped. The machine is paused
+        again afterwards.
 
-        Raises :class:`~vmm.errors.HostError` where the host cannot.
+        Raises :class:`~vmm.errors.HostError` if the host cannot step.
         """
         with self._turn:
             self._before.clear()
@@ -354,9 +354,9 @@ class Debugger:
     # ---- stops ----
 
     def wait(self, timeout: float | None = None) -> Stop:
-        """The next stop that no callback answered; the machine is paused then, until :meth:`go`.
+        """Wait for the next stop without a callback, and return it; the machine stays paused until :meth:`go`.
 
-        Raises ``TimeoutError``, and :class:`~vmm.errors.StateError` when the debugger is closed meanwhile.
+        Raises ``TimeoutError``, and :class:`~vmm.errors.StateError` if the debugger is closed meanwhile.
         """
         from queue import Empty
 
@@ -373,13 +373,13 @@ class Debugger:
             with self._turn:
                 self._pause()
                 stop = self._take()
-                if stop is None:  # a step on another thread took it
+                if stop is None:  # another thread's step took the event
                     self._resume()
                 else:
                     self._answer(stop)
 
     def _take(self) -> Stop | None:
-        """The event that waits, all vCPUs equal again; the machine is paused."""
+        """Take the pending event, and end the roles of a step; the machine is paused."""
         event = ffi.new("vmm_debug_event *")
         found = check(lib.vmm_debug_take(self._vm, event))
         self._roles()
@@ -399,14 +399,14 @@ class Debugger:
         return stop
 
     def _answer(self, stop: Stop) -> None:
-        """Ask the callbacks. Whoever set a point without one is told of the stop, and lets the machine go on."""
+        """Call the callbacks. If a point has none, :meth:`wait` returns the stop; its caller resumes the machine."""
         try:
             answers = [point.callback(stop) for point in stop.points if point.callback]
             if stop.kind == "step" or len(answers) < len(stop.points):
                 self._deliver(stop)
             elif not any(answer is False for answer in answers):
-                self.go()  # also when the point was removed meanwhile
-        except BaseException as error:  # it must not vanish here: wait() raises it as itself
+                self.go()  # also if the point was removed meanwhile
+        except BaseException as error:  # must not be lost: the machine's wait() raises it
             self._failed(error)
             self._resume()
 
@@ -417,7 +417,7 @@ class Debugger:
             self._stops.put(stop)
 
     def close(self) -> None:
-        """Lift everything and end the thread. The machine must not run again after it."""
+        """Remove all points and end the thread. The machine must not run again afterwards."""
         os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join()

@@ -1,10 +1,10 @@
-"""Which processor features a guest may be offered, and what carries the state that each of them has.
+"""Processor features that a guest may have, and the XSAVE components and MSRs with their state.
 
-A feature whose registers are not saved is a trap: the guest finds it after a roll-back, a restore or a migration with
-other contents than it left. So a guest's CPUID has a bit only if it is listed here: as one that has no state beside
-what is always saved (general, control, segment, debug and x87 registers, the local APIC, memory), or as one whose state
-an XSAVE component or MSRs carry, where this host's KVM lets those be saved. All else is cleared: what is hidden for a
-reason (:data:`HIDDEN`), and what no one has looked at yet.
+If a feature's registers are not saved, the guest finds other contents in them after a roll-back, a restore or a
+migration. So a guest's CPUID has a bit only if it is listed here: as a feature without state beside what is always
+saved (general, control, segment, debug and x87 registers, the local APIC, memory), or with state in an XSAVE component
+or MSRs, if this host's KVM can save those. All others are cleared: those hidden for a reason (:data:`HIDDEN`), and
+those not examined yet.
 
 Sources: SDM vol. 2, CPUID, and vol. 3, 2 and chapters on each; AMD APM vol. 3, appendix E, and vol. 2; Linux,
 Documentation/virt/kvm/x86/cpuid.rst and msr.rst.
@@ -86,7 +86,7 @@ PLAIN: dict[Register, frozenset[int]] = {
     (0x40000001, 0, "eax"): frozenset((1, 7, 10, 11, 13, 24)),
 }
 
-# Bits with state, and what holds it.
+# Bits with state, and its XSAVE components and MSRs.
 CARRIED: dict[Bit, Carried] = {
     (1, 0, "ecx", 12): Carried("FMA", _AVX),
     (1, 0, "ecx", 24): Carried("TSC-Deadline", msrs=(0x6E0,)),
@@ -148,7 +148,7 @@ _POWER = "it is the host's, and no guest's"
 _TILES = f"AMX's tiles are more than the {XSAVE_AREA} bytes of XSAVE state that are saved"
 _TRACE = "its buffers and MSRs are not saved"
 
-# Bits that KVM offers, or may one day, and a guest does not get: name and reason.
+# Bits that KVM offers, or may offer, and a guest does not get: name and reason.
 HIDDEN: dict[Bit, tuple[str, str]] = {
     (1, 0, "ecx", 2): ("DTES64", _PMU),
     (1, 0, "ecx", 5): ("VMX", _NESTED),
@@ -198,7 +198,7 @@ HIDDEN: dict[Bit, tuple[str, str]] = {
     (0x40000001, 0, "eax", 17): ("MIGRATION_CONTROL", "no machine's owner asks its guest"),
 }
 
-# Leaves that say more of a hidden feature: empty.
+# Leaves with details of a hidden feature: cleared.
 EMPTY = {
     0xA: "PMU", 0xF: "RDT-M", 0x10: "RDT-A", 0x12: "SGX", 0x14: "Intel PT", 0x19: "KL", 0x1B: "PCONFIG", 0x1C: "LBR",
     0x1D: "AMX", 0x1E: "AMX", 0x22: "SMX", 0x23: "PMU", 0x27: "RDT-M", 0x28: "RDT-A", 0x8000000A: "SVM",
@@ -206,7 +206,7 @@ EMPTY = {
     0x80000023: "memory encryption", 0x80000025: "SEV",
 }  # fmt: skip
 
-# XSAVE components that are looked at: x87, SSE, AVX, MPX (two), AVX-512 (three), PKRU
+# Known XSAVE components: x87, SSE, AVX, MPX (two), AVX-512 (three), PKRU
 COMPONENTS = frozenset((0, 1, 2, 3, 4, 5, 6, 7, 9))
 
 Leaves = dict[tuple[int, int], dict[str, int]]  # by leaf and subleaf: "eax", "ebx", "ecx", "edx"
@@ -226,7 +226,7 @@ REGISTERS = frozenset(_CARRIED_BY_REGISTER)  # those whose bits are features; wi
 
 
 def components(leaves: Leaves) -> frozenset[int]:
-    """The XSAVE components that these leaves have, this module knows and :data:`XSAVE_AREA` holds (SDM vol. 1, 13)."""
+    """Return the XSAVE components in these leaves that are known and fit :data:`XSAVE_AREA` (SDM vol. 1, 13)."""
     user = leaves.get((0xD, 0), {"eax": 0, "edx": 0})
     there = user["eax"] | user["edx"] << 32
     places = {number: leaves.get((0xD, number), {"eax": 0, "ebx": XSAVE_AREA + 1}) for number in COMPONENTS - {0, 1}}
@@ -235,7 +235,7 @@ def components(leaves: Leaves) -> frozenset[int]:
 
 
 def allowed(register: Register, held: frozenset[int], msrs: frozenset[int]) -> int:
-    """The bits of a register that a guest may have, where these XSAVE components and MSRs are saved."""
+    """Return the bits of a register that a guest may have if these XSAVE components and MSRs are saved."""
     bits = sum(1 << bit for bit in PLAIN.get(register, ()))
     for bit, by in _CARRIED_BY_REGISTER[register]:
         if held.issuperset(by.components) and msrs.issuperset(by.msrs):
@@ -244,8 +244,8 @@ def allowed(register: Register, held: frozenset[int], msrs: frozenset[int]) -> i
 
 
 def edits(leaves: Leaves, saved_msrs: Iterable[int]) -> Iterator[tuple[int, int, str, int]]:
-    """What to change in the leaves that KVM supports, so that a guest gets no feature whose state is not saved: leaf,
-    subleaf, register and its new value."""
+    """Yield the changes to KVM's leaves that hide features whose state is not saved: leaf, subleaf, register and its
+    new value."""
     held, msrs = components(leaves), frozenset(saved_msrs)
     for (function, index), values in leaves.items():
         new = dict.fromkeys(values, 0) if function in EMPTY else dict(values)
@@ -269,8 +269,8 @@ def _xsave(index: int, new: dict[str, int], leaves: Leaves, held: frozenset[int]
 
 
 def withheld(leaves: Leaves, saved_msrs: Iterable[int]) -> list[str]:
-    """What these leaves offer and a guest does not get: features by name, XSAVE components by number, and bits that no
-    table here knows by their place."""
+    """Return what these leaves offer and a guest does not get: features by name, XSAVE components by number, unknown
+    bits by position."""
     named: dict[Bit, str] = {
         **{bit: by.name for bit, by in CARRIED.items()},
         **{b: name for b, (name, _) in HIDDEN.items()},
@@ -290,7 +290,8 @@ def withheld(leaves: Leaves, saved_msrs: Iterable[int]) -> list[str]:
 
 
 def unknown(leaves: Leaves) -> list[str]:
-    """Feature bits that these leaves have and no table here knows: cleared, and to be looked at by a person."""
+    """Return the feature bits in these leaves that no table here has: they are cleared until a developer classifies
+    them."""
     known = {*CARRIED, *HIDDEN, *((*register, bit) for register, bits in PLAIN.items() for bit in bits)}
     return [
         f"CPUID.{function:X}H.{index}:{register.upper()}[{bit}]"

@@ -1,23 +1,23 @@
-"""What the probes of a host's KVM found, and as the text that is kept between runs."""
+"""Findings of the probes of a host's KVM, and their text form in the cache."""
 
 from __future__ import annotations
 
-# What has a basis, in the order in which a report has it
+# The findings with a basis, in the order of a report
 VERDICTS = ("native", "missing", "syscall_broken", "vmcall_loops", "cpuid_forced", "tsc_fixed", "shadowed", "unstopped")
 
 
 class Findings:
-    """What the probes found. ``remedies`` is what a machine switches on because of it.
+    """Findings of the probes. ``remedies`` are what a machine enables because of them.
 
     ``native``: guest kernel code runs on the processor (False: KVM emulates it, instruction by instruction).
     ``missing``: instructions KVM cannot execute at CPL 0. ``syscall_broken``: SYSCALL from CPL 3 stays at CPL 3.
     ``vmcall_loops``: a hypercall never returns. ``cpuid_forced``: feature names the guest sees although hidden.
-    ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it. ``shadowed``: KVM goes on with page tables
-    as they were before the host wrote them. ``unstopped``: kinds of a debugger's points
-    (``vmm.cpu.debug.KINDS``) at which KVM does not stop a guest.
+    ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it. ``shadowed``: KVM keeps using page tables
+    as they were before the host wrote them. ``unstopped``: kinds of a debugger's points (``vmm.cpu.debug.KINDS``) at
+    which KVM does not stop a guest.
 
-    ``basis`` has, for the name of each verdict, the measurement it rests on. ``instruction_ns`` and ``pio_us`` are
-    figures for a person: no verdict rests on them.
+    ``basis`` maps the name of each verdict to its measurement. ``instruction_ns`` and ``pio_us`` are for the user only:
+    no verdict depends on them.
     """
 
     __slots__ = (
@@ -53,11 +53,11 @@ class Findings:
         return bool(self.missing) or self.syscall_broken or self.vmcall_loops
 
     def verdicts(self) -> dict[str, object]:
-        """Every finding that has a basis: equal in each probe of one host."""
+        """Return every finding with a basis; they are equal in each probe of one host."""
         return {name: getattr(self, name) for name in VERDICTS}
 
     def as_text(self) -> str:
-        """One ``name=value`` a line, for the cache."""
+        """Return the findings as lines ``name=value``, for the cache."""
         values = {name: getattr(self, name) for name in self.__slots__ if name != "basis"}
         lines = {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
         lines.update((f"basis.{name}", text) for name, text in self.basis.items())
@@ -65,7 +65,7 @@ class Findings:
 
     @classmethod
     def from_text(cls, text: str) -> Findings:
-        """Read :meth:`as_text` back. ``ValueError`` for anything else."""
+        """Parse the text of :meth:`as_text`. Raises ``ValueError`` for anything else."""
         found = cls()
         lines = dict(line.split("=", 1) for line in text.splitlines())
         found.basis = {name: lines.pop(f"basis.{name}") for name in VERDICTS if f"basis.{name}" in lines}

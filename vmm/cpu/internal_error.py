@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# What happened, and the names of the numbers that KVM gives with it, in their order (linux/kvm.h;
-# arch/x86/kvm of Linux says what it fills in)
+# What happened, and the names of the numbers that KVM reports with it, in order (linux/kvm.h; arch/x86/kvm of Linux
+# defines their content)
 _SUBERRORS = {
     2: ("an exception came while another was delivered", ("vectoring", "interruption", "error code")),
     3: (
@@ -20,7 +20,7 @@ _SUBERRORS = {
 
 
 def sentence(suberror: int, data: Sequence[int]) -> str:
-    """What KVM met, with every number it gave.
+    """Return a sentence about the error, with every number that KVM reported.
 
     ``vectoring`` and ``interruption`` are as VMX has them (SDM vol. 3, 25.9.2 and 25.9.3): vector in bits 7:0, type
     10:8, bit 31 set.

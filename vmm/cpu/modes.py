@@ -1,6 +1,7 @@
 """The mode a vCPU starts in: real, 32-bit protected, or 64-bit long mode.
 
-The tables a mode needs (GDT, page tables) are already in guest memory: :class:`vmm.boot.Entry` says where.
+The tables that a mode needs (GDT, page tables) are already in guest memory, at the addresses in
+:class:`vmm.boot.Entry`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _segment(s: Any, selector: int, base: int, kind: int, *, long: bool, wide: b
 
 
 def enter(vcpu: vmm_vcpu, entry: Entry) -> None:
-    """Set a new vCPU's registers to what ``entry`` asks for."""
+    """Set a new vCPU's registers as ``entry`` requires."""
     sregs = ffi.new("vmm_sregs *")
     check(lib.vmm_vcpu_get_sregs(vcpu, sregs))
     wide, long = entry.mode != "real", entry.mode == "long"

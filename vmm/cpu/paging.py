@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 
 
 class Translation:
-    """Where a linear address leads: ``gpa``, the ``size`` of its page in bytes, and what all entries together permit.
+    """Translation of a linear address: ``gpa``, the ``size`` of its page in bytes, and the combined rights.
 
     ``entries`` are those the walk read, outermost first; without paging there are none and everything is permitted.
     """
@@ -82,7 +82,7 @@ class Translation:
 
 
 class PageFault:
-    """Why a linear address leads nowhere, or not for this access.
+    """Why a linear address is not mapped, or not for this access.
 
     ``kind`` is one of "not-present", "reserved", "write", "user", "execute", "smep", "smap", "non-canonical" and
     "table" (a paging structure that lies outside RAM). ``entries`` end with the entry that decided, where there is
@@ -159,7 +159,7 @@ class Paging:
         """Translate one address. ``access`` "read", "write" or "fetch" is checked against the rights of CPL 3
         (``user``) or the supervisor; ``None`` asks only where the page is.
 
-        ``read(gpa, n)`` answers ``n`` bytes of RAM or raises ``IndexError``.
+        ``read(gpa, n)`` returns ``n`` bytes of RAM or raises ``IndexError``.
         """
         if not self.canonical(linear):
             detail = f"not canonical: a linear address has {self.linear_bits} bits here"
@@ -189,7 +189,7 @@ class Paging:
         return (self._forbidden(translation, access, user) if access else None) or translation
 
     def behind(self, found: Translation | PageFault) -> int:
-        """The first address behind what a walk found: a page, or all that the entry leaves unmapped that decided."""
+        """Return the first address after what a walk found: a page, or the range that an entry leaves unmapped."""
         if isinstance(found, PageFault):
             if found.kind == "non-canonical":
                 return (1 << 64) - (1 << self.linear_bits - 1 if self.efer & EFER_LMA else 0)
@@ -294,7 +294,7 @@ class LinearMemory:
         return self._paging().walk(self._ram.read, linear, access, user=user)
 
     def read(self, linear: int, size: int) -> bytes:
-        """A copy of ``size`` bytes.
+        """Return a copy of ``size`` bytes.
 
         Raises :class:`~vmm.errors.LinearMemoryError` naming the first address that is not mapped, and its level.
         """
@@ -325,7 +325,7 @@ class LinearMemory:
         return self._ram.view(first, end - first)
 
     def array(self, linear: int, size: int, dtype: str = "u1") -> Any:
-        """A numpy array over :meth:`view`, sharing the guest's memory."""
+        """Return a numpy array over :meth:`view`, which shares the guest's memory."""
         import numpy
 
         return numpy.frombuffer(self.view(linear, size), dtype=dtype)
@@ -342,7 +342,7 @@ class LinearMemory:
         if not 0 <= start <= end <= 1 << 64:
             raise ConfigError(f"search from {start:#x} to {end:#x}: give a range of addresses, 2^64 at most")
         paging = self._paging()
-        before = b""  # what may be the beginning of a match
+        before = b""  # possible start of a match
         while start < end:
             found = paging.walk(self._ram.read, start, None)
             behind = min(paging.behind(found), end)
@@ -363,7 +363,7 @@ class LinearMemory:
         return None
 
     def readable(self, linear: int, size: int) -> int:
-        """How many of ``size`` bytes from ``linear`` on can be read."""
+        """Return how many of ``size`` bytes from ``linear`` on can be read."""
         found = 0
         try:
             for _, n in self._parts(linear, size):

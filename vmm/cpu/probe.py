@@ -1,7 +1,7 @@
-"""Tiny guests that find out how this host's KVM departs from the architecture.
+"""Probes: tiny guests that detect how this host's KVM departs from the architecture.
 
-Each is a few bytes of code in a :class:`~vmm.cpu.tiny_guest.TinyGuest`, entered in long mode, ending with OUT. What
-their measurements mean is in :mod:`vmm.cpu.verdicts`: none depends on how fast or how busy the host is.
+Each is a few bytes of code in a :class:`~vmm.cpu.tiny_guest.TinyGuest`, entered in long mode, ending with OUT.
+:mod:`vmm.cpu.verdicts` interprets their measurements, independently of the host's speed and load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vmm.cpu.verdicts import Verdict, emulation_counted, emulation_timed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# One the processor does not offer ends in #UD (a triple fault here), not in a failed emulation.
+# An instruction that the processor lacks ends in #UD (a triple fault here), not in a failed emulation.
 INSTRUCTIONS: tuple[tuple[str, bytes], ...] = (
     ("clac/stac", b"\x0f\x01\xcb\x0f\x01\xca"),
     ("popcnt", b"\xf3\x48\x0f\xb8\xc3"),
@@ -46,16 +46,16 @@ _HIDDEN = {
 }
 
 
-_PATIENCE = 50  # times the processor time of an ordinary guest between two looks at one that has not ended
+_PATIENCE = 50  # multiples of an ordinary guest's processor time between two samples of a running one
 _ROUNDS = 20  # of both levels, before the loops are made longer
 _LOOP, _LONG_LOOP, _LOOP_MOST = 4000, 20_000, 2_000_000  # iterations, of two instructions each
 
 
 def probe(kvm: str = "/dev/kvm", *, statistics: bool = True) -> Findings:
-    """Run every tiny guest. Raises :class:`~vmm.errors.HostError` when no machine can be made at all, or when the host
-    is so busy that nothing can be said.
+    """Run every tiny guest. Raises :class:`~vmm.errors.HostError` if no machine can be created, or if the host is too
+    busy for a measurement.
 
-    ``statistics=False``: do without KVM's, as on a kernel that has none.
+    ``statistics=False`` ignores KVM's statistics, as on a kernel that has none.
     """
     found = Findings()
     patience = _PATIENCE * max(_ordinary_ns(kvm) for _ in range(3))
@@ -71,7 +71,7 @@ def probe(kvm: str = "/dev/kvm", *, statistics: bool = True) -> Findings:
         (_kernel_code, None), (_costs, None), (_cpuid, _HIDDEN), (_shadows, None), (_syscall, None), (_vmcall, None),
         (_tsc, None),
     ):  # fmt: skip
-        guest = fresh(hidden)  # each may end in a state no vCPU comes back from
+        guest = fresh(hidden)  # each may end in a state that a vCPU cannot leave
         try:
             one(guest, found)
         finally:
@@ -81,7 +81,7 @@ def probe(kvm: str = "/dev/kvm", *, statistics: bool = True) -> Findings:
 
 
 def _ordinary_ns(kvm: str) -> int:
-    """Processor time of a guest with one exit, on this host as it is now: a new machine's first."""
+    """Return the processor time, in ns, of a new machine's first run, with one exit, under the present load."""
     guest = TinyGuest(kvm)
     try:
         guest.enter(OUT_DONE)
@@ -92,7 +92,7 @@ def _ordinary_ns(kvm: str) -> int:
 
 
 def _repeat(n: int, body: bytes = b"") -> bytes:
-    """Code that runs ``body`` and two instructions on registers n times: mov ecx, n; L: body; dec ecx; jnz L."""
+    """Return code that runs ``body`` and two register instructions n times: mov ecx, n; L: body; dec ecx; jnz L."""
     return b"\xb9" + n.to_bytes(4, "little") + body + b"\xff\xc9\x75" + bytes([256 - 4 - len(body)])
 
 
@@ -105,7 +105,7 @@ def _cpu_ns(guest: TinyGuest, code: bytes, cpl: int = 0) -> int:
 def _kernel_code(guest: TinyGuest, found: Findings) -> None:
     counted = _counted(guest)
     verdict = counted if counted and counted.value else _timed(guest)
-    # Statistics that count nothing are no proof: a KVM may emulate without them. Then both are said.
+    # A count of zero proves nothing, since KVM may emulate without counting: then report both measurements.
     found.native = not verdict.value
     found.basis["native"] = "; ".join(v.basis for v in dict.fromkeys((counted, verdict)) if v)
 

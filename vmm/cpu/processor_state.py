@@ -21,7 +21,7 @@ _MSRS = ("n_msrs", "msrs")  # a counted list in C, a list here
 
 
 def save(vm: vmm_vm, vcpus: Sequence[Vcpu]) -> State:
-    """The state of a machine that is paused or does not run."""
+    """Return the state of a machine that is paused or does not run."""
     native, chips = ffi.new("vmm_vcpu_state[]", len(vcpus)), ffi.new("vmm_chips_state *")
     check(lib.vmm_vm_save(vm, native, chips))
     return {
@@ -34,9 +34,9 @@ def save(vm: vmm_vm, vcpus: Sequence[Vcpu]) -> State:
 def load(vm: vmm_vm, vcpus: Sequence[Vcpu], state: State, *, ahead: bool = False) -> None:
     """Become what :func:`save` gave, on a machine with as many vCPUs and the same chips.
 
-    TSCs and kvmclock go on from there; ``ahead``: from where they would be by now (:func:`passed_since`).
-    Raises ``ValueError`` for what is no such state, :class:`~vmm.errors.HostError` where KVM refuses a part of it or
-    cannot count the guest's TSC at the rate it had.
+    TSCs and kvmclock continue from their saved values; with ``ahead`` the time since is added (:func:`passed_since`).
+    Raises ``ValueError`` for an invalid state, :class:`~vmm.errors.HostError` if KVM refuses a part of it or cannot run
+    the guest's TSC at its saved rate.
     """
     if not isinstance(state, dict) or state.keys() != {"version", "vcpus", "chips"} or state["version"] != VERSION:
         raise ValueError(f"not the state of processors of version {VERSION}")
@@ -50,7 +50,7 @@ def load(vm: vmm_vm, vcpus: Sequence[Vcpu], state: State, *, ahead: bool = False
 
 
 def passed_since(state: State) -> int:
-    """Nanoseconds on the host's clock since a state, one that was loaded, had been saved; it may have been set back."""
+    """Return the nanoseconds by the host's clock since a state was saved; negative if the clock was set back."""
     import time
 
     return time.time_ns() - int(state["chips"]["realtime"])
@@ -79,12 +79,12 @@ def _fill_vcpu(native: Any, value: object) -> None:
 
 
 def plain(native: Any, without: Sequence[str] = ()) -> State:
-    """A struct as a value: numbers as ints, arrays of bytes as bytes, others as lists, structs as dicts."""
+    """Convert a struct to a value: numbers to ints, byte arrays to bytes, other arrays to lists, structs to dicts."""
     return {name: _value(getattr(native, name), field.type) for name, field in _fields(native) if name not in without}
 
 
 def fill(native: Any, value: object, where: str, without: Sequence[str] = ()) -> None:
-    """The other way. Raises ``ValueError`` when a field is missing, unknown or does not fit; ``where`` is for that."""
+    """Fill a struct from a value. Raises ``ValueError``, naming ``where``, for a missing, unknown or unfit field."""
     fields = [(name, field) for name, field in _fields(native) if name not in without]
     if not isinstance(value, dict) or value.keys() != {name for name, _ in fields}:
         names = value.keys() ^ {name for name, _ in fields} if isinstance(value, dict) else [where]

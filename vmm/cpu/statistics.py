@@ -11,7 +11,7 @@ _VALUE = Struct("=Q")
 
 
 class Statistics:
-    """The counters that have one value each, by name. May be read while the vCPU runs.
+    """The single-value counters of a vCPU by name. They can be read while the vCPU runs.
 
     Takes the file of ``vmm_vcpu_stats_fd``, which :meth:`close` closes. Raises ``OSError`` where it cannot be read.
     """
@@ -33,10 +33,10 @@ class Statistics:
             raise
 
     def read(self, *names: str) -> dict[str, int]:
-        """The counters of these names, as far as this KVM has them."""
+        """Return the counters with these names, as far as this KVM has them."""
         places = {name: self._places[name] for name in names if name in self._places}
         return {name: _VALUE.unpack(os.pread(self._fd, _VALUE.size, at))[0] for name, at in places.items()}
 
     def close(self) -> None:
-        """Give back the file."""
+        """Close the file."""
         os.close(self._fd)

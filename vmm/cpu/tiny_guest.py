@@ -1,4 +1,4 @@
-"""A machine of 2 MiB with one vCPU, for guests of a few instructions that ask what this host's KVM does with them."""
+"""A machine of 2 MiB with one vCPU, for guests of a few instructions that probe this host's KVM."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CODE, UPPER_CODE, STACK, DATA = 0x8000, 0x9000, 0xF000, 0x10000
 UPPER = 0xFFFFFFFF80000000
 
 _COUNTED = ("insn_emulation", "exits")
-_PACE = 0.01  # s: how often the processor time of a guest that has not ended is read
-_STARVED = 120.0  # s without any processor time: nothing is known of the guest then, and nothing is said of it
+_PACE = 0.01  # seconds between two readings of the processor time of a guest that has not ended
+_STARVED = 120.0  # seconds without any processor time, after which the run gives no result
 
 
 class Starved(HostError):
-    """The host gave a guest no processor time: this says nothing about KVM, and is worth another try."""
+    """The guest got no processor time: this proves nothing about KVM, and can be retried."""
 
 
 class TinyGuest:
@@ -80,7 +80,7 @@ class TinyGuest:
         lib.vmm_vm_stop(self.vm, lib.VMM_STOP_POWEROFF, value)
 
     def enter(self, code: bytes, *, cpl: int = 0, **registers: int) -> None:
-        """Put code in place and the vCPU at its start."""
+        """Write the code, and set the vCPU to its start."""
         self.memory.write(CODE, code)
         sregs = ffi.new("vmm_sregs *")
         check(lib.vmm_vcpu_get_sregs(self.vcpu, sregs))
@@ -162,7 +162,7 @@ class TinyGuest:
         return event in ready
 
     def _watch(self, ended: threading.Event, clock: list[int]) -> bool:
-        """Stop a guest that will not end. Answers whether nothing is known of it since it was starved."""
+        """Stop a guest that will not end; return whether it was starved, so that the run gives no result."""
         looks: list[Look] = []
         spent, progress = 0, time.monotonic()
         while not ended.wait(_PACE):
@@ -195,11 +195,11 @@ class TinyGuest:
         return Look(tuple(int(getattr(regs, name)) for name in GENERAL), cpu_ns, self.counted())
 
     def counted(self) -> dict[str, int]:
-        """What KVM has counted of this vCPU until now; empty where it keeps no statistics."""
+        """Return KVM's statistics of this vCPU; empty where KVM has none."""
         return self.statistics.read(*_COUNTED) if self.statistics else {}
 
     def forget_statistics(self) -> None:
-        """Be as on a kernel that keeps none."""
+        """Ignore KVM's statistics, as on a kernel that has none."""
         if self.statistics:
             self.statistics.close()
             self.statistics = None

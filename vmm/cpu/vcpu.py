@@ -23,7 +23,7 @@ SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
 EFER_LMA = 1 << 10
 
-# XSAVE's legacy region (SDM vol. 1, table 13-1): where each register lies, and its bytes
+# XSAVE's legacy region (SDM vol. 1, table 13-1): offset and bytes of each register
 _FPU = {
     "fcw": (0, 2), "fsw": (2, 2), "ftw": (4, 1), "fop": (6, 2), "fip": (8, 8), "fdp": (16, 8), "mxcsr": (24, 4),
     **{f"st{i}": (32 + 16 * i, 10) for i in range(8)},
@@ -34,7 +34,7 @@ _AVX = 2  # the state component with the upper halves of YMM (SDM vol. 1, 13.1)
 
 
 def _width(name: str) -> int:
-    """Bits of a general, control or segment register; 0: there is none of that name."""
+    """Return the bits of a general, control or segment register; 0 if there is none of that name."""
     if name in GENERAL or name in CONTROL:
         return 64
     part, _, field = name.partition("_")
@@ -76,7 +76,7 @@ MP_STATES: dict[int, str] = {
 
 
 class Exit:
-    """One exit out of the ring of the last 64: what the guest did and what it was answered."""
+    """One exit from the ring of the last 64: the guest's access, and the value it wrote or read."""
 
     __slots__ = ("address", "claimed", "count", "reason", "size", "tag", "value", "write")
 
@@ -98,7 +98,7 @@ class Exit:
 
 
 def named(regs: Any, sregs: Any) -> dict[str, int]:
-    """What :meth:`Vcpu.structs` answers, as :meth:`Vcpu.registers` has it."""
+    """Convert what :meth:`Vcpu.structs` returns to the form of :meth:`Vcpu.registers`."""
     values = {name: int(getattr(regs, name)) for name in GENERAL}
     values.update((name, int(getattr(sregs, name))) for name in CONTROL)
     for name in SEGMENTS:
@@ -112,14 +112,14 @@ def named(regs: Any, sregs: Any) -> dict[str, int]:
 
 
 def operand_bits(sregs: Any) -> int:
-    """Operand size of the code that CS selects: 16, 32 or 64."""
+    """Return the operand size of the code that CS selects: 16, 32 or 64."""
     if sregs.cs.l:
         return 64
     return 32 if sregs.cs.db else 16
 
 
 def was_reset(regs: Any, sregs: Any) -> bool:
-    """Whether a vCPU is in its state after INIT (SDM vol. 3, table 9-1).
+    """Return whether a vCPU is in its state after INIT (SDM vol. 3, table 9-1).
 
     kvm-amd puts it there when the processor reports a shutdown, since the VMCB is undefined then (AMD APM vol. 2,
     15.14.3), before user space sees KVM_EXIT_SHUTDOWN. KVM_CAP_X86_TRIPLE_FAULT_EVENT is no remedy: it shows and keeps
@@ -136,8 +136,8 @@ def was_reset(regs: Any, sregs: Any) -> bool:
 
 
 class Vcpu:
-    """A vCPU. Registers may be read and set while the machine is created, paused or stopped, and in hooks by the vCPU
-    that is in one.
+    """A vCPU. Registers may be read and set while the machine is created, paused or stopped, and in a hook those of the
+    vCPU that called it.
 
     Raises :class:`~vmm.errors.StateError` while it runs, or when its machine is closed, and
     :class:`~vmm.errors.HostError` where KVM refuses a value.
@@ -148,7 +148,7 @@ class Vcpu:
         self._ram = ram
         self._cpuid = cpuid
         self.changes = 0
-        """How often something of it was set from outside: what a second run does not repeat by itself."""
+        """Number of changes of its registers from outside, which a replay does not repeat."""
         out = ffi.new("vmm_vcpu **")
         check(lib.vmm_vcpu_create(vm, number, out))
         self._native: vmm_vcpu | None = out[0]
@@ -159,19 +159,19 @@ class Vcpu:
 
     @property
     def native(self) -> vmm_vcpu:
-        """The native vCPU, while there is one."""
+        """The native vCPU. Raises :class:`~vmm.errors.StateError` once the machine is closed."""
         if self._native is None:
             raise StateError("the machine is closed: look at its vCPUs before that")
         return self._native
 
     def closed(self) -> None:
-        """The machine has freed the native vCPU: who still holds this one gets an exception."""
+        """Mark the native vCPU as freed: later calls raise an exception."""
         self._native = None
 
     # registers
 
     def registers(self) -> dict[str, int]:
-        """General, control and segment registers by name.
+        """Return general, control and segment registers by name.
 
         ``cs`` is the selector; what the processor keeps of its descriptor are ``cs_base``, ``cs_limit`` in bytes, and
         ``cs_rights`` (SDM vol. 3, table 25-2: type in bits 3:0, S 4, DPL 6:5, P 7, AVL 12, L 13, D/B 14, G 15,
@@ -180,7 +180,7 @@ class Vcpu:
         return named(*self.structs())
 
     def structs(self) -> tuple[Any, Any]:
-        """The same as KVM gives them: ``vmm_regs`` and ``vmm_sregs``."""
+        """Return the same as KVM's structs: ``vmm_regs`` and ``vmm_sregs``."""
         regs, sregs = ffi.new("vmm_regs *"), ffi.new("vmm_sregs *")
         check(lib.vmm_vcpu_get_regs(self.native, regs))
         check(lib.vmm_vcpu_get_sregs(self.native, sregs))
@@ -229,9 +229,9 @@ class Vcpu:
             check(lib.vmm_vcpu_set_regs(self.native, regs))
 
     def fpu(self) -> dict[str, int]:
-        """x87 and SSE registers by name: ``st0``..``st7`` (80 bits, from the stack's top), ``fcw``, ``fsw``, ``ftw``
-        (abridged, SDM vol. 1, 10.5.1), ``fop``, ``fip``, ``fdp``, ``xmm0``..``xmm15`` (128 bits), ``mxcsr``; where the
-        guest has AVX ``ymm0``..``ymm15`` (256 bits, the lower half being ``xmm``'s).
+        """Return x87 and SSE registers by name: ``st0``..``st7`` (80 bits, from the stack's top), ``fcw``, ``fsw``,
+        ``ftw`` (abridged, SDM vol. 1, 10.5.1), ``fop``, ``fip``, ``fdp``, ``xmm0``..``xmm15`` (128 bits), ``mxcsr``; if
+        the guest has AVX also ``ymm0``..``ymm15`` (256 bits, the lower half being ``xmm``'s).
         """
         raw = self.xsave()
         values = {}
@@ -257,21 +257,21 @@ class Vcpu:
         self.set_xsave(raw)
 
     def _fpu_places(self) -> dict[str, list[tuple[int, int]]]:
-        """Where each register lies in the XSAVE area: (offset, bytes) of its parts, the lowest first."""
+        """Return (offset, bytes) of each register's parts in the XSAVE area, the lowest first."""
         places = {name: [place] for name, place in _FPU.items()}
         if upper := self._cpuid.xsave_offset(_AVX):
             places.update((f"ymm{i}", [_FPU[f"xmm{i}"], (upper + 16 * i, 16)]) for i in range(16))
         return places
 
     def xsave(self) -> bytes:
-        """Its XSAVE area in the standard format (SDM vol. 1, 13.4), 4096 bytes: all components the guest may have."""
+        """Return its XSAVE area in the standard format (SDM vol. 1, 13.4), 4096 bytes, with all its components."""
         buffer = ffi.new("uint8_t[]", lib.vmm_state_size(lib.VMM_STATE_XSAVE))
         check(lib.vmm_vcpu_get_state(self.native, lib.VMM_STATE_XSAVE, buffer, len(buffer)))
         return bytes(buffer)
 
     def set_xsave(self, area: bytes | bytearray) -> None:
-        """Set what :meth:`xsave` gave. Raises :class:`~vmm.errors.ConfigError` for another size,
-        :class:`~vmm.errors.HostError` for components this processor has not."""
+        """Set an area that :meth:`xsave` returned. Raises :class:`~vmm.errors.ConfigError` for another size,
+        :class:`~vmm.errors.HostError` for components that this processor lacks."""
         size = lib.vmm_state_size(lib.VMM_STATE_XSAVE)
         if len(area) != size:
             raise ConfigError(f"an XSAVE area has {size} bytes, not {len(area)}")
@@ -280,20 +280,20 @@ class Vcpu:
 
     @property
     def bits(self) -> int:
-        """Operand size of the code it is in: 16, 32 or 64."""
+        """Operand size of the code at its RIP: 16, 32 or 64."""
         sregs = ffi.new("vmm_sregs *")
         check(lib.vmm_vcpu_get_sregs(self.native, sregs))
         return operand_bits(sregs)
 
     def linear_rip(self) -> int:
-        """The linear address of the next instruction."""
+        """Return the linear address of the next instruction."""
         registers = self.registers()
         if registers["efer"] & EFER_LMA and self.bits == 64:
             return registers["rip"]
         return (registers["rip"] + registers["cs_base"]) & 0xFFFFFFFF
 
     def msr(self, index: int) -> int:
-        """One model-specific register. Raises :class:`~vmm.errors.HostError` when KVM has none such."""
+        """Return a model-specific register. Raises :class:`~vmm.errors.HostError` if KVM does not have it."""
         value = ffi.new("uint64_t[1]")
         if check(lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), value, 1)) != 1:
             raise HostError(f"KVM has no MSR {index:#x} for this vCPU")
@@ -301,24 +301,24 @@ class Vcpu:
 
     @property
     def mp_state(self) -> str:
-        """What it waits for: "runnable" (nothing), "halted" (an interrupt), "uninitialized" (INIT and SIPI)..."""
+        """KVM's MP state: "runnable", "halted" (waits for an interrupt), "uninitialized" (waits for INIT)..."""
         state = ffi.new("uint32_t *")
         check(lib.vmm_vcpu_get_state(self.native, lib.VMM_STATE_MP, ffi.cast("void *", state), 4))
         return MP_STATES.get(state[0], f"state-{state[0]}")
 
     def has_msr(self, index: int) -> bool:
-        """Whether KVM has this model-specific register."""
+        """Return whether KVM has this model-specific register."""
         return check(lib.vmm_vcpu_get_msrs(self.native, ffi.new("uint32_t[]", [index]), ffi.new("uint64_t[1]"), 1)) == 1
 
     def set_msr(self, index: int, value: int) -> None:
-        """Set one model-specific register. Raises :class:`~vmm.errors.HostError` when KVM refuses."""
+        """Set a model-specific register. Raises :class:`~vmm.errors.HostError` if KVM refuses."""
         self.changes += 1
         values = ffi.new("uint64_t[]", [value])
         if check(lib.vmm_vcpu_set_msrs(self.native, ffi.new("uint32_t[]", [index]), values, 1)) != 1:
             raise HostError(f"KVM refuses {value:#x} for MSR {index:#x}")
 
     def translate(self, linear: int) -> int | None:
-        """Guest-physical address of a linear one through the current page tables, or ``None``: not mapped."""
+        """Translate a linear address by the current page tables; return the gpa, or ``None`` if it is not mapped."""
         gpa = ffi.new("uint64_t *")
         code = lib.vmm_vcpu_translate(self.native, linear, gpa)
         return int(gpa[0]) if code != -EFAULT and check(code) == 0 else None
@@ -326,7 +326,7 @@ class Vcpu:
     # memory by linear address
 
     def paging(self, registers: dict[str, int] | None = None) -> Paging:
-        """The paging mode its registers select now, or that other ones would."""
+        """Return the paging mode that its registers, or the given ones, select."""
         registers = self.registers() if registers is None else registers
         from vmm.cpu.paging import Paging
 
@@ -343,22 +343,22 @@ class Vcpu:
     # what happened
 
     def last_exits(self) -> list[Exit]:
-        """Up to 64 newest exits, oldest first."""
+        """Return up to 64 newest exits, oldest first."""
         return self.kept_exits()()
 
     def kept_exits(self) -> Callable[[], list[Exit]]:
-        """:meth:`last_exits` as they are now, for whoever may ask later."""
+        """Copy the newest exits now; return a function that converts them for a later :meth:`last_exits`."""
         records = ffi.new("vmm_exit_record[64]")
         n = lib.vmm_vcpu_last_exits(self.native, records, 64)
         return lambda: [Exit(records[i]) for i in range(n)]
 
     @property
     def recorded(self) -> int:
-        """How many exits :meth:`last_exits` would have listed ever."""
+        """Return the total number of exits that were recorded for :meth:`last_exits`."""
         return int(lib.vmm_vcpu_recorded(self.native))
 
     def exit_counts(self) -> dict[str, int]:
-        """Exits so far by reason."""
+        """Return the number of exits so far by reason."""
         counts = {}
         for reason in range(64):
             n = int(lib.vmm_vcpu_exit_count(self.native, reason))
@@ -367,19 +367,19 @@ class Vcpu:
         return counts
 
     def failed_instruction(self) -> bytes:
-        """After an emulation failure: the instruction bytes KVM reported (0 to 15)."""
+        """Return the instruction bytes that KVM reported with an emulation failure (0 to 15)."""
         buffer = ffi.new("uint8_t[16]")
         n = lib.vmm_vcpu_failed_instruction(self.native, buffer)
         return bytes(buffer)[:n]
 
     def internal_error(self) -> tuple[int, ...]:
-        """After another internal error of KVM than an emulation failure: the numbers that came with it."""
+        """Return the numbers that KVM reported with an internal error other than an emulation failure."""
         buffer = ffi.new("uint64_t[16]")
         n = lib.vmm_vcpu_internal_error(self.native, buffer)
         return tuple(int(buffer[i]) for i in range(n))
 
     def local_apic(self) -> bytes:
-        """The register page of its local APIC (SDM vol. 3, table 10-1): 1024 bytes."""
+        """Return the registers of its local APIC (SDM vol. 3, table 10-1): 1024 bytes."""
         buffer = ffi.new("uint8_t[]", lib.vmm_state_size(lib.VMM_STATE_LAPIC))
         check(lib.vmm_vcpu_get_state(self.native, lib.VMM_STATE_LAPIC, buffer, len(buffer)))
         return bytes(buffer)

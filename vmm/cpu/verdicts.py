@@ -1,8 +1,7 @@
-"""What follows from a probe's measurements. Nothing here runs a guest, and no absolute time decides.
+"""Verdicts from a probe's measurements. Nothing here runs a guest, and no verdict depends on an absolute time.
 
-A host may be busy, nested in another one, or a hundred times slower than hardware. What stays true there is what KVM
-counted, whether a vCPU's registers changed, and how much processor time one guest took compared with another on the
-same host.
+A host may be busy, nested, or a hundred times slower than hardware. Valid on each of them are KVM's counts, whether a
+vCPU's registers changed, and the ratio of two guests' processor times.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Verdict(NamedTuple):
 # processors at 1, also such as are emulated themselves: both levels are then.
 RATIO_NATIVE = 3
 RATIO_EMULATED = 10
-ROUNDS_LEAST = 10  # so that each level has a run that nothing disturbed
+ROUNDS_LEAST = 10  # so that each level has an undisturbed run
 
 
 def emulation_counted(instructions: int, grew: int) -> Verdict:
@@ -51,7 +50,7 @@ def emulation_timed(kernel: Sequence[int], user: Sequence[int]) -> Verdict | Non
     return Verdict(ratio >= RATIO_EMULATED, f"a loop at CPL 0 took {ratio:.3g} times the same at CPL 3")
 
 
-# ---- does a guest go on? ----
+# ---- does a guest make progress? ----
 
 STEPS_STUCK = 1000  # of instructions emulated, or exits: with no register changed by any of them
 LOOKS_COUNTED, LOOKS_TIMED = 4, 8
@@ -59,7 +58,7 @@ TIMES_ENDLESS = 1000  # of processor time between two looks, with registers that
 
 
 class Look(NamedTuple):
-    """A vCPU interrupted: all its registers, its thread's processor time, and what KVM had counted (or nothing)."""
+    """A sample of an interrupted vCPU: all registers, its thread's processor time, KVM's counts (possibly none)."""
 
     registers: tuple[int, ...]
     cpu_ns: int
@@ -67,12 +66,12 @@ class Look(NamedTuple):
 
 
 def due(looks: Sequence[Look], cpu_ns: int, patience_ns: int) -> bool:
-    """Whether the thread was on a processor for long enough since the last look (or the start) to look again."""
+    """Return whether the thread has run long enough since the last sample (or the start) for another one."""
     return cpu_ns - (looks[-1].cpu_ns if looks else 0) >= patience_ns
 
 
 def stuck(looks: Sequence[Look], patience_ns: int) -> str:
-    """Why a guest that should have ended will not; empty while it may.
+    """Return why a guest that should have ended will not; empty while it still may.
 
     Between two looks its thread had at least ``patience_ns`` of processor time, many times what a guest of this kind
     needs from start to end on this host. Each look makes KVM enter the guest anew.

@@ -1,7 +1,7 @@
-"""What this host's KVM is and can do, found by asking it and by running tiny guests, never by the host's name.
+"""Properties of this host's KVM, found by querying it and by running tiny guests, never by the host's name.
 
-:func:`check` is on the way of every start: it reads the findings of an earlier probe on the same running kernel, or
-probes. :mod:`vmm.cli.doctor` prints the whole examination.
+Every start calls :func:`check`, which reads the findings of an earlier probe of the same running kernel, or probes.
+:mod:`vmm.cli.doctor` prints all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def check(kvm: str, config: MachineConfig) -> Remedies:
-    """The remedies for a machine of this configuration; probes once per boot of the host.
+    """Return the remedies for a machine of this configuration; probes once per boot of the host.
 
     Raises :class:`~vmm.errors.HostError` when KVM is missing, forbidden or too old.
     """

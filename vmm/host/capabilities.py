@@ -1,4 +1,4 @@
-"""What KVM can do, by its capabilities."""
+"""Capabilities of KVM: those that are required, and those that pyvmm uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmm.errors import HostError
 if TYPE_CHECKING:
     from vmm._ffi import vmm_vm
 
-# The capabilities a machine is built on (linux/kvm.h), and what each is for.
+# The required capabilities (linux/kvm.h), and their purpose.
 NEEDED: dict[int, tuple[str, str]] = {
     lib.KVM_CAP_IRQCHIP: ("KVM_CAP_IRQCHIP", "in-kernel interrupt controllers"),
     lib.KVM_CAP_USER_MEMORY: ("KVM_CAP_USER_MEMORY", "guest memory from this process"),
@@ -43,7 +43,7 @@ def require_capabilities(vm: vmm_vm) -> None:
 
 
 def capabilities(vm: vmm_vm) -> dict[str, tuple[int, str]]:
-    """Every capability pyvmm knows how to use: KVM's number for it (0: absent) and what it is for."""
+    """Return every capability that pyvmm can use: KVM's value (0: absent) and its purpose."""
     return {
         name: (int(lib.vmm_vm_check_extension(vm, number)), purpose)
         for number, (name, purpose) in sorted({**NEEDED, **USED}.items())

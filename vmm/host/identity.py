@@ -1,4 +1,4 @@
-"""Which KVM this is: its modules, their parameters, the kernel."""
+"""Identity of this host's KVM: its modules, their parameters, the kernel."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _MODULES = ("kvm", *BACKENDS)
 
 
 def identity(sysfs: str = "/sys/module") -> str:
-    """What the findings hold for, in one line: the kernel, and each of KVM's modules with version and parameters.
+    """Return, in one line, what the findings are valid for: the kernel, and KVM's modules with version and parameters.
 
-    A module may be loaded anew, with others, while the host runs. What cannot be read is left out.
+    A module can be reloaded with other parameters while the host runs. Unreadable attributes are left out.
     """
     kernel = os.uname()
     words = [kernel.release, kernel.version]
@@ -45,5 +45,5 @@ def _attribute(path: str, name: str) -> list[str]:
 
 
 def backend() -> str:
-    """VMX, SVM, PVM or unknown: by which module offers /dev/kvm."""
+    """Return VMX, SVM, PVM or unknown, by the module that provides /dev/kvm."""
     return next((name for module, name in BACKENDS.items() if os.path.isdir(f"/sys/module/{module}")), "unknown")

@@ -1,4 +1,4 @@
-"""The findings about this host: read from the cache where they still hold, else probed for."""
+"""The findings about this host: from the cache if still valid, else from a new probe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _known: dict[str, Findings] = {}
 
 
 def findings(kvm: str = "/dev/kvm") -> Findings:
-    """The probes' findings: of this process, else of this boot of the host and this KVM, else made now."""
+    """Return the findings: of this process, else cached for this boot and this KVM, else from a new probe."""
     if kvm not in _known:
         try:
             with open(_cache_file(kvm)) as file:
@@ -38,7 +38,7 @@ def findings(kvm: str = "/dev/kvm") -> Findings:
 
 
 def probe_now(kvm: str = "/dev/kvm") -> Findings:
-    """Probe (a fraction of a second) and remember the findings."""
+    """Probe (a fraction of a second) and cache the findings."""
     from vmm.cpu.probe import probe
 
     found = _known[kvm] = probe(kvm)
@@ -49,5 +49,5 @@ def probe_now(kvm: str = "/dev/kvm") -> Findings:
             file.write(f"{identity()}\n{found.as_text()}")
         os.replace(f"{path}.{os.getpid()}", path)
     except OSError:
-        pass  # a read-only home costs the next start a probe
+        pass  # with a read-only home the next start probes again
     return found

@@ -1,4 +1,4 @@
-"""What one machine does about what its host's KVM leaves undone."""
+"""Remedies of one machine for the shortcomings of its host's KVM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Remedies:
-    """What one machine does about its host: native flags, and whether guest kernel code is ``emulated``."""
+    """The remedies: native flags, and whether guest kernel code is ``emulated``."""
 
     __slots__ = ("emulated", "remedies", "tsc_fixed", "unstopped", "vmcall_loops")
 

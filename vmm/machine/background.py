@@ -1,4 +1,4 @@
-"""What goes on beside a machine on threads of its own: snapshots on a period, a standby, a migration."""
+"""Background tasks of a machine, on threads of their own: periodic snapshots, a standby, a migration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Background:
         self._lock = threading.Lock()
 
     def add(self, task: BackgroundTask) -> None:
-        """Have ``task`` stopped before the machine is closed."""
+        """Stop ``task`` before the machine is closed."""
         self._tasks.append(task)
 
     def migrate(self, machine: Mover, destination: str, how: dict[str, Any]) -> Migrated:

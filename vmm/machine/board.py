@@ -101,7 +101,7 @@ class Board:
             else:
                 self._add_mmio(device)
         except BaseException:
-            self.destroy_at_close(device.destroy)  # no transport will
+            self.destroy_at_close(device.destroy)  # no transport owns it
             raise
 
     def create_pci_host(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a machine's present course of events began: what a replay of it has to start from."""
+"""The start of a machine's present course of events, from which a replay has to begin."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ class Machine(ObservableMachine):
     # ---- state ----
 
     def describe(self) -> State:
-        """Return what must be the same for the guest wherever the machine goes on, as a plain value."""
+        """Return, as a plain value, what must stay the same for the guest on every host."""
         return self.timeline.describe()
 
     def save(self) -> State:
-        """Return everything but memory and the contents of disks, as a plain value. The machine is held meanwhile."""
+        """Return everything but memory and the contents of disks, as a plain value. The machine is paused meanwhile."""
         return self.timeline.save()
 
     def load_state(self, state: State, *, clock: str = "advanced") -> None:
@@ -75,8 +75,8 @@ class Machine(ObservableMachine):
     def checkpoint(self) -> Checkpoint:
         """Keep the machine's state, memory and disks as they are now, for :meth:`rollback`.
 
-        It may run, be paused, or not have started (its image is loaded then). The guest's view of time stands still in
-        a checkpoint. Raises :class:`~vmm.errors.StateError` where a device cannot be held: a share, whose server is
+        It may run, be paused, or not have started (then its image is loaded). The guest's clocks do not advance in a
+        checkpoint. Raises :class:`~vmm.errors.StateError` if a device cannot be quiesced: a share, whose server is
         another process.
         """
         return self.timeline.checkpoint()

@@ -1,4 +1,4 @@
-"""Holding a machine still while its state is taken or replaced."""
+"""Quiesce a machine while its state is saved or replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Hold:
-    """Holds vCPUs, I/O thread and devices that run by themselves, and takes breakpoints out of memory."""
+    """Quiesces vCPUs, the I/O thread and devices with threads of their own, and removes breakpoints from memory."""
 
     def __init__(self, vm: Vm, execution: Execution, memory: GuestMemory) -> None:
         self._vm = vm

@@ -1,4 +1,4 @@
-"""What the monitor tells the user about a machine, beside its console."""
+"""Messages of the monitor to the user about a machine."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Timeline:
 
         with self.hold.still():
             self._firmware.load()
-            # Devices finish what is in flight: they interrupt, which is a part of the processors' state.
+            # Quiesce devices first: completing requests raises interrupts, which are part of the vCPUs' state.
             devices = {device.name: device.save() for device in self._board.devices}
             return {
                 "version": 1,
@@ -121,7 +121,7 @@ class Timeline:
             self._console.rewind(state["input"])
             processor_state.load(self._vm.handle, self._vcpus, state["processors"], ahead=ahead)
             passed = processor_state.passed_since(state["processors"])
-            if not ahead or passed < 0:  # a host whose clock was set back: the guest's does not follow
+            if not ahead or passed < 0:  # the host's clock was set back: the guest's is not
                 for device in devices.values():
                     device.set_back(passed)
 

@@ -101,7 +101,7 @@ class View:
             try:
                 if path:
                     found = Symbols.open(path) if path == self._config.symbols else Symbols.of_elf(path, budget)
-            except ConfigError as error:  # no reason to say nothing else of a guest that died
+            except ConfigError as error:  # the diagnosis of a dead guest goes on without symbols
                 self._log.add(str(error))
             if not found and self._firmware.kind in LINUX_KINDS and self._vm.is_open:
                 found = Symbols.of_kernel(self._memory, budget)

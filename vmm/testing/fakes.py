@@ -1,4 +1,4 @@
-"""Ends for a device under test: an interrupt line that records, a console that is two lists."""
+"""Test doubles for a device's surroundings: a recording interrupt line, a console in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class FakeLine:
-    """Records every level it is driven to. ``levels`` is the history, ``level`` where it is now."""
+    """An interrupt line that records its levels: ``levels`` is the history, ``level`` the present one."""
 
     def __init__(self) -> None:
         self.level = 0
@@ -32,14 +32,14 @@ class FakeLine:
 
     @property
     def edges(self) -> int:
-        """How often the line rose."""
+        """Number of rising edges."""
         return sum(now > before for before, now in zip([0, *self.levels], self.levels, strict=False))
 
 
 class FakeConsole:
     """A :class:`vmm.devices.uart.SerialConsole` in memory.
 
-    ``output`` is all the guest sent. ``put`` refuses while ``room`` bytes were taken since the last
+    ``output`` has all bytes the guest sent. ``put`` returns false once ``room`` bytes were stored since the last
     :meth:`make_room` (``None``: it never refuses).
     """
 
@@ -60,7 +60,7 @@ class FakeConsole:
         self._on_input()
 
     def make_room(self) -> None:
-        """The reader has caught up."""
+        """Accept ``room`` further bytes, and call the listener."""
         self._held = 0
         if self._refused:
             self._refused = False
@@ -78,7 +78,7 @@ class FakeConsole:
         return True
 
     def get(self) -> int | None:
-        """Take the first byte of ``input``."""
+        """Remove and return the first byte of ``input``, or ``None``."""
         return self.input.pop(0) if self.input else None
 
     def unget(self, data: bytes) -> None:
@@ -86,5 +86,5 @@ class FakeConsole:
         self.input[:0] = data
 
     def listen(self, on_input: Callable[[], None], on_room: Callable[[], None]) -> None:
-        """Remember whom to tell."""
+        """Set the callbacks for new input and new room."""
         self._on_input, self._on_room = on_input, on_room

@@ -1,4 +1,4 @@
-"""A Linux guest for tests: booted once, asked for one command after another, and taken back to when it had booted."""
+"""A Linux guest for tests: booted once, runs commands, and can be rolled back to the end of its boot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vmm.machine import Machine
     from vmm.snapshot.checkpoint import Checkpoint
 
-BOOT_TIMEOUT = 300.0  # seconds; a quarter of a minute where guest kernel code is emulated, under a second elsewhere
+BOOT_TIMEOUT = 300.0  # seconds; a boot takes 15 s where guest kernel code is emulated, under a second elsewhere
 
 
 _SET_ADDRESS = """for interface in /sys/class/net/*; do
@@ -23,7 +23,7 @@ done"""
 
 
 class Result(NamedTuple):
-    """What a command in the guest did: ``status, output = linux.run("uname -r")``."""
+    """Result of a command in the guest: ``status, output = linux.run("uname -r")``."""
 
     status: int
     output: str
@@ -32,11 +32,10 @@ class Result(NamedTuple):
 class LinuxGuest:
     """A Linux guest that runs commands; ``fields`` are those of a :class:`~vmm.machine.Machine`.
 
-    Without ``kernel`` it is the Linux that ``pyvmm boot`` would get for itself; an ``initrd`` of your own is unpacked
-    below the session's. The guest boots at the first :meth:`run`, and again at the next after it died or did not answer
-    in time: one bad command does not fail the tests behind it. With ``checkpoint`` it is rolled back instead to when it
-    had booted, as :meth:`rollback` does; unless the machine cannot be held in one (a share). ``boots`` and
-    ``rollbacks`` count.
+    Without ``kernel`` it is the default Linux of ``pyvmm boot``; an ``initrd`` of your own is unpacked below the
+    session's. The guest boots at the first :meth:`run`, and again after it died or timed out, so that one bad command
+    does not fail later tests. With ``checkpoint`` it is rolled back to the end of its boot instead, as by
+    :meth:`rollback`, unless the machine cannot have a checkpoint (a share). ``boots`` and ``rollbacks`` are counts.
     """
 
     def __init__(self, *, checkpoint: bool = False, **fields: Any) -> None:
@@ -45,13 +44,13 @@ class LinuxGuest:
         self.boots = self.rollbacks = 0
         self._wanted = checkpoint
         self._booted: Checkpoint | None = None
-        self._unheld = "it keeps no checkpoint"  # why there is none
+        self._unheld = "it keeps no checkpoint"  # reason without a checkpoint
 
     def run(self, command: str, timeout: float = 60.0) -> Result:
         """Run ``command`` in the guest's shell, from ``/`` with no input; standard error is part of the output.
 
-        Raises :class:`~vmm.errors.ConsoleTimeout` after ``timeout`` seconds, with what the command printed until
-        then, and :class:`~vmm.errors.StateError` when the guest ended meanwhile; it says how.
+        Raises :class:`~vmm.errors.ConsoleTimeout` after ``timeout`` seconds, with the command's output until then,
+        and :class:`~vmm.errors.StateError` with the outcome if the guest ended meanwhile.
         """
         import os
 
@@ -70,7 +69,7 @@ class LinuxGuest:
         return Result(int(match[1]), match.string[: match.start()].decode(errors="replace"))
 
     def boot(self) -> Machine:
-        """Boot a new guest in place of the one there may be. Raises as :meth:`run` does."""
+        """Boot a new guest, and close the present one. Raises what :meth:`run` raises."""
         from vmm.cli.default_linux import find
         from vmm.config import MachineConfig
         from vmm.linux import session
@@ -93,10 +92,10 @@ class LinuxGuest:
         return machine
 
     def rollback(self) -> Machine:
-        """Have the guest as it was when it had booted: files, processes, disks and clock. It boots if it has not yet.
+        """Roll the guest back to the end of its boot: files, processes, disks and clock. It boots if it has not yet.
 
-        Raises :class:`~vmm.errors.StateError` where the machine cannot be held in a checkpoint, and as :meth:`run`
-        does when the guest does not boot.
+        Raises :class:`~vmm.errors.StateError` if the machine cannot have a checkpoint, and what :meth:`run` raises
+        if the guest does not boot.
         """
         machine = self.boot() if self.machine is None else self.machine
         if self._booted is None:
@@ -108,13 +107,13 @@ class LinuxGuest:
         return machine
 
     def clone(self, n: int = 1, *, hostname: Callable[[int], str] = "clone{}".format) -> list[LinuxGuest]:
-        """``n`` guests that go on from where this one is (:meth:`vmm.Machine.clone`), running; this one goes on too.
+        """Return ``n`` running clones of this guest (:meth:`vmm.Machine.clone`), which runs on.
 
-        Each has the hardware addresses its machine was given, and the host name ``hostname(index)``; its kernel has
-        reseeded its random numbers if it can (``CONFIG_VMGENID``). Close them. Raises as :meth:`run` does, and what
-        ``Machine.clone`` raises.
+        Each has the hardware addresses of its machine and the host name ``hostname(index)``; a kernel with
+        ``CONFIG_VMGENID`` has reseeded its random numbers. The caller closes them. Raises what :meth:`run` and
+        ``Machine.clone`` raise.
         """
-        self.run("true")  # it is there, and does nothing else
+        self.run("true")  # the session is idle at its prompt
         assert self.machine is not None
         before = _addresses(self.machine)
         guests = []
@@ -131,7 +130,7 @@ class LinuxGuest:
         return guests
 
     def _become(self, before: list[str], hostname: str) -> None:
-        """Run for the first time, and have the guest be what its machine is. ``before``: what it takes itself for."""
+        """Start a clone, and set its host name and its machine's hardware addresses in place of those in ``before``."""
         import shlex
 
         assert self.machine is not None
@@ -145,7 +144,7 @@ class LinuxGuest:
 
     def _death(self, machine: Machine, doing: str, error: ConsoleTimeout, start: int) -> Exception:
         if not machine.console.closed:
-            machine.stop()  # for who looks at it
+            machine.stop()  # so that the report can examine it
             printed = error.transcript[start:]
             return ConsoleTimeout(f"the guest did not answer in time, {doing}; it printed {_shown(printed)}", printed)
         return StateError(f"the guest ended, {doing}: {machine.wait().sentence}")
@@ -162,7 +161,7 @@ def _shown(printed: bytes) -> str:
 
 
 def _addresses(machine: Machine) -> list[str]:
-    """The hardware addresses of a machine's networks."""
+    """Return the hardware addresses of a machine's networks."""
     from vmm.devices.virtio.net import Net
 
     return [device.mac for device in machine.virtio if isinstance(device, Net)]

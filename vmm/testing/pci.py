@@ -1,4 +1,4 @@
-"""A driver's way to a device on PCI: configuration space, capabilities, BARs, MSI-X. For tests, without a guest."""
+"""Driver's side of PCI for tests without a guest: configuration space, capabilities, BARs, MSI-X."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PciFunction:
         self._at = ecam + (slot << 15)
 
     def read(self, offset: int, size: int) -> int:
-        """``size`` bytes of configuration space."""
+        """Read ``size`` bytes of configuration space."""
         return self.bus.read(_MMIO, self._at + offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -34,26 +34,26 @@ class PciFunction:
         self.bus.write(_MMIO, self._at + offset, size, value)
 
     def enable(self) -> None:
-        """Let it decode its BARs and reach memory."""
+        """Enable memory decoding and bus mastering."""
         self.write(COMMAND, 2, self.read(COMMAND, 2) | MEMORY | MASTER)
 
     def bar(self, number: int) -> int:
-        """The address in a memory BAR of 64 bits."""
+        """Return the address in a 64-bit memory BAR."""
         return self.read(BAR0 + 4 * number, 8) & ~0xF
 
     def move(self, number: int, address: int) -> None:
-        """Put a BAR elsewhere."""
+        """Set the address of a BAR."""
         self.write(BAR0 + 4 * number, 8, address)
 
     def capabilities(self) -> Iterator[tuple[int, int]]:
-        """(id, offset) in the order of the list. Raises ``ValueError`` when it does not end."""
+        """Yield (id, offset) in the order of the list. Raises ``ValueError`` if it loops."""
         at = self.read(CAPABILITIES, 1)
         for _ in range(48):  # as many as fit
             if not at:
                 return
             yield self.read(at, 1), at
             at = self.read(at + 1, 1)
-        raise ValueError("the list of capabilities is a circle")
+        raise ValueError("the PCI capability list loops")
 
 
 class PciTransport:
@@ -79,12 +79,12 @@ class PciTransport:
         self.function.enable()
 
     def address(self, kind: int, offset: int = 0) -> int:
-        """Where byte ``offset`` of a structure is, in guest-physical memory."""
+        """Return the guest-physical address of byte ``offset`` of a structure."""
         bar, start = self._where[kind]
         return self.function.bar(bar) + start + offset
 
     def read(self, offset: int, size: int) -> int:
-        """A field of the common configuration."""
+        """Read a field of the common configuration."""
         return self.bus.read(_MMIO, self.address(_COMMON, offset), size)
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -92,7 +92,7 @@ class PciTransport:
         self.bus.write(_MMIO, self.address(_COMMON, offset), size, value)
 
     def device_id(self) -> int:
-        """The PCI device id, less 0x1040."""
+        """Return the PCI device id minus 0x1040."""
         return self.function.read(2, 2) - 0x1040
 
     def status(self) -> int:
@@ -100,13 +100,13 @@ class PciTransport:
         return self.read(20, 1)
 
     def set_status(self, status: int) -> None:
-        """device_status; a reset is over when it reads as 0 (4.1.4.3.2)."""
+        """Write device_status; a reset is complete when it reads as 0 (4.1.4.3.2)."""
         self.write(20, 1, status)
         while status == 0 and self.read(20, 1):
             time.sleep(0.0001)
 
     def features(self) -> int:
-        """device_feature, both words."""
+        """Read both words of device_feature."""
         words = []
         for select in (0, 1):
             self.write(0, 4, select)
@@ -114,18 +114,18 @@ class PciTransport:
         return words[0] | words[1] << 32
 
     def set_features(self, features: int) -> None:
-        """driver_feature, both words."""
+        """Write both words of driver_feature."""
         for select in (0, 1):
             self.write(8, 4, select)
             self.write(12, 4, features >> 32 * select & 0xFFFFFFFF)
 
     def queue_size(self, queue: int) -> int:
-        """queue_size, as it is after a reset."""
+        """Read queue_size, which after a reset is the largest."""
         self.write(22, 2, queue)
         return self.read(24, 2)
 
     def set_queue(self, queue: int, ring: Ring) -> None:
-        """queue_size, the three areas, queue_enable."""
+        """Write queue_size, the three areas, queue_enable."""
         self.write(22, 2, queue)
         self.write(24, 2, ring.size)
         for offset, gpa in ((32, ring.table), (40, ring.driver_area), (48, ring.device_area)):
@@ -134,26 +134,26 @@ class PciTransport:
         self.write(28, 2, 1)
 
     def reset_queue(self, queue: int) -> None:
-        """queue_reset (4.1.4.3.2)."""
+        """Write queue_reset (4.1.4.3.2)."""
         self.write(22, 2, queue)
         self.write(58, 2, 1)
         while self.read(58, 2) or self.read(28, 2):
             time.sleep(0.0001)
 
     def notify(self, queue: int) -> None:
-        """The doorbell, where queue_notify_off says."""
+        """Write the doorbell at queue_notify_off."""
         self.write(22, 2, queue)
         self.bus.write(_MMIO, self.address(_NOTIFY, self.read(30, 2) * self._multiplier), 2, queue)
 
     def interrupts(self) -> int:
-        """The ISR status, which reading clears; it stays 0 while MSI-X is on."""
+        """Read the ISR status, which clears it; it stays 0 while MSI-X is enabled."""
         return self.bus.read(_MMIO, self.address(_ISR), 1)
 
     def config(self, offset: int, size: int) -> bytes:
-        """Bytes of the device's configuration, one by one."""
+        """Read bytes of the device's configuration, one by one."""
         return bytes(self.bus.read(_MMIO, self.address(_DEVICE, offset + n), 1) for n in range(size))
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """Write bytes of it, one by one."""
+        """Write bytes of the device's configuration, one by one."""
         for n, byte in enumerate(data):
             self.bus.write(_MMIO, self.address(_DEVICE, offset + n), 1, byte)

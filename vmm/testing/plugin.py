@@ -1,18 +1,19 @@
-"""The pytest plugin: machines as fixtures, and in the report of a failed test how its guests stood.
+"""The pytest plugin: machines as fixtures, and the state of the guests in the report of a failed test.
 
-It is there once pyvmm is installed. Importing it imports nothing of the monitor: that happens when a fixture is used.
+Installing pyvmm registers it. It imports the monitor only when a fixture is used.
 
 ``machine``
-    a machine as ``@pytest.mark.vm(kernel=..., memory=...)`` says (the fields of :class:`vmm.Machine`), not started;
+    a machine with the fields of ``@pytest.mark.vm(kernel=..., memory=...)`` (those of :class:`vmm.Machine`), not
+    started;
 ``make_machine``
     a function for more of them, with the same fields on top of the mark's;
 ``linux``
     a :class:`vmm.testing.linux.LinuxGuest`, booted once a session and rolled back before every test; override the
     session fixture ``linux_fields`` to choose its kernel, memory or disks;
 ``linux_session``
-    the same guest as the test before left it.
+    the same guest in the state in which the previous test left it.
 
-``--vm-count N`` runs each test that uses one of them N times, and says how many a second that were.
+``--vm-count N`` runs each test that uses one of them N times, and reports the rate.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MADE: pytest.StashKey[list[Any]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """One setting, one option."""
+    """Add the option and the setting."""
     group = parser.getgroup("virtual machines")
     group.addoption(
         "--vm-count", type=int, default=1, metavar="N", help="run each test that uses a virtual machine N times"
@@ -45,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known."""
+    """Register the mark."""
     config.addinivalue_line(
         "markers",
         "vm(kernel=..., memory=..., cpus=..., timeout=..., ...): the fields of the machine fixture; marks of a test "
@@ -57,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _fields(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the marks say, the closest winning; files relative to the test's."""
+    """Merge the fields of the marks, the closest first; files are relative to the test's."""
     fields: dict[str, Any] = {"timeout": float(request.config.getini("vm_timeout"))}
     for mark in reversed(list(request.node.iter_markers("vm"))):
         if mark.args:
@@ -80,7 +81,7 @@ def _need_kvm() -> None:
 
 @pytest.fixture
 def make_machine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Machine]]:
-    """Make machines with the vm mark's fields and those given; they are closed when the test is over."""
+    """A function that creates machines with the vm mark's fields and those given; they are closed after the test."""
     _need_kvm()
     from vmm.machine import Machine
 
@@ -122,23 +123,23 @@ def linux_session(linux_fields: dict[str, Any]) -> Iterator[LinuxGuest]:
 
 @pytest.fixture
 def linux(linux_session: LinuxGuest) -> LinuxGuest:
-    """The same guest, for every test as it was when it had booted."""
+    """The same guest, rolled back to the end of its boot before every test."""
     linux_session.rollback()
     return linux_session
 
 
-# ---- again and again ----
+# ---- repetition ----
 
-_FIXTURES = frozenset({"make_machine", "linux_session"})  # the others use these
+_FIXTURES = frozenset({"make_machine", "linux_session"})  # the other fixtures depend on these
 
 
 @pytest.fixture
 def vm_repetition(request: pytest.FixtureRequest) -> int:
-    """Which of its ``--vm-count`` runs a test is in; 0: the first."""
+    """The number of the test's run, of ``--vm-count``, from 0."""
     return getattr(request, "param", 0)
 
 
-@pytest.hookimpl(trylast=True)  # behind a test's own parameters
+@pytest.hookimpl(trylast=True)  # after a test's own parameters
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Repeat the tests that use a machine."""
     count = metafunc.config.getoption("vm_count")
@@ -151,7 +152,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """How many tests with machines a second, from when the first had its machine: a guest boots before that."""
+    """Print the rate of tests with machines since the first got its machine; the boot of a guest is not included."""
     if config.getoption("vm_count") < 2:
         return
     kinds = [kind for kind in terminalreporter.stats.values() if kind and isinstance(kind[0], pytest.TestReport)]
@@ -170,17 +171,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """Add to a failed test's report how its machines stood. Those of ``make_machine`` are stopped for that."""
+    """Add the state of its machines to a failed test's report. Those of ``make_machine`` are stopped for it."""
     outcome = yield
     report: Any = outcome.get_result()
-    report.uses_vm = not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))  # goes with it to xdist's controller
+    report.uses_vm = not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))  # xdist sends it to the controller
     if report.failed and "vmm.machine" in sys.modules:
         for machine, ours in _machines(item):
             report.sections.append((f"guest {machine!r}", _describe(machine, ours)))
 
 
 def _machines(item: pytest.Item) -> list[tuple[Machine, bool]]:
-    """Machines of ``make_machine``, and any machine that another fixture's value is or has; whether it is the first."""
+    """Return the test's machines, in its fixtures' values or their attributes, each with whether ``make_machine``
+    created it."""
     from vmm.machine import Machine
 
     found = {id(made): (made, True) for made in item.stash.get(_MADE, [])}
@@ -192,10 +194,10 @@ def _machines(item: pytest.Item) -> list[tuple[Machine, bool]]:
 
 
 def _describe(machine: Machine, stop: bool) -> str:
-    """The post-mortem screen and the console's tail; of a machine that is to run on, only the latter."""
+    """Return the post-mortem screen and the console's tail; for a machine that must run on, only the latter."""
     try:
         if machine.running and (stop or machine.console.closed):
-            with contextlib.suppress(Exception):  # a hook's exception, which nobody waited for
+            with contextlib.suppress(Exception):  # a hook's exception that the test has not received
                 machine.stop()
         from vmm.printable import printable_lines
 

@@ -15,9 +15,8 @@ and a driver over a machine's bus::
         driver.start(packed=True)
         print(driver.request(0, room=[512]).data)       # 512 bytes of the entropy device
 
-All is written after virtio 1.2, and behaves; ``ring.table``, ``ring.driver_area`` and ``ring.device_area`` are where
-a test that does not goes to work. No fences: the processor keeps stores in order, and Python is slower than its store
-buffer.
+All code follows virtio 1.2; a test of a misbehaving driver writes to ``ring.table``, ``ring.driver_area`` and
+``ring.device_area``. There are no fences: x86 keeps stores in order, and Python is slower than the store buffer.
 """
 
 from __future__ import annotations
@@ -82,22 +81,22 @@ def _transport(machine: Any, attachment: Any) -> Transport:
 
 
 class Answer(NamedTuple):
-    """What came back for a request: bytes the device says it wrote, and all the room it had, piece by piece."""
+    """Reply to a request: the length that the device reports, and the content of each writable buffer."""
 
     written: int
     pieces: list[bytes]
 
     @property
     def data(self) -> bytes:
-        """The pieces as one."""
+        """The buffers as one."""
         return b"".join(self.pieces)
 
 
 class VirtioDriver:
-    """Drives one device through its transport: reset, features, queues, requests.
+    """Driver of one device, through its transport: reset, features, queues, requests.
 
-    ``arena`` is guest memory (first address, end) for rings and buffers, which nothing else uses. Requests are asked
-    one at a time (:meth:`request`) or many (:meth:`submit`, :meth:`kick`, :meth:`wait`).
+    ``arena`` is guest memory (first address, end) for rings and buffers, used by nothing else. Send requests one at a
+    time (:meth:`request`) or several (:meth:`submit`, :meth:`kick`, :meth:`wait`).
     """
 
     def __init__(self, memory: Memory, transport: Transport, *, arena: tuple[int, int]) -> None:
@@ -112,10 +111,10 @@ class VirtioDriver:
 
     @classmethod
     def of(cls, machine: Any, device: Any, *, arena: tuple[int, int] | None = None) -> VirtioDriver:
-        """A driver for a virtio ``device`` of a machine that does not run.
+        """Return a driver for a virtio ``device`` of a machine that does not run.
 
-        ``arena``: the upper half of its lowest region of memory, unless given; two drivers want one each. Raises
-        ``ValueError`` when the device is not there.
+        ``arena`` is by default the upper half of the lowest region of memory; two drivers need different ones. Raises
+        ``ValueError`` if the machine does not have the device.
         """
         for attachment in machine.bus.attachments.values():
             if attachment.space == 1 and getattr(attachment.device, "device", None) is device:
@@ -124,7 +123,7 @@ class VirtioDriver:
                 return cls(machine.memory, transport, arena=arena or (gpa + size // 2, gpa + size))
         raise ValueError(f"{device!r} is not in this machine: give it to Machine.add")
 
-    # ---- life ----
+    # ---- set-up ----
 
     def start(
         self,
@@ -136,11 +135,11 @@ class VirtioDriver:
         sizes: dict[int, int] | None = None,
         queues: Iterable[int] | None = None,
     ) -> int:
-        """Reset, agree on features, set up queues, DRIVER_OK (virtio 1.2, 3.1.1). The features that were agreed.
+        """Reset, negotiate features, set up queues, DRIVER_OK (virtio 1.2, 3.1.1); return the negotiated features.
 
-        ``features``: the device's own bits to accept (``None``: all it offers). ``packed``, ``event_idx`` and
-        ``indirect`` are asked for where offered. ``queues``: which to enable (``None``: all); ``sizes``: of some
-        of them, else the largest. Raises ``RuntimeError`` when the device does not accept.
+        ``features`` are the device's own bits to accept (``None``: all offered). ``packed``, ``event_idx`` and
+        ``indirect`` are accepted if offered. ``queues`` are those to enable (``None``: all); ``sizes`` maps queues to
+        sizes, by default the largest. Raises ``RuntimeError`` if the device does not set FEATURES_OK.
         """
         self.reset()
         self.transport.set_status(ACKNOWLEDGE)
@@ -160,7 +159,7 @@ class VirtioDriver:
         return self.agreed
 
     def reset(self) -> None:
-        """Power-on state; every ring and request is forgotten."""
+        """Reset the device, and drop every ring and request."""
         self.transport.set_status(0)
         self.rings.clear()
         self._requests.clear()
@@ -174,7 +173,7 @@ class VirtioDriver:
             queue += 1
 
     def enable(self, queue: int, size: int | None = None) -> Ring:
-        """Lay a ring out in the arena and give it to the device."""
+        """Allocate a ring in the arena and enable the queue with it; return the ring."""
         kind = PackedRing if self.agreed & F_RING_PACKED else SplitRing
         size = size or self.transport.queue_size(queue)
         gpa = self.allocate(26 * size + 256)
@@ -184,7 +183,7 @@ class VirtioDriver:
         return ring
 
     def reset_queue(self, queue: int) -> None:
-        """Take one queue away from the device (F_RING_RESET); its requests are forgotten. :meth:`enable` follows."""
+        """Reset one queue (F_RING_RESET), and drop its requests. :meth:`enable` it again afterwards."""
         self.transport.reset_queue(queue)
         del self.rings[queue]
         for key in [key for key in self._requests if key[0] == queue]:
@@ -192,13 +191,13 @@ class VirtioDriver:
 
     @property
     def broken(self) -> bool:
-        """Whether the device needs a reset."""
+        """Whether the device reports DEVICE_NEEDS_RESET."""
         return bool(self.transport.status() & NEEDS_RESET)
 
     # ---- guest memory ----
 
     def allocate(self, size: int) -> int:
-        """``size`` bytes of the arena, on a page of their own. Raises ``MemoryError``."""
+        """Allocate ``size`` bytes of the arena on a page of their own; return the address. Raises ``MemoryError``."""
         size = round_up(max(size, 1), 4096)
         for n, (start, end) in enumerate(self._free):
             if end - start >= size:
@@ -220,9 +219,10 @@ class VirtioDriver:
     def submit(
         self, queue: int, data: Sequence[bytes] = (), room: Sequence[int] = (), *, indirect: bool = False
     ) -> int:
-        """Offer a request: ``data`` for the device to read, then ``room`` for it to fill, a descriptor each; its id.
+        """Make a request available; return its id. Each buffer in ``data`` (device-readable), then each length in
+        ``room`` (device-writable), gets a descriptor.
 
-        Raises :class:`RingFull`. The device is not told: :meth:`kick`.
+        Raises :class:`RingFull`. It does not notify the device: see :meth:`kick`.
         """
         sizes = [*map(len, data), *room]
         table = round_up(sum(sizes), 16)
@@ -231,7 +231,7 @@ class VirtioDriver:
         at, pieces = base, []
         for n, length in enumerate(sizes):
             pieces.append(Piece(at, length, n >= len(data)))
-            self.memory.write(at, data[n] if n < len(data) else b"\xee" * length)  # so that what is unwritten shows
+            self.memory.write(at, data[n] if n < len(data) else b"\xee" * length)  # marks unwritten bytes
             at += length
         try:
             id = self.rings[queue].offer(pieces, indirect=base + table if indirect else None)
@@ -242,14 +242,14 @@ class VirtioDriver:
         return id
 
     def kick(self, queue: int, *, always: bool = False) -> bool:
-        """Ring the doorbell if the device wants it, or ``always``; whether it was rung."""
+        """Notify the device if it does not suppress that, or ``always``; return whether it was notified."""
         wanted = self.rings[queue].wants_doorbell()
         if wanted or always:
             self.transport.notify(queue)
         return wanted or always
 
     def collect(self, queue: int) -> dict[int, Answer]:
-        """What has come back by now, by the ids of :meth:`submit`, in the order of the device."""
+        """Return the replies so far by the ids of :meth:`submit`, in the device's order."""
         answers = {}
         while used := self.rings[queue].collect():
             base, size, room = self._requests.pop((queue, used.id))
@@ -258,14 +258,14 @@ class VirtioDriver:
         return answers
 
     def wait(self, queue: int, count: int = 1, timeout: float = 5.0) -> dict[int, Answer]:
-        """At least ``count`` answers, and those that come with them. Raises ``TimeoutError`` after ``timeout`` seconds,
-        ``RuntimeError`` when the device needs a reset."""
+        """Wait for at least ``count`` replies; return all that have arrived. Raises ``TimeoutError`` after ``timeout``
+        seconds, ``RuntimeError`` if the device needs a reset."""
         answers: dict[int, Answer] = {}
         self._until(lambda: answers.update(self.collect(queue)) or len(answers) >= count, timeout, f"queue {queue}")
         return answers
 
     def wait_interrupt(self, bits: int = 1, timeout: float = 5.0) -> None:
-        """Wait until one of ``bits`` was raised since last asked (1: buffers, 2: configuration), acknowledging all."""
+        """Wait until one of ``bits`` was raised since the last call (1: buffers, 2: configuration); acknowledge all."""
 
         def raised() -> bool:
             self.interrupts |= self.transport.interrupts()
@@ -293,8 +293,8 @@ class VirtioDriver:
         indirect: bool = False,
         timeout: float = 5.0,
     ) -> Answer:
-        """One request there and back: :meth:`submit`, :meth:`kick`, :meth:`wait`. Others that come back with it are
-        lost: do not mix it with :meth:`submit` on one queue."""
+        """Submit one request and return its reply: :meth:`submit`, :meth:`kick`, :meth:`wait`. Replies to others
+        are dropped: do not mix it with :meth:`submit` on one queue."""
         id = self.submit(queue, data, room, indirect=indirect)
         self.rings[queue].arm()
         self.kick(queue)

@@ -1,4 +1,4 @@
-"""Rings as a driver has them: split and packed, over guest memory. See :mod:`vmm.testing.ring`."""
+"""Driver's side of split and packed rings, over guest memory. See :mod:`vmm.testing.ring`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _PACKED = struct.Struct("<QIHH")  # address, size, id, flags
 
 
 class Memory(Protocol):
-    """What a ring asks of memory."""
+    """The memory access that a ring needs."""
 
     def read(self, gpa: int, size: int, /) -> bytes:
-        """``size`` bytes at ``gpa``."""
+        """Return ``size`` bytes at ``gpa``."""
 
     def write(self, gpa: int, data: bytes, /) -> None:
         """Store ``data`` at ``gpa``."""
 
 
 class Piece(NamedTuple):
-    """Guest memory for one descriptor: the device reads it, or, if ``write``, fills it."""
+    """Guest memory for one descriptor: device-readable, or device-writable if ``write``."""
 
     gpa: int
     size: int
@@ -39,17 +39,17 @@ class Piece(NamedTuple):
 
 
 def readable(gpa: int, size: int) -> Piece:
-    """``size`` bytes for the device to read."""
+    """Return a device-readable piece of ``size`` bytes."""
     return Piece(gpa, size, False)
 
 
 def writable(gpa: int, size: int) -> Piece:
-    """``size`` bytes for the device to fill."""
+    """Return a device-writable piece of ``size`` bytes."""
     return Piece(gpa, size, True)
 
 
 class Used(NamedTuple):
-    """A buffer that came back: what :meth:`Ring.offer` called it, and how many bytes the device says it filled."""
+    """A used buffer: its id from :meth:`Ring.offer`, and the length that the device reports."""
 
     id: int
     written: int
@@ -60,14 +60,14 @@ class RingFull(Exception):
 
 
 class BadUsed(Exception):
-    """The device gave a buffer back that it does not have: the device is wrong."""
+    """The device returned a buffer that was not available to it, which is an error of the device."""
 
 
 class Ring:
-    """What split and packed rings share. ``size`` descriptors, laid out from page-aligned ``gpa`` on, zeroed.
+    """Base of split and packed rings: ``size`` descriptors, laid out from page-aligned ``gpa`` on, zeroed.
 
     ``table``, ``driver_area`` and ``device_area`` are guest-physical addresses; ``end`` is the first one after them.
-    ``avail`` and ``used`` say where the driver offers and collects next.
+    ``avail`` and ``used`` are the positions of the next :meth:`offer` and :meth:`collect`.
     """
 
     packed = False
@@ -83,17 +83,18 @@ class Ring:
         self.end = self.device_area + device_bytes
         memory.write(gpa, bytes(self.end - gpa))
         self.avail = self.used = 0
-        self.chains: dict[int, int] = {}  # id of a chain the device has -> slots of it in the ring
+        self.chains: dict[int, int] = {}  # id of an available chain -> its slots in the ring
         self._free_slots = size
-        self._offered = 0  # slots, since wants_doorbell was asked
+        self._offered = 0  # slots offered since the last wants_doorbell
 
     def _area_sizes(self) -> tuple[int, int]:
         raise NotImplementedError
 
     def offer(self, pieces: Sequence[Piece], *, indirect: int | None = None) -> int:
-        """Offer one chain; its id. ``indirect``: put a table of 16 bytes a piece at that address, and take one slot.
+        """Make one chain available; return its id. ``indirect`` is the address for an indirect table, 16 bytes for each
+        piece, with which the chain takes one slot.
 
-        Raises :class:`RingFull`. ``pieces`` are taken as they are, also where they break rules.
+        Raises :class:`RingFull`. ``pieces`` are not checked, so that a test can break rules.
         """
         if not pieces:
             raise ValueError("a chain has at least one piece")
@@ -115,7 +116,7 @@ class Ring:
         raise NotImplementedError
 
     def wants_doorbell(self) -> bool:
-        """Whether the device asks for a doorbell for what was offered since this was last asked."""
+        """Return whether the device wants a notification for the chains offered since the last call."""
         offered, self._offered = self._offered, 0
         return offered > 0 and self._wants_doorbell(offered)
 
@@ -128,7 +129,7 @@ class Ring:
         raise NotImplementedError
 
     def collect(self) -> Used | None:
-        """The next buffer that came back, if there is one. Raises :class:`BadUsed`."""
+        """Return the next used buffer, or ``None``. Raises :class:`BadUsed`."""
         if not self.waiting:
             return None
         used = self._next_used()
@@ -146,7 +147,7 @@ class Ring:
         raise NotImplementedError
 
     def suppress(self) -> None:
-        """Ask for no interrupts (a wish; with event_idx in a split ring there is nothing to say)."""
+        """Suppress interrupts (a hint; without effect with event_idx in a split ring)."""
         raise NotImplementedError
 
     def arm(self) -> bool:
@@ -195,7 +196,7 @@ class SplitRing(Ring):
         self._descriptors[where[0]] = where
         self._store16(self.driver_area + 4 + 2 * (self.avail % self.size), where[0])
         self.avail = (self.avail + 1) & 0xFFFF
-        self._store16(self.driver_area + 2, self.avail)  # after all it makes available
+        self._store16(self.driver_area + 2, self.avail)  # after the entries that it publishes
         self._offered += 1
         return where[0]
 
@@ -219,7 +220,7 @@ class SplitRing(Ring):
         self._free += self._descriptors.pop(id)
 
     def suppress(self) -> None:
-        """Ask for no interrupts (a wish; with event_idx there is nothing to say)."""
+        """Suppress interrupts (a hint; without effect with event_idx)."""
         if not self.event_idx:
             self._store16(self.driver_area, 1)
 
@@ -249,7 +250,7 @@ class PackedRing(Ring):
         return b"".join(_PACKED.pack(piece.gpa, piece.size, 0, piece.write * WRITE) for piece in pieces)
 
     def advance(self, position: int, slots: int) -> int:
-        """The position ``slots`` further on, wrap counter included."""
+        """Return the position ``slots`` further on, wrap counter included."""
         slot = (position & ~_WRAP) + slots
         return slot | position & _WRAP if slot < self.size else (slot - self.size) | ~position & _WRAP
 
@@ -260,7 +261,7 @@ class PackedRing(Ring):
             flags |= piece.write * WRITE | (n < len(pieces) - 1) * NEXT | more
             placed.append((self.table + 16 * (position & ~_WRAP), _PACKED.pack(piece.gpa, piece.size, id, flags)))
             position = self.advance(position, 1)
-        for gpa, descriptor in reversed(placed):  # flags last of each, the first one's last of all (2.8.6)
+        for gpa, descriptor in reversed(placed):  # the first descriptor's flags last of all (2.8.6)
             self.memory.write(gpa, descriptor[:14])
             self.memory.write(gpa + 14, descriptor[14:])
         self.avail = position
@@ -274,7 +275,7 @@ class PackedRing(Ring):
         return 0 < self.distance(event, self.avail) <= offered
 
     def distance(self, start: int, end: int) -> int:
-        """Slots from one position forward to another, within two rounds."""
+        """Return the slots from one position forward to another, modulo two rounds."""
         there = (end & ~_WRAP) - (start & ~_WRAP) + (self.size if (start ^ end) & _WRAP else 0)
         return there % (2 * self.size)
 
@@ -293,7 +294,7 @@ class PackedRing(Ring):
         self._ids.append(id)
 
     def suppress(self) -> None:
-        """Ask for no interrupts."""
+        """Suppress interrupts."""
         self.memory.write(self.driver_area, struct.pack("<HH", 0, EVENTS_OFF))
 
     def arm(self) -> bool:

@@ -1,4 +1,4 @@
-"""How a driver reaches a device: the contract of a transport, and virtio-mmio. :mod:`vmm.testing.pci` has PCI."""
+"""Transports for a test's driver: the protocol, and virtio-mmio. :mod:`vmm.testing.pci` has PCI."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1, F_RING_PACKED, F_RING_RESET = (1 << b
 
 
 class Transport(Protocol):
-    """How a driver reaches a device: what virtio-mmio and virtio-pci have in common."""
+    """The operations that virtio-mmio and virtio-pci have in common."""
 
     def device_id(self) -> int:
-        """What kind of device it is (virtio 1.2, 5)."""
+        """Return the device id (virtio 1.2, 5)."""
 
     def status(self) -> int:
-        """The device status."""
+        """Return the device status."""
 
     def set_status(self, status: int) -> None:
         """Write the device status; 0 resets."""
 
     def features(self) -> int:
-        """What the device offers, 64 bits."""
+        """Return the features that the device offers, 64 bits."""
 
     def set_features(self, features: int) -> None:
-        """What the driver accepts."""
+        """Write the features that the driver accepts."""
 
     def queue_size(self, queue: int) -> int:
-        """The largest size of a queue; 0: there is no such queue."""
+        """Return the largest size of a queue; 0 if it does not exist."""
 
     def set_queue(self, queue: int, ring: Ring) -> None:
-        """Tell where a queue is, and enable it."""
+        """Write the addresses of a queue, and enable it."""
 
     def reset_queue(self, queue: int) -> None:
-        """Reset one queue (F_RING_RESET); returns when it is done."""
+        """Reset one queue (F_RING_RESET), and wait until that is complete."""
 
     def notify(self, queue: int) -> None:
-        """Ring a doorbell."""
+        """Notify the device of a queue."""
 
     def interrupts(self) -> int:
-        """Read and acknowledge: 1: buffers came back; 2: the configuration changed."""
+        """Read and acknowledge interrupts: 1 is used buffers, 2 a change of the configuration."""
 
     def config(self, offset: int, size: int) -> bytes:
-        """Bytes of the device's configuration space."""
+        """Read bytes of the device's configuration space."""
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """Write bytes of it."""
+        """Write bytes of the device's configuration space."""
 
 
 class Bus(Protocol):
     """The part of :class:`vmm.bus.Bus` that registers are reached through."""
 
     def read(self, space: int, address: int, size: int, /) -> int:
-        """One read as a vCPU makes it."""
+        """Read as a vCPU does."""
 
     def write(self, space: int, address: int, size: int, value: int, /) -> None:
-        """One write as a vCPU makes it."""
+        """Write as a vCPU does."""
 
 
 class MmioTransport:
@@ -78,7 +78,7 @@ class MmioTransport:
             raise ValueError(f"no virtio-mmio registers of version 2 at {address:#x}")
 
     def read(self, offset: int) -> int:
-        """One register of 32 bits."""
+        """Read one register of 32 bits."""
         return self.bus.read(1, self.address + offset, 4)
 
     def write(self, offset: int, value: int) -> None:
@@ -98,7 +98,7 @@ class MmioTransport:
         self.write(0x070, status)
 
     def features(self) -> int:
-        """DeviceFeatures, both words."""
+        """Read both words of DeviceFeatures."""
         words = []
         for select in (0, 1):
             self.write(0x014, select)
@@ -106,7 +106,7 @@ class MmioTransport:
         return words[0] | words[1] << 32
 
     def set_features(self, features: int) -> None:
-        """DriverFeatures, both words."""
+        """Write both words of DriverFeatures."""
         for select in (0, 1):
             self.write(0x024, select)
             self.write(0x020, features >> 32 * select & 0xFFFFFFFF)
@@ -117,7 +117,7 @@ class MmioTransport:
         return self.read(0x034)
 
     def set_queue(self, queue: int, ring: Ring) -> None:
-        """QueueNum, the three addresses, QueueReady."""
+        """Write QueueNum, the three addresses, QueueReady."""
         self.write(0x030, queue)
         self.write(0x038, ring.size)
         for offset, gpa in ((0x080, ring.table), (0x090, ring.driver_area), (0x0A0, ring.device_area)):
@@ -126,7 +126,7 @@ class MmioTransport:
         self.write(0x044, 1)
 
     def reset_queue(self, queue: int) -> None:
-        """QueueReset (4.2.2.2)."""
+        """Write QueueReset (4.2.2.2)."""
         self.write(0x030, queue)
         self.write(0x0C0, 1)
         while self.read(0x0C0):
@@ -137,17 +137,17 @@ class MmioTransport:
         self.write(0x050, queue)
 
     def interrupts(self) -> int:
-        """InterruptStatus, then InterruptACK."""
+        """Read InterruptStatus, then write InterruptACK."""
         pending = self.read(0x060)
         if pending:
             self.write(0x064, pending)
         return pending
 
     def config(self, offset: int, size: int) -> bytes:
-        """Bytes of the configuration space, one by one."""
+        """Read bytes of the configuration space, one by one."""
         return bytes(self.bus.read(1, self.address + 0x100 + offset + n, 1) for n in range(size))
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """Write bytes of it, one by one."""
+        """Write bytes of the configuration space, one by one."""
         for n, byte in enumerate(data):
             self.bus.write(1, self.address + 0x100 + offset + n, 1, byte)
