@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
 
-.PHONY: help setup boot test native slow svm svm-smoke svm-shell vmx lint tidy docs coverage coverage-native \
+.PHONY: help setup boot test native mutations slow svm svm-smoke svm-shell vmx lint tidy docs coverage coverage-native \
         coverage-python wheel try-wheel bench fuzz fuzz-native clean
 
 ## help: list the targets
@@ -41,6 +41,10 @@ native:
 	cmake -S . -B $(BUILD) -DVMM_GUESTS=ON >/dev/null
 	cmake --build $(BUILD) -j2
 	cd $(BUILD) && ctest --output-on-failure
+
+## mutations: break the concurrency logic in one place at a time; a test must notice each
+mutations:
+	$(PYTHON) native/tests/mutations.py
 
 # A stock distribution kernel: 10-20 minutes where KVM emulates guest kernel code.
 ## slow: the tests that boot a distribution's kernel
