@@ -118,12 +118,12 @@ static inline void guest_ring(struct guest *g, unsigned queue)
         vmm_virtqueue_ring(&g->dev->queues[queue]);
 }
 
-/* Wait for the next used buffer, at most ten seconds. */
+/* Wait for the next used buffer. */
 static inline uint32_t guest_wait(struct guest *g, unsigned queue, int *id)
 {
     uint32_t written;
     int any;
-    for (int i = 0; i < 200000; i++) {
+    for (int i = 0; i < 20 * PATIENCE_MS; i++) {
         if (ring_collect(&g->rings[queue], id ? id : &any, &written))
             return written;
         const struct timespec pause = {.tv_nsec = 50000};

@@ -145,7 +145,7 @@ static uint32_t kill_once(bool overlay, unsigned number)
     if (child == 0)
         write_until_killed(overlay, base, fd, p);
     CHECK(child > 0);
-    for (unsigned waited = 0; p->flushes == 0 && waited < 10000; waited++)
+    for (unsigned waited = 0; p->flushes == 0 && waited < PATIENCE_MS; waited++)
         poll(NULL, 0, 1);
     const struct timespec moment = {.tv_nsec = draw(20000000)};
     nanosleep(&moment, NULL);

@@ -106,7 +106,7 @@ static void killing_it_kills_what_it_started(void)
     CHECK_EQUAL(read(run.log, said, sizeof(said)), 8);
     vmm_fs_server_end(run.server, 0);
     struct pollfd ended = {.fd = run.log, .events = POLLIN};
-    CHECK_EQUAL(poll(&ended, 1, 5000), 1);
+    CHECK_EQUAL(poll(&ended, 1, PATIENCE_MS), 1);
     CHECK_EQUAL(read(run.log, said, sizeof(said)), 0); /* nobody holds the other end any more */
     siginfo_t info = {0};
     CHECK(waitid(P_PIDFD, (id_t)run.server, &info, WEXITED | WNOHANG) < 0 &&

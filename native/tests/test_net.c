@@ -167,7 +167,7 @@ static void ring_bell(struct bench *b, unsigned queue)
 static void wait_interrupt(struct bench *b)
 {
     struct pollfd poll_fd = {.fd = b->interrupt, .events = POLLIN};
-    CHECK_EQUAL(poll(&poll_fd, 1, 10000), 1);
+    CHECK_EQUAL(poll(&poll_fd, 1, PATIENCE_MS), 1);
     eventfd_t count;
     CHECK(eventfd_read(b->interrupt, &count) == 0);
 }
@@ -218,7 +218,7 @@ static void peer_read(struct bench *b, void *to, size_t n)
 {
     struct pollfd poll_fd = {.fd = b->peer, .events = POLLIN};
     for (size_t at = 0; at < n;) {
-        CHECK_EQUAL(poll(&poll_fd, 1, 10000), 1);
+        CHECK_EQUAL(poll(&poll_fd, 1, PATIENCE_MS), 1);
         const ssize_t got = read(b->peer, (uint8_t *)to + at, n - at);
         CHECK(got > 0);
         at += (size_t)got;
@@ -721,7 +721,7 @@ static void the_link_goes_down_with_the_peer_and_up_with_the_next(bool starved)
     const int before = b.configured;
     close(b.peer);
     struct pollfd lost = {.fd = vmm_net_lost_fd(b.net), .events = POLLIN};
-    CHECK_EQUAL(poll(&lost, 1, 10000), 1);
+    CHECK_EQUAL(poll(&lost, 1, PATIENCE_MS), 1);
     CHECK_EQUAL(vmm_virtio_config_get(b.dev, 6, &status, 2), 0);
     CHECK_EQUAL(status, 0);
     CHECK_EQUAL(b.configured, before + 1);
@@ -1015,7 +1015,7 @@ static void two_machines_exchange_frames_both_ways(uint32_t ring_features)
                                 {.fd = b[1].interrupt, .events = POLLIN}};
         if (!idle)
             continue;
-        CHECK(poll(both, 2, 10000) > 0);
+        CHECK(poll(both, 2, PATIENCE_MS) > 0);
         for (int side = 0; side < 2; side++)
             if (both[side].revents)
                 wait_interrupt(&b[side]);

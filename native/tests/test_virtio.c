@@ -161,7 +161,7 @@ static void drive(struct bench *b, struct ring *ring, uint64_t features)
 static void wait_kick(struct bench *b)
 {
     struct pollfd p = {.fd = b->seen, .events = POLLIN};
-    CHECK(poll(&p, 1, 5000) == 1);
+    CHECK(poll(&p, 1, PATIENCE_MS) == 1);
     eventfd_t one;
     CHECK(eventfd_read(b->seen, &one) == 0);
     VMM_VIRTIO_LOCKED(b->dev); /* the handler has left */
@@ -424,7 +424,8 @@ static void test_pause_holds_the_io_thread(void)
     vmm_loop_pause(loop);
     put(&b, NOTIFY, 0);
     vmm_loop_resume(loop);
-    usleep(20000);
+    vmm_loop_sync(loop); /* if it ran, this would see two turns of it, and the second has the doorbell */
+    vmm_loop_sync(loop);
     CHECK_EQUAL(b.kicks, 1);
     vmm_loop_resume(loop);
     wait_kick(&b);

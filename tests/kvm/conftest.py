@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,26 @@ def flat(tmp_path: Path) -> Any:
     yield make
     for machine in made:
         machine.close()
+
+
+@pytest.fixture
+def meanwhile(flat: Any) -> Callable[[], None]:
+    """Returns once another machine has run for a while: what does not stand still would have moved by then."""
+    count = bytes.fromhex("31c0 bf00002000 48ffc0 488907 ebf8")  # from 0x200000 on, for ever
+    other = flat(count)
+
+    def counted() -> int:
+        return int.from_bytes(other.memory.read(0x200000, 8), "little")
+
+    def run() -> None:
+        if not other.running:
+            other.start()
+        until, deadline = counted() + 1000, time.monotonic() + 120
+        while counted() < until:
+            assert time.monotonic() < deadline, "no machine runs here"
+            time.sleep(0.002)
+
+    return run
 
 
 @pytest.fixture(scope="session")

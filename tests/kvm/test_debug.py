@@ -62,7 +62,7 @@ def test_a_callback_sees_every_pass_and_may_change_registers(flat: Any, hardware
 
     machine.breakpoint(STORE, at_store, hardware=hardware)
     machine.start()
-    assert done.wait(10)
+    assert done.wait(120)
     assert seen == [1, 12, 23, 34, 45]
     assert int.from_bytes(machine.memory.read(COUNTER, 8), "little") == 44  # 45 + 10 is not stored yet
     machine.stop()
@@ -74,11 +74,11 @@ def test_a_stop_without_a_callback_is_waited_for_and_gone_on_from(flat: Any) -> 
     machine.breakpoint(STORE)
     machine.start()
     for turn in range(1, 4):
-        stop = machine.debug.wait(10)
+        stop = machine.debug.wait(120)
         assert (stop.kind, stop.address, stop.vcpu.number) == ("breakpoint", STORE, 0)
         assert stop.vcpu.registers()["rax"] == turn
         machine.debug.go()
-    assert machine.debug.wait(10).vcpu.registers()["rax"] == 4
+    assert machine.debug.wait(120).vcpu.registers()["rax"] == 4
     with pytest.raises(TimeoutError, match="came to no breakpoint"):
         machine.debug.wait(0.05)
 
@@ -89,7 +89,7 @@ def test_steps_are_one_instruction_each_also_over_breakpoints(flat: Any) -> None
     for address in (LOOP, STORE):
         machine.breakpoint(address)
     machine.start()
-    vcpu = machine.debug.wait(10).vcpu
+    vcpu = machine.debug.wait(120).vcpu
     passed = [vcpu.registers()["rip"]]
     for _ in range(6):
         stop = machine.debug.step(vcpu)
@@ -124,7 +124,7 @@ def test_a_guest_that_writes_over_a_breakpoint_keeps_what_it_wrote(flat: Any) ->
     machine.load()
     point = machine.breakpoint(GPA + 11)
     assert machine.memory.view(GPA + 11, 1)[0] == 0xCC
-    assert machine.run(timeout=10).code == 5
+    assert machine.run(timeout=120).code == 5
     point.remove()
     assert machine.memory.read(GPA + 11, 1) == b"\x90"
 
@@ -143,7 +143,7 @@ def test_a_watchpoint_stops_behind_the_write_and_nothing_else(flat: Any) -> None
 
     machine.watch(COUNTER, 8, written)
     machine.start()
-    assert done.wait(10)
+    assert done.wait(120)
     assert values == [(JUMP, 1), (JUMP, 2), (JUMP, 3), (JUMP, 4)]
 
 
@@ -158,7 +158,7 @@ def test_an_exception_in_a_callback_comes_out_of_wait_as_itself(flat: Any) -> No
     machine.breakpoint(STORE, fail)
     machine.start()
     with pytest.raises(ValueError, match="in the callback") as caught:
-        machine.wait(timeout=10)
+        machine.wait(timeout=120)
     assert caught.value is raised
     assert machine.vcpus[0].registers()["rip"] == STORE
 
@@ -187,7 +187,7 @@ def test_a_guest_runs_to_its_end_under_a_breakpoint_it_passes(flat: Any) -> None
     machine = flat(bytes.fromhex("b903000000 ffc9 75fc") + EXIT_WITH_5)  # mov ecx, 3; 1: dec ecx; jnz 1b
     passes: list[int] = []
     machine.breakpoint(GPA + 5, lambda stop: passes.append(stop.vcpu.registers()["rcx"]))
-    outcome = machine.run(timeout=10)
+    outcome = machine.run(timeout=120)
     assert (outcome.reason, outcome.code) == ("debug-exit", 5)
     assert passes == [3, 2, 1]
 
@@ -212,20 +212,20 @@ def test_a_guest_s_own_exceptions_and_system_calls_stay_its_own(guest: GuestPath
         passed: list[int] = []
         symbols = symbols_of(guest(name))
         machine.breakpoint(symbols["cpu_init"], lambda stop: passed.append(stop.address), hardware=hardware)
-        outcome = machine.run(timeout=30)
+        outcome = machine.run(timeout=120)
         assert outcome.status == 33, machine.console.transcript
         assert passed == [symbols["cpu_init"]]
 
 
 @SOFTWARE
-def test_every_vcpu_stands_at_a_stop(guest: GuestPath) -> None:
+def test_every_vcpu_stands_at_a_stop(guest: GuestPath, meanwhile: Callable[[], None]) -> None:
     with Machine(kernel=guest("spin"), memory="16M", cpus=2) as machine:
         machine.breakpoint(machine.load().rip)
         machine.start()
-        stop = machine.debug.wait(10)
+        stop = machine.debug.wait(120)
         assert stop.vcpu.number == 0
         first = [vcpu.registers() for vcpu in machine.vcpus]
-        time.sleep(0.02)
+        meanwhile()
         assert [vcpu.registers() for vcpu in machine.vcpus] == first
         machine.stop()
 
@@ -284,7 +284,7 @@ def test_closing_a_machine_that_stands_ends_who_waits(flat: Any) -> None:
 
     def wait() -> None:
         try:
-            debug.wait(10)
+            debug.wait(120)
         except StateError as error:
             waiting.append(error)
 
@@ -292,7 +292,7 @@ def test_closing_a_machine_that_stands_ends_who_waits(flat: Any) -> None:
     thread.start()
     machine.start()
     machine.close()
-    thread.join(5)
+    thread.join(120)
     assert waiting and "closed" in str(waiting[0])
 
 
@@ -311,7 +311,7 @@ def test_each_debug_register_stops_at_its_own_address(flat: Any) -> None:
     addresses = [GPA + 1 + 2 * i for i in range(machine.debug.slots)]
     for address in reversed(addresses):
         machine.breakpoint(address, lambda stop: passed.append(stop.address), hardware=True)
-    assert machine.run(timeout=10).code == 5
+    assert machine.run(timeout=120).code == 5
     assert passed == addresses
 
 
@@ -327,14 +327,14 @@ def test_breakpoints_watchpoints_and_steps_at_once_in_all_registers(flat: Any) -
     machine.start()
     seen = []
     for _ in range(6):
-        stop = machine.debug.wait(10)
+        stop = machine.debug.wait(120)
         seen.append((stop.kind, stop.vcpu.registers()["rip"]))
         machine.debug.go()
     assert seen[0] == ("hardware", LOOP)
     assert ("hardware", JUMP) in seen
     assert all(rip == JUMP for kind, rip in seen if kind in ("write", "access"))
     assert {"write", "access"} & {kind for kind, _ in seen}
-    vcpu = machine.debug.wait(10).vcpu
+    vcpu = machine.debug.wait(120).vcpu
     before = vcpu.registers()["rip"]
     assert machine.debug.step(vcpu).vcpu.registers()["rip"] == {LOOP: STORE, STORE: JUMP, JUMP: LOOP}[before]
 
@@ -346,7 +346,7 @@ def test_an_access_watchpoint_stops_behind_reads_too(flat: Any) -> None:
     all_registers(machine)
     stops: list[tuple[str, int]] = []
     machine.debug.watch(COUNTER, 8, lambda stop: stops.append((stop.kind, stop.vcpu.registers()["rip"])), reads=True)
-    assert machine.run(timeout=10).code == 5
+    assert machine.run(timeout=120).code == 5
     assert stops == [("access", GPA + 8), ("access", GPA + 12)]
 
 
@@ -361,7 +361,7 @@ def test_a_breakpoint_in_user_code_is_stopped_at_and_stepped_over(guest: GuestPa
             seen.append((stop.address, stop.vcpu.registers()["cs"] & 3))
 
         machine.breakpoint(place, at_user_add, hardware=hardware)
-        assert machine.run(timeout=30).status == 33, machine.console.transcript
+        assert machine.run(timeout=120).status == 33, machine.console.transcript
         assert seen and set(seen) == {(place, 3)}
 
 
@@ -371,7 +371,7 @@ def test_each_of_several_vcpus_stops_at_the_same_breakpoint(guest: GuestPath, ha
         seen: list[int] = []
         place = symbols_of(guest("smp"))["idt_load"]
         machine.breakpoint(place, lambda stop: seen.append(stop.vcpu.number), hardware=hardware)
-        assert machine.run(timeout=30).status == 33, machine.console.transcript
+        assert machine.run(timeout=120).status == 33, machine.console.transcript
         assert set(seen) >= {1, 2}  # what vCPU 0 calls may be inlined
 
 

@@ -137,7 +137,7 @@ def test_an_interrupt_without_an_idt_is_told_from_a_faulty_instruction(tmp_path:
 
 def test_an_end_in_order_has_nothing_to_diagnose(guest: GuestPath) -> None:
     with Machine(kernel=guest("hello"), memory="16M", rng=False) as machine:
-        machine.run(timeout=20)
+        machine.run(timeout=120)
         assert machine.diagnose().cause == "orderly-end"
 
 
@@ -149,7 +149,7 @@ def test_what_a_driver_made_of_each_virtio_device_is_seen(guest: GuestPath, tmp_
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1 << 20))
     with Machine(kernel=guest("hello"), memory="16M", disks=[str(disk)]) as machine:
-        machine.run(timeout=20)
+        machine.run(timeout=120)
         seen = kernel_words.guest_of(machine)
     assert [(device.name, device.status, device.used) for device in seen.virtio] == [
         ("virtio-blk0", (), False),
@@ -257,7 +257,7 @@ def test_a_guest_that_makes_progress_does_not_stall(flat: Any) -> None:
 
 def test_every_vcpu_is_looked_at(guest: GuestPath) -> None:
     with Machine(kernel=guest("smp"), memory="16M", cpus=2, rng=False) as machine:
-        machine.run(timeout=20)
+        machine.run(timeout=120)
         spins = Sample(0.0, 0, 0x1000, False, 7, 0.0)
         machine.samples[:] = [
             [spins._replace(at=n / 10, ran=n / 10), spins._replace(at=n / 10, vcpu=1, rip=0x2000 + n, state=n)]
@@ -290,7 +290,7 @@ def test_32_bit_paging_is_named_where_it_cannot_work(flat: Any) -> None:
         pytest.skip("this host has 32-bit paging")
     code = bytes.fromhex("0f20c0 0d00000080 0f22c0 f4")  # mov eax, cr0; or eax, 1 << 31; mov cr0, eax; hlt
     with flat(code, mode="protected", memory="2M", rng=False) as machine:
-        machine.run(timeout=20)
+        machine.run(timeout=120)
         found = machine.diagnose()
     assert found.cause == "no-legacy-paging"
     assert "mov cr0, eax at 0x100008 switches paging on outside long mode" in found.sentence
@@ -323,7 +323,7 @@ def test_a_guest_that_writes_only_to_the_text_screen_has_it_shown(flat: Any) -> 
 
     with flat(_text_mode(SCREEN), rng=False) as machine:
         assert machine.screen() is None
-        outcome = machine.run(timeout=20)
+        outcome = machine.run(timeout=120)
         assert machine.screen() == [SCREEN.decode()]
         assert report(machine, outcome).endswith(f"text screen at 0xb8000:\n  {SCREEN.decode()}\n")
 

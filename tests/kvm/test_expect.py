@@ -92,9 +92,9 @@ def test_the_leftmost_match_wins_even_if_a_shorter_one_is_found_first() -> None:
 def test_what_follows_the_match_is_there_for_the_next_expect(guest: GuestPath) -> None:
     with Machine(kernel=guest("hello"), memory="16M") as machine:
         machine.start()
-        assert machine.console.expect("Hello from", timeout=10)
-        assert machine.console.expect(" long mode\n", timeout=10).start() == 0
-        machine.wait(timeout=10)
+        assert machine.console.expect("Hello from", timeout=120)
+        assert machine.console.expect(" long mode\n", timeout=120).start() == 0
+        machine.wait(timeout=120)
 
 
 def test_a_pattern_that_never_comes_times_out_with_the_transcript() -> None:
@@ -126,11 +126,11 @@ def test_a_machine_that_is_started_again_prints_again(tmp_path: Path) -> None:
     with Machine(kernel=str(tmp_path / "print.bin"), kind="flat", mode="long", memory="16M") as machine:
         for _ in range(2):
             machine.start()
-            machine.console.expect("A", timeout=10)
+            machine.console.expect("A", timeout=120)
             machine.stop()
             machine.console.read()
             with pytest.raises(ConsoleTimeout, match="before the machine ended"):
-                machine.console.expect("A", timeout=10)
+                machine.console.expect("A", timeout=120)
 
 
 # ---- asyncio ----

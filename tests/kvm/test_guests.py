@@ -85,7 +85,7 @@ OTHERS |= {"clocks"}
 def run(path: str, append: str = "", **fields: Any) -> Outcome:
     """Run a guest to its end, 20 seconds at most."""
     with Machine(kernel=path, append=append, **{"memory": "16M", **fields}) as machine:
-        return machine.run(timeout=20)
+        return machine.run(timeout=120)
 
 
 def assert_passed(outcome: Outcome) -> None:
@@ -227,7 +227,7 @@ def test_string_io_reaches_a_device_in_order(guest: GuestPath) -> None:
     counter = Counter()
     with Machine(kernel=guest("pio_string"), append=f"port={COUNTING_PORT:#x}", memory="16M") as machine:
         machine.attach(counter, port=COUNTING_PORT, size=4)
-        outcome = machine.run(timeout=20)
+        outcome = machine.run(timeout=120)
     assert_passed(outcome)
     assert f"device read {counter.reads} times\n".encode() in outcome.console
     assert counter.written == [
@@ -243,7 +243,7 @@ def test_mmio_reaches_a_device_byte_for_byte(guest: GuestPath) -> None:
     append = f"addr={MEMORY_DEVICE:#x} edge=1 hole={HOLE:#x}"
     with Machine(kernel=guest("mmio"), append=append, memory="16M") as machine:
         machine.attach(memory, address=MEMORY_DEVICE, size=len(memory.data))
-        outcome = machine.run(timeout=20)
+        outcome = machine.run(timeout=120)
     assert_passed(outcome)
     assert memory.sizes >= {1, 2, 4, 8}
     assert bytes(memory.data[-4:]) == (0x33225678).to_bytes(4, "little")
@@ -260,7 +260,7 @@ def test_no_byte_of_a_paste_is_lost(guest: GuestPath, mode: str) -> None:
         machine.start()
         machine.console.expect("ready\n")
         machine.console.send(data)
-        outcome = machine.wait(20)
+        outcome = machine.wait(120)
     assert_passed(outcome)
     assert f"received {len(data)} sums {first} {second}\n".encode() in outcome.console
 
@@ -274,7 +274,7 @@ def test_every_pulse_of_a_line_is_one_interrupt(guest: GuestPath) -> None:
         for _ in range(pulses):
             line.pulse()
             machine.console.expect(r"\.", timeout=60)
-        outcome = machine.wait(20)
+        outcome = machine.wait(120)
     assert_passed(outcome)
     assert outcome.console.count(b".") == pulses
 

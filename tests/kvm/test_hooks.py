@@ -63,7 +63,7 @@ def test_a_port_hook_sees_the_write_and_the_native_device_still_prints(flat: Any
     machine = flat(SAY_A_AND_EXIT)
     seen: list[Access] = []
     machine.on_port(range(0x3F8, 0x400), seen.append)
-    assert machine.run(timeout=10).code == ord("A")
+    assert machine.run(timeout=120).code == ord("A")
     assert machine.console.transcript == b"A"
     assert [(a.vcpu, a.address, a.size, a.write, a.value) for a in seen] == [(0, 0x3F8, 1, True, ord("A"))]
 
@@ -78,7 +78,7 @@ def test_an_answer_that_is_no_number_is_said_to_be_none(flat: Any) -> None:
 def test_a_write_is_replaced_before_the_device_sees_it(flat: Any) -> None:
     machine = flat(SAY_A_AND_EXIT)
     machine.on_port(0x3F8, lambda access: ord("B") if access.write else None)
-    machine.run(timeout=10)
+    machine.run(timeout=120)
     assert machine.console.transcript == b"B"
 
 
@@ -93,7 +93,7 @@ def test_a_read_is_seen_with_the_device_s_answer_and_may_be_replaced(flat: Any) 
         return access.value * 2
 
     machine.on_access(range(DEVICE, DEVICE + 8), double)
-    assert machine.run(timeout=10).code == 10
+    assert machine.run(timeout=120).code == 10
     assert [(a.address, a.size, a.write, a.value) for a in seen] == [(DEVICE, 4, False, 5)]
 
 
@@ -102,13 +102,13 @@ def test_hooks_of_one_access_are_called_in_order_each_with_the_value_so_far(flat
     machine.attach(Constant(5), address=DEVICE, size=8)
     machine.on_access(DEVICE, lambda access: access.value + 1)
     machine.on_access(range(DEVICE - 8, DEVICE + 1), lambda access: access.value * 2)
-    assert machine.run(timeout=10).code == 12
+    assert machine.run(timeout=120).code == 12
 
 
 def test_a_value_a_hook_answers_is_cut_to_the_size_of_the_access(flat: Any) -> None:
     machine = flat(READ_DEVICE_AND_EXIT)
     machine.on_access(DEVICE, lambda access: -1 << 32 | 7)
-    assert machine.run(timeout=10).code == 7
+    assert machine.run(timeout=120).code == 7
 
 
 def test_an_access_that_only_touches_the_hooked_byte_is_seen_whole(flat: Any) -> None:
@@ -118,7 +118,7 @@ def test_an_access_that_only_touches_the_hooked_byte_is_seen_whole(flat: Any) ->
     beside: list[Access] = []
     machine.on_access(DEVICE + 3, seen.append)
     machine.on_access(DEVICE + 4, beside.append)
-    machine.run(timeout=10)
+    machine.run(timeout=120)
     assert [(a.address, a.size, a.value) for a in seen] == [(DEVICE, 4, 0x01020304)]
     assert beside == []
 
@@ -132,7 +132,7 @@ def test_an_address_nobody_claims_can_be_hooked_and_answered(flat: Any) -> None:
         return 0x21
 
     machine.on_access(DEVICE, note)
-    assert machine.run(timeout=10).code == 0x21
+    assert machine.run(timeout=120).code == 0x21
     assert values == [0xFFFFFFFF]
 
 
@@ -164,7 +164,7 @@ def test_a_hook_may_remove_itself_and_end_the_machine(flat: Any) -> None:
         machine.interrupt(0)
 
     hook = machine.on_port(0x80, once)
-    assert machine.run(timeout=10).reason == "stopped"
+    assert machine.run(timeout=120).reason == "stopped"
     assert len(calls) == 1
 
 
@@ -181,7 +181,7 @@ def test_exits_of_the_asked_reasons_are_told_with_their_answer(flat: Any) -> Non
     machine.attach(Constant(5), address=DEVICE, size=8)
     seen: list[tuple[int, Exit]] = []
     machine.on_exit(["mmio", "shutdown"], lambda vcpu, event: seen.append((vcpu, event)))
-    machine.run(timeout=10)
+    machine.run(timeout=120)
     assert [(vcpu, e.reason, e.address, e.value, e.claimed) for vcpu, e in seen] == [(0, "mmio", DEVICE, 5, True)]
 
 
@@ -189,7 +189,7 @@ def test_a_triple_fault_is_told_before_the_machine_is_looked_at(flat: Any, tmp_p
     machine = flat(bytes.fromhex("0f0b"))  # ud2, with no IDT
     seen: list[str] = []
     machine.on_exit("shutdown", lambda vcpu, event: seen.append(event.reason))
-    assert machine.run(timeout=10).reason == "triple-fault"
+    assert machine.run(timeout=120).reason == "triple-fault"
     assert seen == ["shutdown"]
 
 
@@ -209,7 +209,7 @@ def test_an_exception_in_a_hook_comes_out_of_wait_as_itself_and_the_machine_can_
         machine.on_exit("io", fail)
     machine.start()
     with pytest.raises(LookupError) as caught:
-        machine.wait(timeout=10)
+        machine.wait(timeout=120)
     assert caught.value is error
     assert machine.outcome is not None
     assert machine.outcome.sentence == "code of a device or hook raised LookupError('mine')"
@@ -222,7 +222,7 @@ def test_every_vcpu_is_told_apart(guest: Callable[[str], str]) -> None:
     vcpus = set()
     with Machine(kernel=guest("smp"), memory="16M", cpus=2) as machine:
         machine.on_port(range(0x10000), lambda access: vcpus.add(access.vcpu))
-        machine.run(timeout=20)
+        machine.run(timeout=120)
     assert 0 in vcpus <= {0, 1}
 
 

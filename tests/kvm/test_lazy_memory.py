@@ -103,7 +103,7 @@ def test_the_pages_touched_first_are_fetched_first_the_next_time(path: Path) -> 
         assert working_set.load(found) == touched
     machine, memory = restore(path / "whole")
     with machine:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while memory.statistics()["unasked"] < PAGES and time.monotonic() < deadline:
             time.sleep(0.01)
         assert added_up(machine) == TOTAL
@@ -143,7 +143,7 @@ def test_a_machine_can_be_stopped_while_its_source_is_gone(path: Path) -> None:
             while memory.state != "lost":
                 time.sleep(0.01)
             machine.stop()
-            assert machine.wait(30).reason == "stopped"
+            assert machine.wait(120).reason == "stopped"
 
 
 def test_a_machine_closes_while_a_device_waits_for_a_page_that_does_not_come(path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_guest_waits_while_the_server_is_gone_and_goes_on_with_another(path: P
             while memory.statistics()["faults"] < PAGES // 4:
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while memory.state != "lost" and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert memory.state == "lost"
@@ -280,7 +280,7 @@ def test_a_guest_whose_memory_will_not_come_ends_with_that_outcome(path: Path) -
             process.send_signal(signal.SIGKILL)
             process.wait()
             memory.abandon("the other machine is gone")
-            outcome = machine.wait(30)
+            outcome = machine.wait(120)
             assert (outcome.reason, outcome.status) == ("memory-lost", 28)
             with pytest.raises(StateError, match="will not"):
                 memory.wait()
@@ -311,11 +311,11 @@ def test_what_pyvmm_serve_has_is_restored_and_waited_for_when_it_is_gone(path: P
             yield
         finally:
             process.send_signal(until)
-            process.wait(10)
+            process.wait(120)
             assert at.exists() == (until is signal.SIGKILL)
 
     def heard(machine: Machine, words: str) -> bool:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not any(words in message for message in machine.messages) and time.monotonic() < deadline:
             time.sleep(0.01)
         return any(words in message for message in machine.messages)

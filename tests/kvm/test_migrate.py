@@ -147,7 +147,7 @@ def test_the_brake_leaves_a_guest_less_of_its_time_until_it_is_let_go(running: C
         assert brake.share == precopy.SHARE_MIN
         begun = len(waits)
         for _ in range(begun + 22):
-            assert enough.acquire(timeout=30)
+            assert enough.acquire(timeout=120)
     assert not machine.paused
     last = waits[begun + 2 : begun + 22]  # ten slices of time since it was pressed to the end
     held, ran = (sum(seconds for stood, seconds in last if stood == which) for which in (True, False))

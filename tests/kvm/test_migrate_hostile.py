@@ -58,7 +58,7 @@ class Source:
     def refused(self, why: str = "") -> None:
         """It was refused, for that reason."""
         self.raw.shutdown(socket.SHUT_WR)
-        self._thread.join(20)
+        self._thread.join(120)
         self.channel.close()
         if isinstance(self.came, Machine):
             self.came.close()
@@ -351,7 +351,7 @@ def test_over_tls_the_sides_know_each_other(
     there.start()
     with Machine(kernel=guest("self_check"), memory="32M", append="pages=64 tsc_jump=20000 jump=20000") as machine:
         machine.start()
-        machine.console.expect(rb"round 2\n", 30)
+        machine.console.expect(rb"round 2\n", 120)
         if moves:
             machine.migrate(receiver.address, tls=certificates("b"), postcopy=postcopy)
         else:

@@ -72,7 +72,7 @@ def test_the_walk_agrees_with_kvm_over_random_tables(mode: str) -> None:
 
 def test_a_machine_s_memory_is_read_through_the_tables_it_runs_on(guest: GuestPath) -> None:
     with Machine(kernel=guest("hello"), memory="16M") as machine:
-        machine.run(timeout=10)
+        machine.run(timeout=120)
         vcpu = machine.vcpus[0]
         rip = vcpu.registers()["rip"]
         found = vcpu.memory.walk(rip, "fetch")

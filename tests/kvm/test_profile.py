@@ -82,7 +82,7 @@ def test_a_frequency_that_cannot_be_is_refused(spinning: Machine) -> None:
 def test_the_command_prints_a_table_writes_stacks_and_exits_as_the_guest(guest: GuestPath, tmp_path: Path) -> None:
     folded = tmp_path / "folded"
     words = ["profile", "--hz", "300", "--folded", str(folded), "--", "--kernel", guest("spin"), "--timeout", "0.5"]
-    done = subprocess.run([sys.executable, "-m", "vmm", *words], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-m", "vmm", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 124, done
     assert "samples in" in done.stderr and "guest_main" in done.stderr
     assert "vcpu0;guest_main " in folded.read_text()

@@ -236,7 +236,7 @@ from vmm import Machine
 def booted():
     with Machine(kernel={spin}, memory="16M") as machine:
         machine.start()
-        machine.console.expect("spinning", timeout=10)
+        machine.console.expect("spinning", timeout=120)
         yield machine, machine.checkpoint()
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_the_command_merges_a_chain_into_one_that_stands_alone(guest: Callable[[
     shutil.rmtree(tmp_path / "base")
     with Machine.restore(tmp_path / "whole") as again:
         assert again.memory.read(HEAP, 13) == b"written since"
-        assert again.run(timeout=30).status == 33
+        assert again.run(timeout=120).status == 33
     done = pyvmm("merge", tmp_path / "since", tmp_path / "whole")  # whose parent is gone
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "without its parent" in done.stderr

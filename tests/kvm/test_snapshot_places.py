@@ -120,7 +120,7 @@ def test_the_places_in_a_snapshot_of_version_1_are_not_looked_at(evil: Evil, tmp
         assert [disk.path for disk in machine.config.disks] == [str(evil.path / "disk0-0.img")]
         assert machine.config.kernel is None and machine.config.initrd == () and machine.config.symbols is None
         assert not machine.symbols
-        assert machine.run(timeout=30).code == 0x10
+        assert machine.run(timeout=120).code == 0x10
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_parent_is_not_looked_for_where_a_record_says(flat: Callable[..., Mach
     machine.snapshot(tmp_path / "here" / "base", differential=True).close()
     machine.snapshot(tmp_path / "here" / "diff", differential=True).close()
     with Machine.restore(tmp_path / "here" / "diff") as again:
-        assert again.run(timeout=30).code == 0x10
+        assert again.run(timeout=120).code == 0x10
     shutil.move(tmp_path / "here" / "base", tmp_path / "elsewhere")
     file = tmp_path / "here" / "diff" / "snapshot.pyvmm"
     content, _ = records.unpack("", file.read_bytes())
@@ -196,7 +196,7 @@ def test_a_parent_is_not_looked_for_where_a_record_says(flat: Callable[..., Mach
         Machine.restore(tmp_path / "here" / "diff")
     os.rename(tmp_path / "elsewhere", tmp_path / "here" / "another name")
     with Machine.restore(tmp_path / "here" / "diff") as again:
-        assert again.run(timeout=30).code == 0x10
+        assert again.run(timeout=120).code == 0x10
 
 
 def test_a_series_in_another_directory_begins_with_a_full_one(flat: Callable[..., Machine], tmp_path: Path) -> None:

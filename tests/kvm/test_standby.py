@@ -59,7 +59,7 @@ def test_the_last_snapshots_can_be_restored(machine: Machine, tmp_path: Path) ->
 def test_snapshots_are_written_on_the_period_and_numbered_on(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "00000041").mkdir()
     keeper = machine.keep(tmp_path, every=0.05, retain=2)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(kept(tmp_path)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     keeper.stop()
@@ -115,8 +115,10 @@ def first(guest: Callable[[str], str], tmp_path: Path) -> Iterator[tuple[Followi
 
 
 def test_the_standby_takes_over_when_the_first_is_killed(first: tuple[Following, Any, Any]) -> None:
-    following, process, _ = first
-    time.sleep(0.13)
+    following, process, sent = first
+    until = sent.recv() + 2
+    while sent.recv() < until:
+        pass
     assert not following.came
     process.kill()
     following.thread.join(PATIENCE)

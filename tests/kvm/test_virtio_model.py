@@ -25,7 +25,7 @@ class Later(VirtioModel):
 
     def __init__(self) -> None:
         self.kept: list[Request] = []
-        self.came = threading.Semaphore(0)
+        self.came, self.asked = threading.Semaphore(0), threading.Semaphore(0)
         self.held = False
         self.stops = 0
 
@@ -35,6 +35,7 @@ class Later(VirtioModel):
         self.came.release()
 
     def waits(self, queue: int) -> bool:
+        self.asked.release()
         return self.held
 
     def stopped(self) -> None:
@@ -100,7 +101,10 @@ def test_requests_wait_in_the_ring_until_the_device_takes_them_up(machine: Machi
     driver.start()
     driver.submit(0, room=[1])
     driver.kick(0)
-    assert not later.came.acquire(timeout=0.05)
+    assert later.asked.acquire(timeout=60)
+    machine.pause()  # the I/O thread has come back from the device
+    machine.resume()
+    assert not later.kept
     later.held = False
     later.kick(0)
     assert later.came.acquire(timeout=60)
@@ -122,7 +126,7 @@ def test_an_exception_in_a_device_comes_out_of_the_run_as_itself(guest: object) 
         driver.submit(0, room=[1])
         driver.kick(0)
         with pytest.raises(KeyError, match="of its own"):
-            machine.wait(timeout=20)
+            machine.wait(timeout=120)
 
 
 def test_what_a_request_holds_bounds_reading_and_writing(machine: Machine) -> None:

@@ -46,7 +46,7 @@ def test_no_interrupt_is_lost_or_doubled_by_a_roll_back(guest: GuestPath, transp
             for _ in range(ROLL_BACKS):
                 proceed(made, choose.randrange(1, 40))
                 made.rollback(checkpoint)
-        assert_passed(made.wait(timeout=20))
+        assert_passed(made.wait(timeout=120))
 
 
 @pytest.mark.parametrize(("transport", "words"), INTERRUPTS)
@@ -64,7 +64,7 @@ def test_no_interrupt_is_lost_or_doubled_by_a_move(
             made.close()
             made = Machine.restore(tmp_path / str(move))
             made.start()
-        assert_passed(made.wait(timeout=20))
+        assert_passed(made.wait(timeout=120))
     finally:
         made.close()
 
@@ -87,7 +87,7 @@ def test_a_disk_s_guest_finds_what_it_wrote_through_roll_backs(
             for _ in range(ROLL_BACKS):
                 proceed(made, choose.randrange(1, 30), disk)
                 made.rollback(checkpoint)
-        assert_passed(made.wait(timeout=20))
+        assert_passed(made.wait(timeout=120))
     content = image.read_bytes()
     for number in range(0, 256, 3):
         block = content[number * 4096 : (number + 1) * 4096]

@@ -30,5 +30,5 @@ def test_x87_at_cpl0(tmp_path: Path, name: str) -> None:
     image = tmp_path / "x87.bin"
     image.write_bytes(bytes.fromhex(code) + _LOAD_AND_EXIT)
     with Machine(kernel=image, kind="flat", mode="long", address=0x100000, memory="4M") as machine:
-        outcome = machine.run(timeout=10)
+        outcome = machine.run(timeout=120)
         assert (outcome.reason, outcome.code) == ("debug-exit", answer), outcome.instruction.hex()

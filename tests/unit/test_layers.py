@@ -163,7 +163,7 @@ def test_importing_brings_nothing_heavy(name: str) -> None:
         f"import sys; sys.path[:] = {[str(ROOT.parent), *sys.path]!r}; before = set(sys.modules); import {name}; "
         "print(*sorted(set(sys.modules) - before))"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     brought = {loaded.split(".")[0] for loaded in done.stdout.split()}
     assert "vmm" in brought

@@ -58,7 +58,7 @@ def meet(left: SocketLink, right: SocketLink, stop: int) -> tuple[socket.socket,
     thread = threading.Thread(target=lambda: found.__setitem__(0, left.connect(stop)))
     thread.start()
     there = right.connect(stop)
-    thread.join(10)
+    thread.join(120)
     assert found[0] is not None and there is not None
     return found[0], there
 
@@ -117,7 +117,7 @@ def test_who_remains_meets_who_returns(path: str, stop: int, leaver: int) -> Non
             time.sleep(0.01)
         returned = opened(path)
         here = returned.connect(stop)
-        thread.join(10)
+        thread.join(120)
         there = back[0]
     else:
         returned = opened(path)
@@ -143,7 +143,7 @@ def test_a_third_machine_waits_until_one_leaves(path: str, stop: int) -> None:
     b.close()
     second.close()
     again = first.connect(stop)
-    thread.join(10)
+    thread.join(120)
     assert again is not None and found[0] is not None
     with again, found[0]:
         assert_connected(again, found[0])
@@ -346,7 +346,7 @@ def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(side_process, "PATIENCE", 0.01)
     with subprocess.Popen(["sleep", "1000"]) as process:
         side_process.await_end(os.pidfd_open(process.pid))
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(120) == -signal.SIGKILL
 
 
 # ---- trying again ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -208,17 +207,25 @@ class Counting(FakeLine):
 def test_the_thread_wakes_for_what_is_programmed_after_it_fell_asleep_and_stops() -> None:
     pit = Pit()
     line = pit.line = Counting()
+    asleep, wait = threading.Event(), pit._changed.wait
+
+    def sleep(timeout: float | None = None) -> bool:
+        asleep.set()  # with the lock held, which wait gives up: what is programmed from here on finds it asleep
+        return wait(timeout)
+
+    pit._changed.wait = sleep  # type: ignore[method-assign]
     pit.start()
+    thread = pit._thread
+    assert thread is not None
     pit.start()
+    assert pit._thread is thread
     try:
-        time.sleep(0.02)
+        assert asleep.wait(60)
         pit.write(3, 1, 0x34)
         pit.write(0, 1, 0xA9)
         pit.write(0, 1, 0x04)  # 1 kHz
-        assert line.came.wait(10)
+        assert line.came.wait(60)
     finally:
         pit.stop()
-    edges = line.edges
-    time.sleep(0.02)
-    assert line.edges == edges
+    assert not thread.is_alive()
     pit.stop()
