@@ -104,10 +104,10 @@ MUTATIONS = (
 
 
 def mutated(mutation: Mutation) -> tuple[Path, str]:
-    """The file that defines the function, and its text with the mutation. SystemExit: there is no such text, or two."""
+    """The file of the copy that defines the function, and its mutated text. SystemExit: no such text, or two."""
     definition = re.compile(rf"^[a-z][\w \*]*\b{mutation.function}\([^;{{]*\)\n{{\n.*?^}}\n", re.MULTILINE | re.DOTALL)
     found = []
-    for path in sorted((ROOT / "native").glob("[!t]*/*.c")):
+    for path in sorted((TREE / "native").glob("[!t]*/*.c")):
         text = path.read_text()
         found += [(path, text, match) for match in definition.finditer(text)]
     if len(found) != 1 or found[0][2].group().count(mutation.old) != 1:
@@ -117,7 +117,7 @@ def mutated(mutation: Mutation) -> tuple[Path, str]:
         )
     path, text, match = found[0]
     body = match.group().replace(mutation.old, mutation.new)
-    return path.relative_to(ROOT), text[: match.start()] + body + text[match.end() :]
+    return path, text[: match.start()] + body + text[match.end() :]
 
 
 def write(path: Path, text: bytes) -> None:
@@ -148,7 +148,7 @@ def build(tests: set[str]) -> None:
 def run(test: tuple[str, ...]) -> tuple[bool | None, float]:
     """Whether the test failed (None: it says that it could prove nothing), and after how many seconds."""
     program = [str(BUILD / f"{test[0]}_plain"), *test[1:]]
-    environment = os.environ | {"VMM_TEST_PATIENCE_MS": "5000"}
+    environment = os.environ | {"VMM_TEST_PATIENCE_MS": "20000"}
     start = time.monotonic()
     try:
         status = subprocess.run(
@@ -162,13 +162,13 @@ def run(test: tuple[str, ...]) -> tuple[bool | None, float]:
 def try_mutation(mutation: Mutation, runs: int) -> bool:
     """Print a row of the table; return whether every run noticed the mutation."""
     path, text = mutated(mutation)
-    original = (TREE / path).read_bytes()
-    write(TREE / path, text.encode())
+    original = path.read_bytes()
+    write(path, text.encode())
     try:
         build({mutation.test[0]})
         results = [run(mutation.test) for _ in range(runs)]
     finally:
-        write(TREE / path, original)
+        write(path, original)
     caught = sum(failed is True for failed, _ in results)
     slowest = max(seconds for _, seconds in results)
     print(f"{mutation.name:<32} {' '.join(mutation.test):<44} {caught:>3}/{runs:<3} {slowest:>8.1f} s", flush=True)
@@ -185,9 +185,9 @@ def main() -> int:
         parser.error(f"no mutation's name contains '{arguments.only}'")
     if shutil.which("cmake") is None:
         parser.error("cmake is not installed: sudo apt-get install cmake")
+    copy_tree()
     for mutation in MUTATIONS:
         mutated(mutation)
-    copy_tree()
     subprocess.run(
         ["cmake", "-S", str(TREE), "-B", str(BUILD), "-DVMM_GUESTS=OFF"], check=True, stdout=subprocess.DEVNULL
     )
