@@ -20,7 +20,7 @@ _HEAD = """#!/bin/sh
 mkdir -p $PYVMM_CACHE/linux
 ln -s /project/linux/* $PYVMM_CACHE/linux/ 2>/dev/null
 """
-_HANDED_ON = ["SVM_TEST_LIMIT", "HYPOTHESIS_PROFILE"]
+_HANDED_ON = ["SVM_TEST_LIMIT", "SVM_TEST_GRACE", "HYPOTHESIS_PROFILE"]
 
 
 class Reporter:

@@ -23,7 +23,7 @@ SECONDS = float(os.environ.get("SVM_TEST_LIMIT", "600"))
 # pytest replaces descriptor 2 while a test runs; a worker that ends so leaves the replacement behind, unread.
 _stderr = os.fdopen(os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2), "w")
 
-_GRACE = 60.0  # seconds that pytest-timeout goes before
+_GRACE = float(os.environ.get("SVM_TEST_GRACE", "60"))  # seconds that pytest-timeout goes before
 
 _limit = pytest.StashKey[float]()
 

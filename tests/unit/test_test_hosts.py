@@ -126,14 +126,17 @@ def test_a_test_that_hangs_in_native_code_is_ended_and_named_and_the_run_goes_on
     (tmp_path / "test_hanging.py").write_text(
         "import ctypes\n"
         "def test_before(): pass\n"
-        "def test_hangs(): ctypes.PyDLL(None).pause()  # and holds the interpreter's lock\n"
+        "def test_hangs():\n"
+        "    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # holds the interpreter's lock\n"
+        "    libc.pthread_mutex_lock(mutex)\n"
+        "    libc.pthread_mutex_lock(mutex)  # for ever: no signal ends it\n"
         "def test_after(): pass\n"
     )
-    environment = {**os.environ, "SVM_TEST_LIMIT": "2", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "SVM_TEST_LIMIT": "5", "SVM_TEST_GRACE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "tests.svm.limit", "-n", "1", "-p", "no:cacheprovider", tmp_path],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "1 failed, 2 passed" in done.stdout
     assert "crashed while running 'test_hanging.py::test_hangs'" in done.stdout
-    assert "Timeout (0:00:02)!" in done.stdout + done.stderr
+    assert "Timeout (0:00:06)!" in done.stdout + done.stderr
