@@ -127,7 +127,7 @@ class Listener:
                 preface += deadline.receive(connection, len(PREFACE) - len(preface), until)
             connection.settimeout(until.left)
             if preface != PREFACE:
-                raise MigrationError("a peer connected that is not a migrating machine: it was refused")
+                raise MigrationError("a peer connected that is not a machine in migration: it was refused")
             if self._tls and native:
                 from vmm.migrate.relay import relayed
 

@@ -166,7 +166,7 @@ def _greet(listener: Listener, token: bytes, timeout: float) -> tuple[str, socke
     try:
         hello = channel.receive(Kind.HELLO, within=until).value
         if not isinstance(hello, dict) or hello.get("token") != token or hello.get("how") not in ("pages", "all"):
-            raise MigrationError("a connection for pages is not of this migration: it was refused")
+            raise MigrationError("the connection for pages is not of this migration: it was refused")
         if hello["how"] == "pages":
             channel.send_value(Kind.ACCEPT, {"version": wire.VERSION})
         connection.settimeout(None)
