@@ -441,7 +441,9 @@ static void test_a_rate_limit_holds_requests_back(void)
         CHECK_EQUAL(guest_request(&g, VMM_BLK_IN, 0, 512, true), VMM_BLK_OK);
     clock_gettime(CLOCK_MONOTONIC, &to);
     const long ms = (to.tv_sec - from.tv_sec) * 1000 + (to.tv_nsec - from.tv_nsec) / 1000000;
-    CHECK(ms >= 180 && vmm_blk_throttled(g.blk) > 0); /* 20 beyond the first second's, 10 ms each */
+    CHECK(ms >= 180); /* 20 beyond the first second's, 10 ms each */
+    CHECK(ms >= 1000 ||
+          vmm_blk_throttled(g.blk) > 0); /* a busy host may be slower than the limit by itself */
     teardown(&g, fd);
 }
 
