@@ -36,6 +36,7 @@ UPDATE_NS = (244 + 1984) * 1000  # MC146818 datasheet, table 6: tBUC and tUC
 B_SET, B_BINARY, B_24H = 0x80, 0x04, 0x02
 D_VALID = 0x80
 PM = 0x80  # of the hours, on a twelve-hour clock
+YEARS = 10_000  # the clock has four digits, and goes on at 0000; a guest may set two that are no decimal digits
 OFFSET_MOST = 1 << 40  # seconds: beyond any two dates of four digits
 NS = 10**9
 
@@ -100,7 +101,7 @@ class Rtc(Device):
         for at, value in zip(TIME, fields, strict=False):
             self._cmos[at] = self._encode(value)
         self._cmos[HOURS] = hour
-        self._cmos[CENTURY], self._cmos[YEAR] = map(self._encode, divmod(now.tm_year, 100))
+        self._cmos[CENTURY], self._cmos[YEAR] = map(self._encode, divmod(now.tm_year % YEARS, 100))
 
     def _updating(self) -> int:
         """The bit of register A: no update takes place while the guest holds the time, or the divider."""
@@ -115,7 +116,7 @@ class Rtc(Device):
             hour = self._decode(hour)
         else:
             hour = self._decode(hour & ~PM) % 12 + (12 if hour & PM else 0)
-        set_to = seconds_since_1970(century * 100 + year, month, day, hour, minute, second)
+        set_to = seconds_since_1970((century * 100 + year) % YEARS, month, day, hour, minute, second)
         self._offset += (set_to - self._now() // NS) * NS
 
     # -- ports ----------------------------------------------------------------------------------------------------

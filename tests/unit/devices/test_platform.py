@@ -56,6 +56,23 @@ def test_rtc_binary_mode() -> None:
     assert [cmos(rtc, at) for at in TIME] == [58, 59, 23, 1, 28, 12, 31, 20]
 
 
+@pytest.mark.parametrize("mode", [0x02, 0x06])
+def test_rtc_takes_any_bytes_for_a_date(mode: int) -> None:
+    rtc = Rtc(WHEN.timestamp)
+    set_cmos(rtc, 0x0B, mode)
+    for at in TIME:
+        for byte in (0xFF, 0x00, 0x9A):
+            set_cmos(rtc, at, byte)
+            shown = [cmos(rtc, each) for each in TIME]
+            assert all(value < 100 if mode == 0x06 else f"{value:02x}".isdigit() for value in shown)
+            Rtc(WHEN.timestamp).load(rtc.save())
+
+
+def test_rtc_before_the_year_zero_shows_four_digits() -> None:
+    rtc = Rtc(lambda: -70_000_000_000.0)
+    assert all(f"{cmos(rtc, at):02x}".isdigit() for at in TIME)
+
+
 def test_rtc_set_by_the_guest_goes_on_from_there() -> None:
     now = WHEN.timestamp()
     rtc = Rtc(lambda: now)
