@@ -283,6 +283,20 @@ def test_an_image_entered_in_32_bit_mode_is_i386_otherwise(guest: GuestPath) -> 
     assert "eip " in said and "$1 = void" in said
 
 
+@pytest.mark.parametrize("mode", ["protected", "long"])
+def test_a_restored_machine_is_described_as_what_it_is(flat: Any, mode: str, tmp_path: Path) -> None:
+    with flat(b"\xeb\xfe", mode=mode) as machine:
+        machine.start()
+        machine.snapshot(tmp_path / "snap").close()
+        machine.stop()
+    with Machine.restore(tmp_path / "snap") as again, GdbServer(again, "127.0.0.1:0", wait=True) as server:
+        with connect(server) as client:
+            description = ask(client, b"qXfer:features:read:target.xml:0,1000")
+            assert (b"i386:x86-64" in description) == (mode == "long"), description
+            again.start()
+        again.stop()
+
+
 # ---- addresses ----
 
 

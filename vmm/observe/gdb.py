@@ -34,6 +34,7 @@ DEFAULT_ADDRESS = "127.0.0.1:1234"
 # Errors of the protocol carry a number; GDB shows it. These are errno values.
 _BAD_ADDRESS, _BAD_REQUEST, _NO_ROOM = b"E0e", b"E16", b"E1c"
 _SIGINT, _SIGTRAP = 2, 5
+_EFER_LMA = 1 << 10
 _KINDS = {0: "breakpoint", 1: "hardware", 2: "write", 3: "access", 4: "access"}
 
 
@@ -67,12 +68,23 @@ def _answer_at_once(client: socket.socket) -> None:
 def _is_wide(machine: Debugged) -> bool:
     """Return whether the target description is x86-64's.
 
-    It is if the guest starts in long mode, or if its image or its symbols are for long mode (ELF class 2), as with a
-    kernel that is entered in 32-bit mode and switches to 64-bit mode.
+    It is if the guest starts in long mode or has got there, which a restored machine's registers show; or if its image
+    or its symbols are for long mode (ELF class 2), as with a kernel that is entered in 32-bit mode and switches to
+    64-bit mode.
     """
-    if machine.load().mode == "long" or machine.config.kernel is None:
+    entry = machine.load()
+    if entry.mode == "long" or _in_long_mode(machine):
         return True
-    return any(map(_is_elf64, filter(None, (machine.config.kernel, machine.config.symbols))))
+    paths = {machine.config.kernel, machine.config.symbols, entry.symbols}
+    return any(map(_is_elf64, filter(os.path.isfile, filter(None, paths))))
+
+
+def _in_long_mode(machine: Debugged) -> bool:
+    machine.pause()
+    try:
+        return any(vcpu.registers()["efer"] & _EFER_LMA for vcpu in machine.vcpus)
+    finally:
+        machine.resume()
 
 
 def _is_elf64(path: str) -> bool:
