@@ -111,8 +111,7 @@ def load(
     files = [item if isinstance(item, Image) else Image.of(item[1], item[0]) for item in initrds]
     request = Request(memory, source, cmdline, files, acpi_rsdp, e820, fresh)
     entry = _load_kind(request, kind, load_address, flat_mode, unpack)
-    # Images started by a boot loader do not need a BIOS: Xen makes one call, and ignores the result.
-    bios.leave(request.claims, vectors=entry.mode == "real")
+    bios.leave(request.claims, real_mode=entry.mode == "real")
     entry.notes = request.notes
     return entry
 

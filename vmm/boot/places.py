@@ -1,7 +1,7 @@
 """Where the loader puts things in guest-physical memory: every address and bound of vmm.boot, in one place.
 
     0x00000 +--------------------------------+
-            | real-mode interrupt vectors    |  left alone
+            | real-mode interrupt vectors    |  bios.py
     0x00400 | BIOS data area                 |  bios.py
     0x00500 | GDT                            |  protected and long mode
     0x01000 | PML4, PDPT, 4 page directories |  long mode: identity map of the first 4 GiB

@@ -41,7 +41,7 @@ def attach_standard(board: Board, config: MachineConfig, memory: GuestMemory, co
     board.attach(i8042, port=layout.I8042 + 4, size=1, first=4)
     board.attach(Rtc(memory=min(config.memory, layout.LOW_RAM_END)), port=layout.RTC, size=2, gsi=layout.GSI_RTC)
     board.attach(Post(), port=layout.POST, size=1)
-    board.attach(NoBios(board.stop(lib.VMM_STOP_NO_BIOS)), port=layout.NO_BIOS, size=1)
+    board.attach(NoBios(board.stop(lib.VMM_STOP_NO_BIOS)), port=layout.NO_BIOS, size=3)
     board.attach(DebugExit(board.stop(lib.VMM_STOP_DEBUG_EXIT)), port=layout.DEBUG_EXIT, size=4)
     board.attach(Pvpanic(board.stop(lib.VMM_STOP_PANIC)), port=layout.PVPANIC, size=1)
     power = PowerManagement(board.stop(lib.VMM_STOP_POWEROFF), S5_TYPES)

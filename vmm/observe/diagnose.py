@@ -26,7 +26,10 @@ ENDED_FROM_OUTSIDE = frozenset({"timeout", "stalled", "halt", "stopped", "interr
 def diagnose(machine: Ended, outcome: Outcome) -> Diagnosis:
     """The diagnosis of an ended run; the machine must not be closed. What a guest wrote is printable in it, and of
     bounded length."""
+    from vmm.observe import bios
+
     found = _diagnose(machine, outcome)
+    found = found._replace(evidence=(*found.evidence, *bios.calls(machine)))
     return found._replace(evidence=tuple(printable(line, TEXT_MAX) for line in found.evidence))  # some is added late
 
 
