@@ -285,15 +285,40 @@ def test_a_hypercall_that_never_returns_is_named(flat: Any) -> None:
     assert "vmcall at 0x100005 (rax 0xb), which KVM executes forever; see pyvmm doctor" in found.sentence
 
 
-def test_32_bit_paging_is_named_where_it_cannot_work(flat: Any) -> None:
-    if host.findings().native:
-        pytest.skip("this host has 32-bit paging")
-    code = bytes.fromhex("0f20c0 0d00000080 0f22c0 f4")  # mov eax, cr0; or eax, 1 << 31; mov cr0, eax; hlt
-    with flat(code, mode="protected", memory="2M", rng=False) as machine:
+@pytest.mark.parametrize("kind", ["32-bit", "PAE"])
+def test_32_bit_paging_is_named_where_it_cannot_work(flat: Any, kind: str) -> None:
+    if kind not in host.findings().unpaged:
+        pytest.skip(f"this host has {kind} paging")
+    # mov eax, cr4; or eax, PAE or nothing; mov cr4, eax; mov eax, cr0; or eax, 1 << 31; mov cr0, eax; hlt
+    pae = "20" if kind == "PAE" else "00"
+    code = bytes.fromhex(f"0f20e0 0d{pae}000000 0f22e0 0f20c0 0d00000080 0f22c0 f4")
+    for compat in ("auto", "off"):
+        with flat(code, mode="protected", memory="2M", rng=False, compat=compat) as machine:
+            machine.run(timeout=120)
+            found = machine.diagnose()
+        assert found.cause == "no-legacy-paging"
+        assert f"mov cr0, eax at 0x100013 switches {kind} paging on (eax is 0x8" in found.sentence
+
+
+def test_an_int_n_that_compatibility_would_repair_is_named(flat: Any) -> None:
+    if not host.findings().syscall_broken:
+        pytest.skip("INT n at CPL 3 is delivered on this host")
+    # GDT behind the code: code and data of CPL 3; push ss, esp, cs, eip; retf is not emulated: by IRETQ of 64 bits
+    code = bytes.fromhex("0f011425 70001000 6a23 6800800000 6802020000 6a2b 6840001000 48cf").ljust(0x40, b"\x90")
+    code += bytes.fromhex("cd80").ljust(0x30, b"\x90")
+    code += (0x2F).to_bytes(2, "little") + (0x100080).to_bytes(8, "little")
+    code = code.ljust(0x80, b"\0") + bytes(4 * 8)
+    code += b"".join(d.to_bytes(8, "little") for d in (0x00CFF3000000FFFF, 0x00AFFB000000FFFF))
+    with flat(code, memory="2M", rng=False, compat="off") as machine:
+        entry = machine.load()
+        for table in range(entry.cr3, entry.cr3 + 0x3000, 0x1000):  # open the map of the first GiB to CPL 3
+            for at in range(table, table + 0x1000, 8):
+                value = int.from_bytes(machine.memory.read(at, 8), "little")
+                machine.memory.write(at, (value | 4 if value & 1 else value).to_bytes(8, "little"))
         machine.run(timeout=120)
         found = machine.diagnose()
-    assert found.cause == "no-legacy-paging"
-    assert "mov cr0, eax at 0x100008 switches paging on outside long mode" in found.sentence
+    assert found.cause == "no-int-n", found
+    assert "int 0x80 at 0x100040, at CPL 3 in 64-bit code: this host's KVM raises #UD for it" in found.sentence
 
 
 @pytest.mark.parametrize(("code", "which"), [("cd10 ebfc", "int 0x10 at 0x0:0x7c00"), ("0f0b", "an interrupt at 0x0:")])

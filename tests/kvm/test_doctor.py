@@ -40,7 +40,7 @@ def test_the_report_says_what_the_probes_find(report: dict[str, Any]) -> None:
     assert report["guest_kernel_code"] == ("native" if found.native else "emulated")
     assert report["missing_instructions"] == found.missing
     assert report["cpuid_forced"] == found.cpuid_forced
-    for name in ("syscall_broken", "vmcall_loops", "tsc_fixed", "shadowed", "unstopped"):
+    for name in ("syscall_broken", "vmcall_loops", "tsc_fixed", "shadowed", "unstopped", "unpaged"):
         assert report[name] == getattr(found, name)
 
 
@@ -143,9 +143,13 @@ def test_each_departure_has_a_consequence() -> None:
     found.syscall_broken = found.vmcall_loops = found.tsc_fixed = found.shadowed = True
     found.cpuid_forced = ["avx2"]
     found.unstopped = ["breakpoint", "write"]
+    found.unpaged = ["32-bit", "PAE"]
     said = consequences(found)
-    assert len(said) == 8
-    for words in ("600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC", "page tables", "breakpoint, write"):
+    assert len(said) == 9
+    for words in (
+        "600 ns", "popcnt, xsave", "SYSCALL", "hypercall", "avx2", "TSC", "page tables", "breakpoint, write",
+        "32-bit or PAE paging",
+    ):  # fmt: skip
         assert sum(words in text for text in said) == 1, words
 
 

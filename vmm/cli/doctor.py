@@ -63,6 +63,7 @@ def examine(kvm: str = KVM_PATH) -> dict[str, Any]:
     report["tsc_fixed"] = found.tsc_fixed
     report["shadowed"] = found.shadowed
     report["unstopped"] = found.unstopped
+    report["unpaged"] = found.unpaged
     report["basis"] = {_KEYS.get(name, name): found.basis[name] for name in VERDICTS if name in found.basis}
     report["consequences"] = consequences(found)
     return report
@@ -105,6 +106,11 @@ def consequences(found: Findings) -> list[str]:
     if found.unstopped:
         said.append(
             f"a guest runs past a debugger's {', '.join(found.unstopped)} points: pyvmm and its gdb stub refuse them"
+        )
+    if found.unpaged:
+        said.append(
+            f"a guest cannot switch on {' or '.join(found.unpaged)} paging: a 32-bit kernel runs only as far as it "
+            "does without; use a 64-bit kernel, or another host"
         )
     return said
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 # The findings with a basis, in the order of a report
-VERDICTS = ("native", "missing", "syscall_broken", "vmcall_loops", "cpuid_forced", "tsc_fixed", "shadowed", "unstopped")
+VERDICTS = (
+    "native", "missing", "syscall_broken", "vmcall_loops", "cpuid_forced", "tsc_fixed", "shadowed", "unstopped",
+    "unpaged",
+)  # fmt: skip
+
+
+PAGING_KINDS = ("32-bit", "PAE")
 
 
 class Findings:
@@ -14,7 +20,8 @@ class Findings:
     ``vmcall_loops``: a hypercall never returns. ``cpuid_forced``: feature names the guest sees although hidden.
     ``tsc_fixed``: the guest's TSC is the host's, whatever is written to it. ``shadowed``: KVM keeps using page tables
     as they were before the host wrote them. ``unstopped``: kinds of a debugger's points (``vmm.cpu.debug.KINDS``) at
-    which KVM does not stop a guest.
+    which KVM does not stop a guest. ``unpaged``: kinds of paging outside long mode (:data:`PAGING_KINDS`) that a guest
+    cannot switch on.
 
     ``basis`` maps the name of each verdict to its measurement. ``instruction_ns`` and ``pio_us`` are for the user only:
     no verdict depends on them.
@@ -30,6 +37,7 @@ class Findings:
         "shadowed",
         "syscall_broken",
         "tsc_fixed",
+        "unpaged",
         "unstopped",
         "vmcall_loops",
     )
@@ -45,6 +53,7 @@ class Findings:
         self.shadowed = False
         self.cpuid_forced: list[str] = []
         self.unstopped: list[str] = []
+        self.unpaged: list[str] = []
         self.basis: dict[str, str] = {}
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmm._ffi import check, ffi, lib
-from vmm.cpu.findings import Findings
+from vmm.cpu.findings import PAGING_KINDS, Findings
 from vmm.cpu.tiny_guest import CODE, DATA, OUT_DONE, UPPER, UPPER_CODE, Starved, TinyGuest
 from vmm.cpu.verdicts import Verdict, emulation_counted, emulation_timed
 
@@ -77,6 +77,7 @@ def probe(kvm: str = "/dev/kvm", *, statistics: bool = True) -> Findings:
         finally:
             guest.close()
     _stops(fresh, found)
+    _paging(fresh, found)
     return found
 
 
@@ -237,6 +238,30 @@ def _stops(fresh: Callable[[], TinyGuest], found: Findings) -> None:
     passed = f"; it ran past: {', '.join(found.unstopped)}" if found.unstopped else ""
     stopped = len(points) - len(found.unstopped)
     found.basis["unstopped"] = f"a guest stopped at {stopped} of {len(points)} kinds of a debugger's points{passed}"
+
+
+def _paging(fresh: Callable[[], TinyGuest], found: Findings) -> None:
+    # A 32-bit guest switches paging on, over tables that map the code where it is: mov eax, CR0 with PG; mov cr0, eax.
+    directory, pointers, pae_directory, psize = 0x6000, 0x7000, 0x5000, 0x83
+    kinds = {"32-bit": (directory, 1 << 4), "PAE": (pointers, 1 << 5)}  # CR3, and CR4.PSE or PAE
+    ends = []
+    for kind in PAGING_KINDS:
+        guest = fresh()
+        try:
+            guest.memory.write(directory, psize.to_bytes(4, "little"))  # 4 MiB at 0
+            guest.memory.write(pointers, (pae_directory | 1).to_bytes(8, "little"))
+            guest.memory.write(pae_directory, psize.to_bytes(8, "little"))  # 2 MiB at 0
+            cr3, cr4 = kinds[kind]
+            guest.enter_protected(
+                b"\xb8" + 0x80000033.to_bytes(4, "little") + b"\x0f\x22\xc0" + OUT_DONE, cr3=cr3, cr4=cr4
+            )
+            end = guest.run()
+        finally:
+            guest.close()
+        ends.append(f"{kind} paging {_ENDS[end]}")
+        if end != "done":
+            found.unpaged.append(kind)
+    found.basis["unpaged"] = ", ".join(ends)
 
 
 def _syscall(guest: TinyGuest, found: Findings) -> None:

@@ -98,6 +98,23 @@ class TinyGuest:
         start = {"rip": CODE, "rsp": STACK, "rsi": DATA, "rflags": 0x3002, **registers}
         check(lib.vmm_vcpu_set_regs(self.vcpu, ffi.new("vmm_regs *", start)))
 
+    def enter_protected(self, code: bytes, *, cr3: int, cr4: int, **registers: int) -> None:
+        """Put code in place and the vCPU at its start, in 32-bit protected mode with paging off."""
+        self.memory.write(CODE, code)
+        sregs = ffi.new("vmm_sregs *")
+        check(lib.vmm_vcpu_get_sregs(self.vcpu, sregs))
+        for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+            s = getattr(sregs, name)
+            s.base, s.limit, s.selector = 0, 0xFFFFFFFF, 0x10 if name == "cs" else 0x18
+            s.type, s.present, s.dpl, s.s, s.g, s.unusable = (0xB if name == "cs" else 3), 1, 0, 1, 1, 0
+            s.l, s.db = 0, 1
+        sregs.tr.type, sregs.tr.present, sregs.tr.limit = 0xB, 1, 0x67
+        sregs.idt.limit = 0
+        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = 0x33, cr3, cr4, 0
+        check(lib.vmm_vcpu_set_sregs(self.vcpu, sregs))
+        start = {"rip": CODE, "rsp": STACK, "rsi": DATA, "rflags": 2, **registers}
+        check(lib.vmm_vcpu_set_regs(self.vcpu, ffi.new("vmm_regs *", start)))
+
     def run(self) -> str:
         """Run to the end: "done", "failed" (KVM cannot emulate it), "fault" (triple fault), "stuck" (it will not end:
         ``why_stuck`` says by what that is known) or "other". ``cpu_ns`` is then the processor time it took.

@@ -17,7 +17,7 @@ def _cache_file(kvm: str) -> str:
         tag = f"{device.st_rdev:x}-{int(device.st_ctime)}"
     except OSError:
         tag = "none"
-    return os.path.join(cache_root(), f"host-4-{boot}-{tag}")
+    return os.path.join(cache_root(), f"host-5-{boot}-{tag}")
 
 
 _known: dict[str, Findings] = {}

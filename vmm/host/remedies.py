@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 class Remedies:
     """The remedies: native flags, and whether guest kernel code is ``emulated``."""
 
-    __slots__ = ("emulated", "remedies", "tsc_fixed", "unstopped", "vmcall_loops")
+    __slots__ = ("emulated", "remedies", "tsc_fixed", "unpaged", "unstopped", "vmcall_loops")
 
     def __init__(self, found: Findings | None, mode: str) -> None:
         forced = mode == "on"
         self.remedies = 0
         self.vmcall_loops = self.emulated = self.tsc_fixed = False
         self.unstopped: list[str] = found.unstopped if found else []
+        self.unpaged: list[str] = found.unpaged if found else []
         if mode == "off" or found is None:
             return
         self.emulated = not found.native

@@ -9,11 +9,13 @@ from vmm.observe.processor import Processor
 from vmm.observe.verdict import Diagnosis, place, say
 
 if TYPE_CHECKING:
+    from vmm.cpu.findings import Findings
+    from vmm.host import Remedies
     from vmm.observe.samples import Sample
     from vmm.observe.subject import Ended
 
 _VECTORS = 1024  # bytes of real mode's interrupt vector table, which is at 0
-_CR0_PG, _EFER_LME = 1 << 31, 1 << 8
+_CR0_PG, _CR4_PAE, _EFER_LME = 1 << 31, 1 << 5, 1 << 8
 _STRAY = 4  # bytes of it that are not zero all the same: zeroes are code that adds AL to the byte at DS:BX+SI
 _FRAMES = 1 << 13  # of a stack of 64 KiB
 _FLAGS_FIXED = 0x802A  # bits 15, 5 and 3 of FLAGS are zero, bit 1 is one
@@ -25,31 +27,47 @@ def of(machine: Ended, cpu: Processor, code: bytes) -> Diagnosis | None:
     """Why the guest died at the instruction ``code`` at RIP, if that is something this host cannot do."""
     from vmm.observe.faults import decode
 
-    insn = decode(cpu, code) if machine.host.emulated and any(code) else None
+    insn = decode(cpu, code) if any(code) else None
     if insn is None:
         return None
     return _paging_32(machine, cpu, insn) or _int_n(machine, cpu, insn)
 
 
+def _found(machine: Ended) -> Findings | Remedies:
+    """What is known of the host; a machine without host compatibility has not asked."""
+    if machine.config.compat != "off":
+        return machine.host
+    from vmm import host
+
+    return host.findings()
+
+
 def _paging_32(machine: Ended, cpu: Processor, insn: Any) -> Diagnosis | None:
-    """MOV CR0 with PG outside long mode: this KVM has no 32-bit page tables, with PAE or without."""
+    """MOV CR0 with PG outside long mode, where this KVM has no such paging (``unpaged`` of the findings)."""
     if insn.mnemonic != "mov" or insn.op_str.partition(",")[0] != "cr0" or cpu.registers["efer"] & _EFER_LME:
+        return None
+    kind = "PAE" if cpu.registers["cr4"] & _CR4_PAE else "32-bit"
+    if kind not in _found(machine).unpaged:
         return None
     source = insn.op_str.partition(", ")[2]
     value = cpu.registers.get(f"r{source[-2:]}", 0)
     if not value & _CR0_PG:
         return None
     where = f"{insn.mnemonic} {insn.op_str} at {place(machine, cpu.rip)}"
-    return say("no-legacy-paging", f"{where} switches paging on outside long mode ({source} is {value:#x}): a 32-bit "
+    return say("no-legacy-paging", f"{where} switches {kind} paging on ({source} is {value:#x}): a 32-bit "
                f"kernel runs here only without paging; {_DOCTOR}")  # fmt: skip
 
 
 def _int_n(machine: Ended, cpu: Processor, insn: Any) -> Diagnosis | None:
-    """INT n at CPL 3, which is run natively there and ends in an exception that no repair takes for it."""
-    if insn.mnemonic != "int" or cpu.cpl != 3:
+    """INT n at CPL 3, which raises #UD on a host that breaks SYSCALL, and is not repaired without compatibility."""
+    if insn.mnemonic != "int" or cpu.cpl != 3 or machine.config.compat != "off":
+        return None
+    from vmm import host
+
+    if not host.findings().syscall_broken:
         return None
     return say("no-int-n", f"{insn.mnemonic} {insn.op_str} at {place(machine, cpu.rip)}, at CPL 3 in {cpu.bits}-bit "
-               f"code: this host's KVM delivers it only to a 64-bit kernel that has set LSTAR; {_DOCTOR}")  # fmt: skip
+               f"code: this host's KVM raises #UD for it, which --compat auto repairs; {_DOCTOR}")  # fmt: skip
 
 
 def hypercall(machine: Ended, cpu: Processor, insn: Any, samples: list[Sample]) -> Diagnosis | None:
@@ -63,11 +81,7 @@ def hypercall(machine: Ended, cpu: Processor, insn: Any, samples: list[Sample]) 
 
 
 def _hypercalls_loop(machine: Ended) -> bool:
-    if machine.config.compat != "off":
-        return machine.host.vmcall_loops
-    from vmm import host
-
-    return host.findings().vmcall_loops  # such a machine has not asked for them
+    return _found(machine).vmcall_loops
 
 
 def empty_vectors(cpu: Processor) -> Diagnosis | None:
