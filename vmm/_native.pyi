@@ -756,6 +756,7 @@ class _Lib:
     VMM_CHUNK: Final = 65536
     VMM_COMPAT_COMPLETE: Final = 1
     VMM_COMPAT_HYPERCALL: Final = 8
+    VMM_COMPAT_LSTAR: Final = 16
     VMM_COMPAT_SHADOW: Final = 4
     VMM_COMPAT_SYSCALL: Final = 2
     VMM_DEBUG_ACCESS: Final = 4

@@ -15,6 +15,7 @@ static int vcpu_init(struct vmm_vcpu *vcpu)
     compat->source.opaque = compat;
     xsave_layout_init(&compat->source.layout);
     vcpu->compat = compat;
+    vcpu->look = ((const struct compat_machine *)vcpu->vm->compat_state)->flags & VMM_COMPAT_SYSCALL;
     return 0;
 }
 
@@ -40,7 +41,13 @@ static const struct vmm_compat_ops complete_only = {
 static const struct vmm_compat_ops syscall_only = {
     .vcpu_init = vcpu_init,
     .debug = compat_debug,
+    .shutdown = compat_shutdown,
+    .rdmsr = compat_rdmsr,
     .wrmsr = compat_wrmsr,
+    .msr_for_kvm = compat_msr_for_kvm,
+    .msr_for_guest = compat_msr_for_guest,
+    .msr_written = compat_msr_written,
+    .look = compat_look,
     .loaded = compat_loaded,
     .vcpu_fini = vcpu_fini,
     .vm_fini = vm_fini,
@@ -50,7 +57,13 @@ static const struct vmm_compat_ops both = {
     .vcpu_init = vcpu_init,
     .internal_error = compat_internal_error,
     .debug = compat_debug,
+    .shutdown = compat_shutdown,
+    .rdmsr = compat_rdmsr,
     .wrmsr = compat_wrmsr,
+    .msr_for_kvm = compat_msr_for_kvm,
+    .msr_for_guest = compat_msr_for_guest,
+    .msr_written = compat_msr_written,
+    .look = compat_look,
     .loaded = compat_loaded,
     .vcpu_fini = vcpu_fini,
     .vm_fini = vm_fini,
@@ -70,8 +83,9 @@ int vmm_compat_enable(vmm_vm *vm, uint32_t flags)
 {
     if (vm->compat)
         return vmm_error_set(-EBUSY, "host compatibility is switched on already");
-    if (flags &
-        ~(uint32_t)(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL | VMM_COMPAT_SHADOW | VMM_COMPAT_HYPERCALL))
+    if (flags & ~(uint32_t)(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL | VMM_COMPAT_LSTAR | VMM_COMPAT_SHADOW |
+                            VMM_COMPAT_HYPERCALL) ||
+        (flags & VMM_COMPAT_LSTAR && !(flags & VMM_COMPAT_SYSCALL)))
         return vmm_error_set(-EINVAL, "vmm_compat_enable: unknown flags 0x%x", flags);
     vm->shadow_paging = flags & VMM_COMPAT_SHADOW; /* the core's own affair: see state.c */
     if (flags & VMM_COMPAT_HYPERCALL)
@@ -96,9 +110,9 @@ int vmm_compat_enable(vmm_vm *vm, uint32_t flags)
         return vmm_error_set(-ENOMEM, "memory for the compatibility state");
     machine->flags = flags;
     vm->compat_state = machine;
-    vm->compat = flags == VMM_COMPAT_COMPLETE  ? &complete_only
-                 : flags == VMM_COMPAT_SYSCALL ? &syscall_only
-                                               : &both;
+    vm->compat = !(flags & VMM_COMPAT_SYSCALL)    ? &complete_only
+                 : !(flags & VMM_COMPAT_COMPLETE) ? &syscall_only
+                                                  : &both;
     for (uint32_t i = 0; i < vm->n_vcpus; i++) {
         int rc = vcpu_init(vm->vcpus[i]);
         if (rc)

@@ -13,8 +13,9 @@
  *
  *   insn, completion           decoding; registers, exceptions and CPUID of one completion
  *   paging                     guest memory by linear address
- *   operands                   the ModRM operand, in a register or in memory
- *   integer, system, fpu, x87  what instructions do
+ *   operands, descriptors      the ModRM operand, in a register or in memory; segment descriptors and gates
+ *   integer, system, fpu, x87, transfers
+ *                              what instructions do
  *   table                      which instruction is which: complete()
  *   vcpu                       a vCPU's registers into a completion, and its outcome back to KVM
  *   syscall                    the SYSCALL repair
@@ -164,6 +165,7 @@ struct completion {
     struct kvm_regs regs;
     struct kvm_sregs sregs;
     bool sregs_changed;
+    bool unmasks_nmi; /* an IRET was completed */
     struct insn insn;
     struct {
         uint8_t vector;
@@ -179,6 +181,7 @@ enum vector {
     V_OF = 4,
     V_UD = 6,
     V_NM = 7,
+    V_NP = 11,
     V_SS = 12,
     V_GP = 13,
     V_PF = 14,
@@ -197,10 +200,14 @@ enum rflags {
     FLAG_IF = 0x200,
     FLAG_DF = 0x400,
     FLAG_OF = 0x800,
+    FLAG_IOPL = 0x3000,
     FLAG_NT = 0x4000,
     FLAG_RF = 0x10000,
     FLAG_VM = 0x20000,
     FLAG_AC = 0x40000,
+    FLAG_VIF = 0x80000,
+    FLAG_VIP = 0x100000,
+    FLAG_ID = 0x200000,
     FLAG_ARITHMETIC = FLAG_CF | FLAG_PF | FLAG_AF | FLAG_ZF | FLAG_SF | FLAG_OF,
 };
 
@@ -228,6 +235,15 @@ enum { EFER_SCE = 1, EFER_LMA = 0x400, EFER_NXE = 0x800 };
 /* ---- registers, exceptions and CPUID (completion.c) ---- */
 
 enum cpu_mode completion_mode(const struct completion *c);
+/* With four levels of paging, the only ones modelled. */
+static inline bool canonical(uint64_t address)
+{
+    return (int64_t)(address << 16) >> 16 == (int64_t)address;
+}
+
+/* Where the next instruction is. */
+uint64_t completion_linear_rip(const struct completion *c);
+
 static inline unsigned completion_cpl(const struct completion *c)
 {
     return c->sregs.ss.dpl;
@@ -264,8 +280,39 @@ enum outcome linear_span(struct completion *c, uint64_t linear, size_t size, enu
 void span_read(const struct span *span, size_t offset, void *to, size_t n);
 void span_write(const struct span *span, size_t offset, const void *from, size_t n);
 
-/* One page-table walk. */
+/* One page-table walk, of the low 32 bits outside long mode. */
 enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned access, uint64_t *gpa);
+
+/* Read as the processor reads descriptors and what it pushed: with supervisor rights, whatever the CPL. */
+enum outcome system_read(struct completion *c, uint64_t linear, void *to, size_t n);
+
+/* ---- descriptors (descriptors.c) ---- */
+
+/* A gate of the IDT. `valid`: within the table's limit and of a type that leads somewhere in this mode. */
+struct gate {
+    uint64_t entry; /* offset in the segment `selector` names */
+    uint16_t selector;
+    uint8_t type, dpl;
+    bool present, valid;
+};
+enum gate_type {
+    GATE_TASK = 5,
+    GATE_INTERRUPT_16 = 6,
+    GATE_TRAP_16 = 7,
+    GATE_INTERRUPT = 14,
+    GATE_TRAP = 15,
+};
+
+/* The descriptor that a selector names; *found is false for the null selector and beyond the table. */
+enum outcome descriptor_read(struct completion *c, uint16_t selector, uint64_t *descriptor, bool *found);
+
+/* What a segment register holds after loading it. */
+struct kvm_segment descriptor_segment(uint16_t selector, uint64_t descriptor);
+
+/* Set the accessed flag, in the table and in *segment. */
+enum outcome descriptor_mark_accessed(struct completion *c, struct kvm_segment *segment);
+
+enum outcome gate_read(struct completion *c, uint8_t vector, struct gate *gate);
 
 /* ---- the ModRM operand (operands.c) ---- */
 
@@ -290,8 +337,14 @@ completer complete_popcnt, complete_lzcnt, complete_tzcnt, complete_andn, comple
 
 /* system.c */
 completer complete_nop, complete_memory_nop, complete_undefined, complete_clac, complete_stac, complete_cld,
-    complete_push, complete_int3, complete_int, complete_into, complete_invpcid, complete_xgetbv,
-    complete_fsgsbase, complete_rdpid, complete_rdtscp, complete_segment_query, complete_idle_hint;
+    complete_push, complete_invpcid, complete_xgetbv, complete_fsgsbase, complete_rdpid, complete_rdtscp,
+    complete_segment_query, complete_idle_hint;
+
+/* transfers.c */
+completer complete_int3, complete_int, complete_int1, complete_into, complete_iret, complete_retf;
+
+/* IRET with operands of `size` bytes: COMPLETE_JUMPED, or why not. */
+enum outcome interrupt_return(struct completion *c, unsigned size);
 
 /* fpu.c */
 void xsave_layout_init(struct xsave_layout *layout);

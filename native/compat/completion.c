@@ -48,6 +48,11 @@ enum cpu_mode completion_mode(const struct completion *c)
     return c->sregs.cs.db && !(c->regs.rflags & FLAG_VM) ? CPU_32 : CPU_16;
 }
 
+uint64_t completion_linear_rip(const struct completion *c)
+{
+    return completion_mode(c) == CPU_64 ? c->regs.rip : (uint32_t)(c->sregs.cs.base + c->regs.rip);
+}
+
 bool offered(const struct completion *c, enum feature feature)
 {
     return feature == NO_FEATURE || c->source->cpuid[feature >> 5] >> (feature & 31) & 1;

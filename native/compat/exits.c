@@ -26,7 +26,8 @@ int compat_internal_error(struct vmm_vcpu *vcpu)
     enum outcome outcome = complete(&c, bytes, n);
     if (outcome == COMPLETE_UNKNOWN || !completion_store(compat, &c, outcome))
         return 0;
-    syscall_repair_refresh(compat, &c);
+    if (compat_of(vcpu)->flags & VMM_COMPAT_SYSCALL)
+        syscall_repair_refresh(compat, &c);
     atomic_fetch_add_explicit(&compat_of(vcpu)->completed, 1, memory_order_relaxed);
     return 1;
 }

@@ -44,10 +44,16 @@ static bool primary_form(uint8_t opcode, unsigned operand_size, bool *modrm, uin
     case 0xcd: /* INT n */
         *immediate = 1;
         return true;
+    case 0xca: /* RETF imm16 */
+        *immediate = 2;
+        return true;
     case 0x90: /* NOP */
     case 0x9b: /* FWAIT */
+    case 0xcb: /* RETF */
     case 0xcc: /* INT3 */
     case 0xce: /* INTO */
+    case 0xcf: /* IRET */
+    case 0xf1: /* INT1 */
     case 0xfc: /* CLD */
         return true;
     default:

@@ -61,11 +61,15 @@ static void entry_mark(const struct completion_source *source, void *entry, unsi
 enum outcome linear_translate(struct completion *c, uint64_t linear, unsigned access, uint64_t *gpa)
 {
     const struct kvm_sregs *s = &c->sregs;
+    if (!(s->efer & EFER_LMA))
+        linear = (uint32_t)linear;
     if (!(s->cr0 & CR0_PG)) {
         *gpa = linear;
         return COMPLETE_DONE;
     }
     bool long_paging = s->efer & EFER_LMA, pae = s->cr4 & CR4_PAE;
+    if (long_paging && !canonical(linear))
+        return fault_error(c, V_GP, 0);
     /* Not modelled: five levels, protection keys, shadow stacks. */
     if (s->cr4 & (CR4_PKE | CR4_PKS | CR4_CET) || (long_paging && s->cr4 & CR4_LA57))
         return COMPLETE_UNKNOWN;
@@ -168,4 +172,22 @@ void span_write(const struct span *span, size_t offset, const void *from, size_t
         store(span, span->part[0] + offset, from, first);
     if (n > first)
         store(span, span->part[1] + offset + first - span->size[0], (const uint8_t *)from + first, n - first);
+}
+
+enum outcome system_read(struct completion *c, uint64_t linear, void *to, size_t n)
+{
+    for (size_t done = 0; done < n;) {
+        const size_t in_page = 4096 - ((linear + done) & 4095),
+                     part = in_page < n - done ? in_page : n - done;
+        uint64_t gpa;
+        const enum outcome o = linear_translate(c, linear + done, ACCESS_READ, &gpa);
+        if (o != COMPLETE_DONE)
+            return o;
+        const void *at = c->source->memory(c->source->opaque, gpa, part);
+        if (!at)
+            return COMPLETE_UNKNOWN;
+        memcpy((uint8_t *)to + done, at, part);
+        done += part;
+    }
+    return COMPLETE_DONE;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* System instructions, software interrupts, and hints that need no more than being stepped over. */
+/* System instructions, and hints that need no more than being stepped over. */
 #include "compat.h"
 
 enum { MSR_IA32_TSC = 0x10 };
@@ -60,29 +60,6 @@ enum outcome complete_push(struct completion *c)
     span_write(&span, 0, &value, sizeof value);
     c->regs.rsp -= 8;
     return COMPLETE_DONE;
-}
-
-enum outcome complete_int3(struct completion *c)
-{
-    c->event.vector = V_BP;
-    return COMPLETE_TRAP;
-}
-
-enum outcome complete_int(struct completion *c)
-{
-    c->event.vector = (uint8_t)c->insn.immediate;
-    c->event.software = true;
-    return COMPLETE_TRAP;
-}
-
-enum outcome complete_into(struct completion *c)
-{
-    if (c->insn.long_mode)
-        return fault(c, V_UD);
-    if (!(c->regs.rflags & FLAG_OF))
-        return COMPLETE_DONE;
-    c->event.vector = V_OF;
-    return COMPLETE_TRAP;
 }
 
 /* Types 0 (one address), 1 (one PCID), 2 (everything), 3 (everything but global): each may flush more than
@@ -185,33 +162,6 @@ enum outcome complete_idle_hint(struct completion *c)
  */
 enum query { QUERY_LAR, QUERY_LSL, QUERY_VERR, QUERY_VERW };
 
-static enum outcome descriptor_read(struct completion *c, uint16_t selector, uint64_t *descriptor,
-                                    bool *found)
-{
-    bool local = selector & 4;
-    uint64_t base = local ? c->sregs.ldt.base : c->sregs.gdt.base;
-    uint32_t limit = local ? (c->sregs.ldt.unusable ? 0 : c->sregs.ldt.limit) : c->sregs.gdt.limit;
-    *found = selector & ~3u && (uint32_t)(selector | 7) <= limit;
-    if (!*found)
-        return COMPLETE_DONE;
-    /* An implicit supervisor access whatever the CPL: no user flag, and SMAP without AC's help. */
-    uint8_t bytes[8];
-    for (unsigned i = 0; i < sizeof bytes; i++) {
-        uint64_t gpa;
-        enum outcome o = linear_translate(c, base + (selector & ~7u) + i, ACCESS_READ, &gpa);
-        if (o != COMPLETE_DONE)
-            return o;
-        const uint8_t *at = c->source->memory(c->source->opaque, gpa, 1);
-        if (!at)
-            return COMPLETE_UNKNOWN;
-        bytes[i] = *at;
-    }
-    *descriptor = 0;
-    for (unsigned i = sizeof bytes; i-- > 0;)
-        *descriptor = *descriptor << 8 | bytes[i];
-    return COMPLETE_DONE;
-}
-
 static bool query_allowed(const struct completion *c, enum query query, uint64_t descriptor, unsigned rpl)
 {
     unsigned type = descriptor >> 40 & 15, dpl = descriptor >> 45 & 3, cpl = completion_cpl(c);
@@ -253,9 +203,7 @@ enum outcome complete_segment_query(struct completion *c)
     c->regs.rflags = (c->regs.rflags & ~(uint64_t)FLAG_ZF) | (found ? FLAG_ZF : 0);
     if (!found || query == QUERY_VERR || query == QUERY_VERW)
         return COMPLETE_DONE;
-    uint32_t limit = (descriptor & 0xffff) | (descriptor >> 32 & 0xf0000);
-    if (descriptor >> 55 & 1)
-        limit = limit << 12 | 0xfff;
+    const uint32_t limit = descriptor_segment((uint16_t)selector, descriptor).limit;
     uint32_t rights = (uint32_t)(descriptor >> 32) & 0x00f0ff00; /* SDM volume 2, LAR: bits 19:16 undefined */
     gpr_write(c, c->insn.reg, c->insn.operand_size, query == QUERY_LSL ? limit : rights);
     return COMPLETE_DONE;

@@ -15,9 +15,12 @@ const struct instruction instructions[] = {
     {MAP_PRIMARY, 0x6a, 0xff, NP, ANY, ANY, LEGACY, NO_FEATURE, complete_push},
     {MAP_PRIMARY, 0x90, 0xff, NP, ANY, ANY, LEGACY, NO_FEATURE, complete_nop},
     {MAP_PRIMARY, 0x9b, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_fwait},
+    {MAP_PRIMARY, 0xca, 0xfe, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_retf}, /* RETF imm16, RETF */
     {MAP_PRIMARY, 0xcc, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_int3},
     {MAP_PRIMARY, 0xcd, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_int},
     {MAP_PRIMARY, 0xce, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_into},
+    {MAP_PRIMARY, 0xcf, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_iret},
+    {MAP_PRIMARY, 0xf1, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_int1},
     {MAP_PRIMARY, 0xfc, 0xff, ANY_PREFIX, ANY, ANY, LEGACY, NO_FEATURE, complete_cld},
     {MAP_0F, 0x77, 0xff, NP, ANY, ANY, LEGACY, MMX, complete_x87_control},                  /* EMMS */
     {MAP_0F, 0x00, 0xff, ANY_PREFIX, 4, ANY, LEGACY, NO_FEATURE, complete_segment_query},   /* VERR */

@@ -134,7 +134,7 @@ bool completion_load(struct compat_vcpu *compat, struct completion *c)
 
 size_t completion_fetch(struct completion *c, uint8_t bytes[INSN_MAX])
 {
-    uint64_t linear = completion_mode(c) == CPU_64 ? c->regs.rip : (uint32_t)(c->sregs.cs.base + c->regs.rip);
+    const uint64_t linear = completion_linear_rip(c);
     size_t n = 0;
     while (n < INSN_MAX) {
         size_t in_page = 4096 - ((linear + n) & 4095), part = in_page < INSN_MAX - n ? in_page : INSN_MAX - n;
@@ -200,14 +200,24 @@ bool completion_store(struct compat_vcpu *compat, struct completion *c, enum out
         sync->sregs = c->sregs;
         run->kvm_dirty_regs |= KVM_SYNC_X86_SREGS;
     }
-    if (event || sync->events.interrupt.shadow) {
+    if (event || c->unmasks_nmi || sync->events.interrupt.shadow) {
         /* STI's and MOV SS's shadow ends with the instruction after them, which this was. */
         sync->events.flags = KVM_VCPUEVENT_VALID_SHADOW;
         sync->events.interrupt.shadow = 0;
+        if (c->unmasks_nmi)
+            sync->events.nmi.masked = 0;
         if (event)
             queue_event(c, &sync->events);
         run->kvm_dirty_regs |= KVM_SYNC_X86_EVENTS;
     }
     compat->vcpu->unsettled = true; /* a pause must first let these in */
     return true;
+}
+
+void completion_forget_exception(struct compat_vcpu *compat)
+{
+    struct kvm_run *run = compat->vcpu->run;
+    memset(&run->s.regs.events.exception, 0, sizeof run->s.regs.events.exception);
+    run->s.regs.events.flags = KVM_VCPUEVENT_VALID_SHADOW;
+    run->kvm_dirty_regs |= KVM_SYNC_X86_EVENTS;
 }

@@ -19,10 +19,10 @@ struct compat_vcpu {
     bool knows_cpuid; /* source.cpuid is the guest's */
     /* The SYSCALL repair. The MSRs are as the guest wrote them; lstar 0: not yet. */
     uint64_t star, lstar, cstar, sfmask;
-    uint64_t page_fault_entry, undefined_entry; /* breakpoints, armed while not 0 */
+    uint64_t page_fault_entry, undefined_entry; /* linear; breakpoints, armed while not 0 */
 };
 
-static inline struct compat_machine *compat_of(struct vmm_vcpu *vcpu)
+static inline struct compat_machine *compat_of(const struct vmm_vcpu *vcpu)
 {
     return vcpu->vm->compat_state;
 }
@@ -32,6 +32,9 @@ static inline struct compat_machine *compat_of(struct vmm_vcpu *vcpu)
 bool completion_load(struct compat_vcpu *compat, struct completion *c);
 bool completion_store(struct compat_vcpu *compat, struct completion *c, enum outcome outcome);
 
+/* Have KVM forget the exception that it could not deliver; between completion_load() and completion_store(). */
+void completion_forget_exception(struct compat_vcpu *compat);
+
 /* The bytes at RIP, as many as can be fetched. */
 size_t completion_fetch(struct completion *c, uint8_t bytes[INSN_MAX]);
 
@@ -40,12 +43,22 @@ extern const struct completion_source kvm_completion_source; /* less opaque and 
 /* exits (exits.c, syscall.c): 1 handled, 0 not */
 int compat_internal_error(struct vmm_vcpu *vcpu);
 int compat_debug(struct vmm_vcpu *vcpu);
+int compat_shutdown(struct vmm_vcpu *vcpu);
 int compat_wrmsr(struct vmm_vcpu *vcpu);
+int compat_rdmsr(struct vmm_vcpu *vcpu);
+
+/* See struct vmm_compat_ops. */
+uint64_t compat_msr_for_kvm(const struct vmm_vcpu *vcpu, uint32_t index, uint64_t value);
+uint64_t compat_msr_for_guest(const struct vmm_vcpu *vcpu, uint32_t index, uint64_t value);
+void compat_msr_written(struct vmm_vcpu *vcpu, uint32_t index, uint64_t value);
+
+/* Look for the guest's handlers between two runs, without disturbing what an exit left half done. */
+void compat_look(struct vmm_vcpu *vcpu);
 
 /* The vCPU was given another state: what the repair knows of the guest is in that. */
 void compat_loaded(struct vmm_vcpu *vcpu, const vmm_vcpu_state *state);
 
-/* Look again for the guest's #PF entry, which it may have moved. */
+/* Look again for the guest's handlers, which it may have moved, by the segment registers and tables in *c. */
 void syscall_repair_refresh(struct compat_vcpu *compat, struct completion *c);
 
 /* 0 or -errno */

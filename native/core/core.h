@@ -79,8 +79,14 @@ struct vmm_compat_ops {
     int (*vcpu_init)(struct vmm_vcpu *vcpu);
     int (*internal_error)(struct vmm_vcpu *vcpu); /* 1: completed, re-enter; 0: not known */
     int (*debug)(struct vmm_vcpu *vcpu);          /* 1: a breakpoint of compat's; 0: not */
+    int (*shutdown)(struct vmm_vcpu *vcpu);       /* 1: it was none, re-enter; 0: a triple fault */
     int (*rdmsr)(struct vmm_vcpu *vcpu);
     int (*wrmsr)(struct vmm_vcpu *vcpu);
+    /* What KVM is to hold for a guest's MSR, and back; and the guest's was set, by whomever. NULL: they are the same. */
+    uint64_t (*msr_for_kvm)(const struct vmm_vcpu *vcpu, uint32_t index, uint64_t value);
+    uint64_t (*msr_for_guest)(const struct vmm_vcpu *vcpu, uint32_t index, uint64_t value);
+    void (*msr_written)(struct vmm_vcpu *vcpu, uint32_t index, uint64_t value);
+    void (*look)(struct vmm_vcpu *vcpu); /* before the next entry, while vcpu->look */
     void (*loaded)(struct vmm_vcpu *vcpu,
                    const vmm_vcpu_state *state); /* it has this state now; may be NULL */
     void (*vcpu_fini)(struct vmm_vcpu *vcpu);
@@ -153,6 +159,7 @@ struct vmm_vcpu {
     _Atomic int state;      /* enum vmm_vcpu_place, written under vm->lock */
     clockid_t clock;        /* CPU time of the thread that runs it, while state is not OUT */
     uint32_t scaled_khz;    /* the rate its TSC is scaled to; 0: the host's */
+    bool look;              /* compat wants to see the vCPU after each exit */
     bool unsettled;         /* an I/O exit's result is not yet in the registers */
     uint32_t last_range[2]; /* per space: where the last hit was */
     _Atomic uint64_t epoch; /* bus epoch this vCPU reads under; 0: not in the bus */
@@ -197,6 +204,19 @@ static inline void vmm_vm_wrote(struct vmm_vm *vm, const void *host, size_t n)
 }
 
 void vmm_vcpu_destroy(struct vmm_vcpu *vcpu);
+
+/* compat may keep a guest's MSR from KVM: what KVM is to hold for `value`, and the guest's value of what KVM holds. */
+static inline uint64_t vmm_msr_for_kvm(const struct vmm_vcpu *vcpu, uint32_t index, uint64_t value)
+{
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    return compat && compat->msr_for_kvm ? compat->msr_for_kvm(vcpu, index, value) : value;
+}
+
+static inline uint64_t vmm_msr_for_guest(const struct vmm_vcpu *vcpu, uint32_t index, uint64_t value)
+{
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    return compat && compat->msr_for_guest ? compat->msr_for_guest(vcpu, index, value) : value;
+}
 
 /* Give the engine the registers that wait in the vCPU's page for its next run, before its state is read. Not
  * while the vCPU runs. */

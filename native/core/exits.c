@@ -113,6 +113,13 @@ static enum vmm_verdict exit_msr(struct vmm_vcpu *vcpu, remedy try)
     return entry.claimed ? VMM_REENTER : leave(vcpu, VMM_STOP_UNKNOWN_EXIT, run->exit_reason);
 }
 
+static enum vmm_verdict exit_shutdown(struct vmm_vcpu *vcpu)
+{
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    return compat && compat->shutdown && compat->shutdown(vcpu) == 1 ? VMM_REENTER
+                                                                     : leave(vcpu, VMM_STOP_TRIPLE_FAULT, 0);
+}
+
 static enum vmm_verdict exit_other(struct vmm_vcpu *vcpu)
 {
     const struct kvm_run *run = vcpu->run;
@@ -124,7 +131,7 @@ static enum vmm_verdict exit_other(struct vmm_vcpu *vcpu)
     case KVM_EXIT_HLT:
         return leave(vcpu, VMM_STOP_HALT, 0);
     case KVM_EXIT_SHUTDOWN:
-        return leave(vcpu, VMM_STOP_TRIPLE_FAULT, 0);
+        return exit_shutdown(vcpu);
     case KVM_EXIT_FAIL_ENTRY:
         return leave(vcpu, VMM_STOP_FAIL_ENTRY, run->fail_entry.hardware_entry_failure_reason);
     case KVM_EXIT_SYSTEM_EVENT:

@@ -122,13 +122,17 @@ struct msr_list {
     struct kvm_msr_entry entries[MAX_MSRS];
 };
 
-static int fill_msrs(struct msr_list *list, const uint32_t *index, const uint64_t *value, uint32_t n)
+static int fill_msrs(const vmm_vcpu *vcpu, struct msr_list *list, const uint32_t *index,
+                     const uint64_t *value, uint32_t n)
 {
     if (n > MAX_MSRS)
         return vmm_error_set(-E2BIG, "%u MSRs are more than one call takes", n);
     list->head.nmsrs = n;
     for (uint32_t i = 0; i < n; i++)
-        list->entries[i] = (struct kvm_msr_entry){.index = index[i], .data = value ? value[i] : 0};
+        list->entries[i] = (struct kvm_msr_entry){
+            .index = index[i],
+            .data = value ? vmm_msr_for_kvm(vcpu, index[i], value[i]) : 0,
+        };
     return 0;
 }
 
@@ -137,20 +141,24 @@ int vmm_vcpu_get_msrs(vmm_vcpu *vcpu, const uint32_t *index, uint64_t *value, ui
 {
     struct msr_list list;
     memset(value, 0, n * sizeof(*value));
-    int rc = fill_msrs(&list, index, NULL, n);
+    int rc = fill_msrs(vcpu, &list, index, NULL, n);
     rc = rc ? rc : vmm_vcpu_flush_registers(vcpu);
     rc = rc ? rc : vcpu->engine->ops->get_msrs(vcpu->engine, &list.head);
     for (int i = 0; i < rc; i++)
-        value[i] = list.entries[i].data;
+        value[i] = vmm_msr_for_guest(vcpu, index[i], list.entries[i].data);
     return rc;
 }
 
 int vmm_vcpu_set_msrs(vmm_vcpu *vcpu, const uint32_t *index, const uint64_t *value, uint32_t n)
 {
     struct msr_list list;
-    int rc = fill_msrs(&list, index, value, n);
+    int rc = fill_msrs(vcpu, &list, index, value, n);
     rc = rc ? rc : vmm_vcpu_flush_registers(vcpu);
-    return rc ? rc : vcpu->engine->ops->set_msrs(vcpu->engine, &list.head);
+    rc = rc ? rc : vcpu->engine->ops->set_msrs(vcpu->engine, &list.head);
+    const struct vmm_compat_ops *compat = vcpu->vm->compat;
+    for (int i = 0; i < rc && compat && compat->msr_written; i++)
+        compat->msr_written(vcpu, index[i], value[i]);
+    return rc;
 }
 
 /* ---- the other state, by kind ---- */

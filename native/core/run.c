@@ -90,6 +90,8 @@ int vmm_vcpu_run(vmm_vcpu *vcpu)
     for (;;) {
         if (unlikely(atomic_load(&vcpu->vm->requests)) && !attend(vcpu))
             break;
+        if (unlikely(vcpu->look))
+            vcpu->vm->compat->look(vcpu);
         const int rc = engine->ops->run(engine);
         if (likely(rc == 0)) {
             if (vmm_vcpu_handle_exit(vcpu) == VMM_LEAVE)

@@ -4,77 +4,10 @@
  * asked: a completion has to come to the processor's own registers, flags and bytes.
  */
 #include "check.h"
-#include "compat/compat.h"
 #include "compat_cases.h"
+#include "compat_guest.h"
 
 #include <cpuid.h>
-
-enum {
-    MEMORY = 0x40000,
-    PML4 = 0x1000,
-    PDPT = 0x2000,
-    PD = 0x3000,
-    PT = 0x4000,
-    GDT = 0x5000,
-    CODE = 0x8000,
-    DATA = 0x10000, /* linear and physical */
-};
-#define PTE_NX (1ull << 63)
-
-static struct fixture {
-    _Alignas(4096) uint8_t memory[MEMORY];
-    _Alignas(64) uint8_t fpu[4096];
-    uint64_t xcr0, xss;
-    struct completion_source source;
-    struct completion c;
-} f;
-
-static void *memory_at(void *opaque, uint64_t gpa, uint64_t size)
-{
-    (void)opaque;
-    return gpa <= MEMORY && size <= MEMORY - gpa ? f.memory + gpa : NULL;
-}
-
-static bool get_xsave(void *opaque, void *area)
-{
-    (void)opaque;
-    memcpy(area, f.fpu, sizeof f.fpu);
-    return true;
-}
-
-static bool set_xsave(void *opaque, const void *area)
-{
-    (void)opaque;
-    memcpy(f.fpu, area, sizeof f.fpu);
-    return true;
-}
-
-static bool get_xcr0(void *opaque, uint64_t *xcr0)
-{
-    (void)opaque;
-    *xcr0 = f.xcr0;
-    return true;
-}
-
-static bool get_msr(void *opaque, uint32_t index, uint64_t *value)
-{
-    (void)opaque;
-    *value = index == 0xda0 ? f.xss : 0x1122334455667788;
-    return true;
-}
-
-static unsigned flushes;
-static bool flush_tlb(void *opaque)
-{
-    (void)opaque;
-    flushes++;
-    return true;
-}
-
-static void put64(uint64_t at, uint64_t value)
-{
-    memcpy(f.memory + at, &value, 8);
-}
 
 static uint64_t get64(uint64_t at)
 {
@@ -86,36 +19,6 @@ static uint64_t get64(uint64_t at)
 static void map(uint64_t linear, uint64_t entry)
 {
     put64(PT + (linear >> 12) * 8, entry);
-}
-
-/* Long mode at CPL 0 with the first 256 KiB mapped one to one, user and writable, in 4 KiB pages. */
-static void fresh(void)
-{
-    memset(&f, 0, sizeof f);
-    flushes = 0;
-    put64(PML4, PDPT | 7);
-    put64(PDPT, PD | 7);
-    put64(PD, PT | 7);
-    for (uint64_t linear = 0; linear < MEMORY; linear += 4096)
-        map(linear, linear | 7);
-    f.source = (struct completion_source){.memory = memory_at,
-                                          .get_xsave = get_xsave,
-                                          .set_xsave = set_xsave,
-                                          .get_xcr0 = get_xcr0,
-                                          .get_msr = get_msr,
-                                          .flush_tlb = flush_tlb};
-    xsave_layout_init(&f.source.layout);
-    memset(f.source.cpuid, 0xff, sizeof f.source.cpuid);
-    f.c.source = &f.source;
-    f.c.regs = (struct kvm_regs){.rip = CODE, .rflags = 2, .rsi = DATA, .rsp = DATA + 0x8000};
-    f.c.sregs.cr0 = 0x80010033;
-    f.c.sregs.cr3 = PML4;
-    f.c.sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXSAVE;
-    f.c.sregs.efer = 0xd01;
-    f.c.sregs.cs = (struct kvm_segment){.type = 11, .present = 1, .s = 1, .l = 1, .limit = 0xffffffff};
-    f.c.sregs.ss = (struct kvm_segment){.type = 3, .present = 1, .s = 1, .db = 1, .limit = 0xffffffff};
-    f.c.sregs.ds = f.c.sregs.es = f.c.sregs.fs = f.c.sregs.gs = f.c.sregs.ss;
-    f.xcr0 = 7;
 }
 
 #define COMPLETE(...) complete(&f.c, (const uint8_t[]){__VA_ARGS__}, sizeof((const uint8_t[]){__VA_ARGS__}))
@@ -130,7 +33,7 @@ static void every_case_agrees_with_the_processor(void)
             printf("not on this processor: %s\n", test->name);
             continue;
         }
-        fresh();
+        fresh_guest();
         for (int trial = 0; trial < 2000; trial++) {
             struct native_state native, completed;
             _Alignas(64) uint8_t memory[64];
@@ -212,7 +115,7 @@ static void lengths_and_operands_are_decoded(void)
 static void any_bytes_are_safe(void)
 {
     uint64_t seed = 2463534242ull;
-    fresh();
+    fresh_guest();
     for (int i = 0; i < 300000; i++) {
         uint8_t *bytes = malloc(INSN_MAX); /* on the heap: a read past them is seen */
         uint64_t noise[2] = {next_random(&seed), next_random(&seed)};
@@ -260,7 +163,7 @@ static void page_rights_become_the_right_faults(void)
         {DATA | 7 | PTE_NX, 0, true, true, false, -1},
     };
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
-        fresh();
+        fresh_guest();
         map(DATA, tests[i].entry);
         f.c.sregs.cr4 |= tests[i].cr4;
         f.c.sregs.ss.dpl = tests[i].user ? 3 : 0;
@@ -286,7 +189,7 @@ static void page_rights_become_the_right_faults(void)
 
 static void a_write_across_pages_is_whole_or_not_at_all(void)
 {
-    fresh();
+    fresh_guest();
     map(DATA + 0x1000, 0x30000 | 7); /* physically elsewhere */
     f.c.regs.rsi = DATA + 0xffd;
     f.c.regs.rcx = 0x1122334455667788;
@@ -305,14 +208,14 @@ static void a_write_across_pages_is_whole_or_not_at_all(void)
 
 static void large_pages_and_other_paging_modes_are_walked(void)
 {
-    fresh();
+    fresh_guest();
     put64(PD + 8, 0x0 | 0x87); /* 2 MiB at linear 2 MiB */
     f.c.regs.rsi = 0x200000 + DATA;
     put64(DATA, 0xff);
     CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
     CHECK_EQUAL(f.c.regs.rax, 8);
 
-    fresh(); /* 32-bit, two levels, linear 4 MiB onto 0 */
+    fresh_guest(); /* 32-bit, two levels, linear 4 MiB onto 0 */
     f.c.sregs.efer = 0;
     f.c.sregs.cs.l = 0;
     f.c.sregs.cs.db = 1;
@@ -324,7 +227,7 @@ static void large_pages_and_other_paging_modes_are_walked(void)
     CHECK_EQUAL(COMPLETE(0xf3, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
     CHECK_EQUAL(f.c.regs.rax, 16);
 
-    fresh(); /* 32-bit PAE: the PDPT is at CR3 */
+    fresh_guest(); /* 32-bit PAE: the PDPT is at CR3 */
     f.c.sregs.efer = 0;
     f.c.sregs.cs.l = 0;
     f.c.sregs.cs.db = 1;
@@ -337,30 +240,30 @@ static void large_pages_and_other_paging_modes_are_walked(void)
 
 static void what_is_not_ram_or_not_modelled_is_left_alone(void)
 {
-    fresh();
+    fresh_guest();
     map(DATA, 0x10000000 | 7);
     CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_UNKNOWN);
-    fresh();
+    fresh_guest();
     put64(PD, 0x7ffffff000 | 7);
     CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_UNKNOWN);
-    fresh();
+    fresh_guest();
     f.c.sregs.cr4 |= CR4_LA57;
     CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_UNKNOWN);
-    fresh();
+    fresh_guest();
     CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0xef, 0xc8), COMPLETE_UNKNOWN); /* pxor */
     CHECK_EQUAL(COMPLETE(0x90 ^ 0x91), COMPLETE_UNKNOWN);            /* add */
 }
 
 static void segments_have_limits_and_bases(void)
 {
-    fresh();
+    fresh_guest();
     f.c.sregs.gs.base = DATA;
     f.c.regs.rsi = 8;
     put64(DATA + 8, 1);
     CHECK_EQUAL(COMPLETE(0x65, 0xf3, 0x48, 0x0f, 0xb8, 0x06), COMPLETE_DONE);
     CHECK_EQUAL(f.c.regs.rax, 1);
 
-    fresh();
+    fresh_guest();
     f.c.sregs.efer = 0;
     f.c.sregs.cr0 = 1;
     f.c.sregs.cs.l = 0;
@@ -374,42 +277,222 @@ static void segments_have_limits_and_bases(void)
 
 static void exceptions_and_privilege(void)
 {
-    fresh();
+    fresh_guest();
     CHECK_EQUAL(COMPLETE(0xcc), COMPLETE_TRAP);
     CHECK_EQUAL(f.c.event.vector, V_BP);
     CHECK_EQUAL(f.c.regs.rip, CODE + 1);
-    fresh();
+    fresh_guest();
     CHECK_EQUAL(COMPLETE(0xcd, 0x80), COMPLETE_TRAP);
     CHECK_EQUAL(f.c.event.vector, 0x80);
     CHECK(f.c.event.software);
-    fresh();
+    fresh_guest();
     CHECK_EQUAL(COMPLETE(0xce), COMPLETE_FAULT); /* INTO in 64-bit mode */
     CHECK_EQUAL(f.c.event.vector, V_UD);
-    fresh();
+    fresh_guest();
     f.c.sregs.ss.dpl = 3;
     CHECK_EQUAL(COMPLETE(0x0f, 0x01, 0xca), COMPLETE_FAULT); /* CLAC */
     CHECK_EQUAL(f.c.event.vector, V_UD);
     CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), COMPLETE_FAULT); /* INVPCID */
     CHECK_EQUAL(f.c.event.vector, V_GP);
-    fresh();
+    fresh_guest();
     CHECK_EQUAL(COMPLETE(0xf0, 0xf3, 0x48, 0x0f, 0xb8, 0xc0), COMPLETE_FAULT); /* LOCK POPCNT */
     CHECK_EQUAL(f.c.event.vector, V_UD);
     CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xc7, 0x4e, 0x08), COMPLETE_FAULT); /* CMPXCHG16B off its alignment */
     CHECK_EQUAL(f.c.event.vector, V_GP);
 }
 
+static void no_address_that_is_not_canonical_is_taken_for_another(void)
+{
+    fresh_guest();
+    const uint64_t before = get64(DATA);
+    f.c.regs.rsp = (1ull << 47) + DATA + 8;
+    CHECK_EQUAL(COMPLETE(0x50), COMPLETE_UNKNOWN); /* PUSH, at whose fault the run ends */
+    CHECK_EQUAL(get64(DATA), before);
+    f.c.sregs.idt.base = (1ull << 47) + IDT;
+    CHECK_EQUAL(COMPLETE(0xcd, 0x80), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.vector, V_GP);
+    CHECK_EQUAL(COMPLETE(0x48, 0xcf), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.vector, V_SS);
+}
+
+static void a_gate_decides_whether_a_software_interrupt_may_use_it(void)
+{
+    static const struct {
+        uint8_t instruction[2], vector;
+        uint16_t limit;
+        uint8_t type, dpl, present;
+        int error; /* of #GP or #NP; -1: delivered */
+        uint8_t fault;
+    } tests[] = {
+        {{0xcd, 0x80}, 0x80, 0xfff, GATE_TRAP, 3, true, -1, 0},
+        {{0xcd, 0x80}, 0x80, 0xfff, GATE_INTERRUPT, 0, true, 0x402, V_GP},
+        {{0xcd, 0x80}, 0x80, 0xfff, GATE_INTERRUPT, 3, false, 0x402, V_NP},
+        {{0xcd, 0x80}, 0x80, 0x80e, GATE_INTERRUPT, 3, true, 0x402, V_GP},
+        {{0xcd, 0x80}, 0x80, 0xfff, 12, 3, true, 0x402, V_GP},
+        {{0xcc}, V_BP, 0xfff, GATE_INTERRUPT, 0, true, 0x1a, V_GP},
+        {{0xcc}, V_BP, 0xfff, GATE_INTERRUPT, 3, true, -1, 0},
+        {{0xf1}, V_DB, 0xfff, GATE_INTERRUPT, 0, true, -1, 0},
+    };
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        fresh_guest();
+        f.c.sregs.ss.dpl = 3;
+        f.c.sregs.idt.limit = tests[i].limit;
+        put_gate(tests[i].vector, CODE, tests[i].type, tests[i].dpl, tests[i].present);
+        const enum outcome outcome = complete(&f.c, tests[i].instruction, tests[i].instruction[1] ? 2 : 1);
+        CHECK_EQUAL(outcome, tests[i].error < 0 ? COMPLETE_TRAP : COMPLETE_FAULT);
+        CHECK_EQUAL(f.c.event.vector, tests[i].error < 0 ? tests[i].vector : tests[i].fault);
+        if (tests[i].error >= 0) {
+            CHECK_EQUAL(f.c.event.error, tests[i].error);
+            CHECK_EQUAL(f.c.regs.rip, CODE);
+        }
+    }
+    fresh_guest(); /* of 32 bits, a gate has 8 bytes */
+    make_protected();
+    f.c.sregs.ss.dpl = 3;
+    CHECK_EQUAL(COMPLETE(0xcd, 0x80), COMPLETE_TRAP);
+    put_gate(0x80, CODE, GATE_TRAP_16, 2, true);
+    CHECK_EQUAL(COMPLETE(0xcd, 0x80), COMPLETE_FAULT);
+    f.c.regs.rflags |= FLAG_VM;
+    CHECK_EQUAL(COMPLETE(0xcd, 0x80), COMPLETE_UNKNOWN);
+}
+
+/* ---- far returns ---- */
+
+static void push32(uint32_t value)
+{
+    f.c.regs.rsp -= 4;
+    memcpy(f.memory + f.c.regs.rsp, &value, 4);
+}
+
+/* IRET in protected mode, over this frame; the last two only where they are not 0. */
+static enum outcome iret(uint32_t eip, uint32_t cs, uint32_t flags, uint32_t esp, uint32_t ss)
+{
+    if (ss) {
+        push32(ss);
+        push32(esp);
+    }
+    push32(flags);
+    push32(cs);
+    push32(eip);
+    return COMPLETE(0xcf);
+}
+
+static void protected_guest(void)
+{
+    fresh_guest();
+    make_protected();
+}
+
+static void iret_returns_within_a_level_and_to_an_outer_one(void)
+{
+    protected_guest();
+    CHECK_EQUAL(iret(0x1234, KERNEL_CODE, 0x3202, 0, 0), COMPLETE_JUMPED);
+    CHECK_EQUAL(f.c.regs.rip, 0x1234);
+    CHECK_EQUAL(f.c.regs.rsp, DATA + 0x8000);
+    CHECK_EQUAL(f.c.regs.rflags, 0x3202);
+    CHECK(f.c.unmasks_nmi);
+    CHECK_EQUAL(completion_cpl(&f.c), 0);
+
+    protected_guest();
+    f.c.sregs.fs.dpl = 3;
+    CHECK_EQUAL(iret(0x1234, USER_CODE, 0x202, 0x9000, USER_DATA), COMPLETE_JUMPED);
+    CHECK_EQUAL(f.c.regs.rip, 0x1234);
+    CHECK_EQUAL(f.c.regs.rsp, 0x9000);
+    CHECK_EQUAL(completion_cpl(&f.c), 3);
+    CHECK_EQUAL(f.c.sregs.cs.selector, USER_CODE);
+    CHECK_EQUAL(f.c.sregs.ss.selector, USER_DATA);
+    CHECK(f.c.sregs.ds.unusable); /* the kernel's */
+    CHECK(!f.c.sregs.fs.unusable);
+
+    f.c.regs.rsp = DATA; /* at CPL 3: IF and IOPL are not the program's to set */
+    CHECK_EQUAL(iret(0x1000, USER_CODE, 0x3002 | FLAG_CF, 0, 0), COMPLETE_JUMPED);
+    CHECK_EQUAL(f.c.regs.rflags, 0x202 | FLAG_CF);
+
+    protected_guest(); /* RETF, which takes eight bytes of both stacks */
+    push32(USER_DATA);
+    push32(0x9000);
+    f.c.regs.rsp -= 8;
+    push32(USER_CODE);
+    push32(0x1234);
+    CHECK_EQUAL(COMPLETE(0xca, 8, 0), COMPLETE_JUMPED);
+    CHECK_EQUAL(f.c.regs.rsp, 0x9008);
+    CHECK_EQUAL(completion_cpl(&f.c), 3);
+
+    fresh_guest(); /* RETF of 64 bits */
+    f.c.regs.rsp -= 32;
+    put64(f.c.regs.rsp, 0x1234);
+    put64(f.c.regs.rsp + 8, USER_CODE_64);
+    put64(f.c.regs.rsp + 16, 0x9000);
+    put64(f.c.regs.rsp + 24, USER_DATA);
+    CHECK_EQUAL(COMPLETE(0x48, 0xcb), COMPLETE_JUMPED);
+    CHECK_EQUAL(f.c.sregs.cs.l, 1);
+    CHECK_EQUAL(f.c.regs.rsp, 0x9000);
+}
+
+static void an_iret_to_what_is_no_segment_for_it_faults_where_it_is(void)
+{
+    enum { NOT_PRESENT = 0x38, NARROW = 0x40, GONE = 0x48, CONFORMING = 0x50 };
+    static const struct {
+        uint32_t eip, cs, esp, ss;
+        uint8_t vector;
+        uint32_t error;
+    } tests[] = {
+        {0x1000, 0, 0, 0, V_GP, 0},
+        {0x1000, KERNEL_DATA, 0, 0, V_GP, KERNEL_DATA},
+        {0x1000, KERNEL_CODE | 3, 0x9000, USER_DATA, V_GP, KERNEL_CODE},
+        {0x1000, 0x1000, 0, 0, V_GP, 0x1000},
+        {0x1000, 0x14, 0, 0, V_GP, 0x14}, /* the LDT, which there is not */
+        {0x1000, NOT_PRESENT, 0, 0, V_NP, NOT_PRESENT},
+        {0x10000, NARROW, 0, 0, V_GP, 0},
+        {0x1000, USER_CODE, 0x9000, KERNEL_DATA, V_GP, KERNEL_DATA},
+        {0x1000, USER_CODE, 0x9000, USER_CODE, V_GP, USER_CODE & ~3u},
+        {0x1000, USER_CODE, 0x9000, 3, V_GP, 0},
+        {0x1000, USER_CODE, 0x9000, GONE | 3, V_SS, GONE},
+        {0x1000, CONFORMING, 0, 0, V_GP, CONFORMING},
+    };
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        protected_guest();
+        put64(GDT + NOT_PRESENT, 0x00cf1b000000ffff);
+        put64(GDT + NARROW, 0x00409b000000ffff);
+        put64(GDT + GONE, 0x00cf73000000ffff);
+        put64(GDT + CONFORMING, 0x00cfff000000ffff); /* of DPL 3: not for CPL 0 */
+        f.c.sregs.gdt.limit = 0x57;
+        const struct kvm_sregs before = f.c.sregs;
+        CHECK_EQUAL(iret(tests[i].eip, tests[i].cs, 2, tests[i].esp, tests[i].ss), COMPLETE_FAULT);
+        CHECK_EQUAL(f.c.event.vector, tests[i].vector);
+        CHECK_EQUAL(f.c.event.error, tests[i].error);
+        CHECK_EQUAL(f.c.regs.rip, CODE);
+        CHECK(memcmp(&before, &f.c.sregs, sizeof before) == 0);
+    }
+    protected_guest();
+    f.c.sregs.ss.dpl = 3; /* no return inwards */
+    CHECK_EQUAL(iret(0x1000, KERNEL_CODE, 2, 0, 0), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.vector, V_GP);
+    protected_guest();
+    f.c.sregs.ss.limit = DATA;
+    CHECK_EQUAL(iret(0x1000, KERNEL_CODE, 2, 0, 0), COMPLETE_FAULT);
+    CHECK_EQUAL(f.c.event.vector, V_SS);
+    protected_guest();
+    CHECK_EQUAL(iret(0x1000, KERNEL_CODE, FLAG_VM | 2, 0, 0), COMPLETE_UNKNOWN);
+    f.c.regs.rflags |= FLAG_NT; /* a task switch */
+    CHECK_EQUAL(iret(0x1000, KERNEL_CODE, 2, 0, 0), COMPLETE_UNKNOWN);
+    protected_guest();
+    f.c.sregs.cr0 = 0; /* real mode's is KVM's */
+    CHECK_EQUAL(COMPLETE(0xcf), COMPLETE_UNKNOWN);
+}
+
 static void invpcid_flushes_and_checks_its_descriptor(void)
 {
     for (uint64_t type = 0; type < 5; type++) {
-        fresh();
+        fresh_guest();
         f.c.regs.rax = type;
         CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), type < 4 ? COMPLETE_DONE : COMPLETE_FAULT);
-        CHECK_EQUAL(flushes, type < 4);
+        CHECK_EQUAL(f.flushes, type < 4);
     }
-    fresh();
+    fresh_guest();
     put64(DATA, 1); /* a PCID without CR4.PCIDE */
     CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), COMPLETE_FAULT);
-    fresh();
+    fresh_guest();
     put64(DATA + 8, 1ull << 63);
     CHECK_EQUAL(COMPLETE(0x66, 0x0f, 0x38, 0x82, 0x06), COMPLETE_FAULT);
 }
@@ -475,7 +558,7 @@ static void saves_agree_with_the_processor(void)
         int compared = 0;
         bool has = processor_has(save_forms[form].needs);
         for (int trial = 0; has && trial < 500; trial++) {
-            fresh();
+            fresh_guest();
             uint32_t features = next_random(&seed) & 7;
             uint64_t in_use = next_random(&seed) & 7;
             random_fpu(&seed, state, in_use);
@@ -516,7 +599,7 @@ static void restores_agree_with_the_processor(void)
     NATIVE("xsave64", mine, ~0u);
     for (int compact = 0; compact < (processor_has("xsavec") ? 2 : 1); compact++)
         for (int trial = 0; trial < 500; trial++) {
-            fresh();
+            fresh_guest();
             uint32_t features = next_random(&seed) & 7;
             random_fpu(&seed, before, next_random(&seed) & 7);
             random_fpu(&seed, image, next_random(&seed) & 7);
@@ -558,7 +641,7 @@ static void bad_restore_headers_are_refused(void)
         uint8_t value;
     } tests[] = {{512, 8}, {520, 1}, {527, 0x40}, {528, 1}, {24 + 3, 0x80}};
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
-        fresh();
+        fresh_guest();
         f.memory[DATA + 512] = 3;
         f.memory[DATA + 24 + 1] = 0x1f;
         f.memory[DATA + tests[i].at] = tests[i].value;
@@ -566,9 +649,9 @@ static void bad_restore_headers_are_refused(void)
         CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xae, 0x2e), COMPLETE_FAULT);
         CHECK_EQUAL(f.c.event.vector, V_GP);
     }
-    fresh(); /* XRSTORS takes the compacted format only */
+    fresh_guest(); /* XRSTORS takes the compacted format only */
     CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xc7, 0x1e), COMPLETE_FAULT);
-    fresh();
+    fresh_guest();
     f.c.sregs.cr0 |= CR0_TS;
     CHECK_EQUAL(COMPLETE(0x48, 0x0f, 0xae, 0x2e), COMPLETE_FAULT);
     CHECK_EQUAL(f.c.event.vector, V_NM);
@@ -609,7 +692,7 @@ static enum outcome complete_row(const struct instruction *row, bool memory, uin
 {
     uint8_t bytes[INSN_MAX] = {0};
     size_t n = encode_row(row, memory, row->form & W1, bytes);
-    fresh();
+    fresh_guest();
     memset(f.source.cpuid, 0xff, sizeof f.source.cpuid);
     if (row->feature != NO_FEATURE)
         f.source.cpuid[row->feature >> 5] ^= offered_words & 1u << (row->feature & 31);
@@ -650,17 +733,17 @@ static void the_other_form_of_a_row_that_has_one_is_undefined(void)
         size_t n = encode_row(row, false, row->form & W1, bytes);
         if (row->form & VEX)
             bytes[2] |= 4; /* L = 1 */
-        fresh();
+        fresh_guest();
         CHECK_EQUAL(complete(&f.c, bytes, n), COMPLETE_FAULT);
         CHECK_EQUAL(f.c.event.vector, V_UD);
     }
-    fresh(); /* fences share an opcode with XRSTOR, XSAVEOPT and CLFLUSH */
+    fresh_guest(); /* fences share an opcode with XRSTOR, XSAVEOPT and CLFLUSH */
     CHECK_EQUAL(COMPLETE(0x0f, 0xae, 0xe8), COMPLETE_UNKNOWN);
 }
 
 static void tzcnt_and_lzcnt_without_their_features_are_the_older_scans(void)
 {
-    fresh();
+    fresh_guest();
     memset(f.source.cpuid, 0, sizeof f.source.cpuid);
     f.c.regs.rax = 0x10100;
     CHECK_EQUAL(COMPLETE(0xf3, 0x48, 0x0f, 0xbc, 0xc8), COMPLETE_DONE); /* bsf %rax, %rcx */
@@ -688,6 +771,10 @@ int main(void)
     what_is_not_ram_or_not_modelled_is_left_alone();
     segments_have_limits_and_bases();
     exceptions_and_privilege();
+    no_address_that_is_not_canonical_is_taken_for_another();
+    a_gate_decides_whether_a_software_interrupt_may_use_it();
+    iret_returns_within_a_level_and_to_an_outer_one();
+    an_iret_to_what_is_no_segment_for_it_faults_where_it_is();
     invpcid_flushes_and_checks_its_descriptor();
     if (processor_has("xsave") && processor_has("avx")) {
         saves_agree_with_the_processor();

@@ -376,7 +376,7 @@ static double seconds(void)
 static int system_calls(const char *name, const uint8_t *handler, const uint8_t *handler_end)
 {
     enum { CALLS = 1000, ENTRY = 0x24000, FAULTS = 0x25000 };
-    machine_create(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL);
+    machine_create(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL | VMM_COMPAT_LSTAR);
     memcpy(m.memory + USER_CODE, user_program, (size_t)(user_program_end - user_program));
     memcpy(m.memory + ENTRY, kernel_entry, (size_t)(kernel_entry_end - kernel_entry));
     memcpy(m.memory + FAULTS, handler, (size_t)(handler_end - handler));
@@ -436,7 +436,7 @@ static int cpl3_gets_in_every_way(void)
         printf("skipped: SYSCALL from 32-bit code is AMD's alone\n");
         return 0;
     }
-    machine_create(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL);
+    machine_create(VMM_COMPAT_COMPLETE | VMM_COMPAT_SYSCALL | VMM_COMPAT_LSTAR);
     memcpy(m.memory + USER_CODE, other_ways, (size_t)(other_ways_end - other_ways));
     memcpy(m.memory + INT_HANDLER, increment_and_return,
            (size_t)(increment_and_return_end - increment_and_return));

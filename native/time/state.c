@@ -194,7 +194,10 @@ static int save_vcpu(struct vmm_vcpu *vcpu, const struct vmm_moment *at, vmm_vcp
     to->xcr0 = xcrs.nr_xcrs ? xcrs.xcrs[0].value : 1;
     to->n_msrs = vcpu->vm->n_msrs;
     for (uint32_t i = 0; i < to->n_msrs; i++)
-        to->msrs[i] = (vmm_msr){.index = msrs.entries[i].index, .value = msrs.entries[i].data};
+        to->msrs[i] = (vmm_msr){
+            .index = msrs.entries[i].index,
+            .value = vmm_msr_for_guest(vcpu, msrs.entries[i].index, msrs.entries[i].data),
+        };
     vmm_clocks_save_tsc(vcpu, at, msrs.entries[to->n_msrs].data, read_at, to);
     to->tsc_deadline = msrs.entries[to->n_msrs + 1].data;
     return 0;
@@ -234,10 +237,11 @@ static int set_msrs(const struct vmm_vcpu *vcpu, const vmm_vcpu_state *from, con
 {
     struct msr_list set = {.head.nmsrs = 0};
     for (uint32_t i = 0; i < from->n_msrs; i++) {
-        const struct kvm_msr_entry *is = now ? entry_of(now, vcpu->vm->n_msrs, from->msrs[i].index) : NULL;
-        if (!informs(from->msrs[i].index) && !is_clock(from->msrs[i].index) &&
-            (!is || is->data != from->msrs[i].value))
-            add(&set, from->msrs[i].index, from->msrs[i].value);
+        const uint32_t index = from->msrs[i].index;
+        const uint64_t value = vmm_msr_for_kvm(vcpu, index, from->msrs[i].value);
+        const struct kvm_msr_entry *is = now ? entry_of(now, vcpu->vm->n_msrs, index) : NULL;
+        if (!informs(index) && !is_clock(index) && (!is || is->data != value))
+            add(&set, index, value);
     }
     const int done = vcpu->engine->ops->set_msrs(vcpu->engine, &set.head);
     if (done < 0)

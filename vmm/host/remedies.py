@@ -30,6 +30,8 @@ class Remedies:
             self.remedies |= lib.VMM_COMPAT_COMPLETE
         if forced or found.syscall_broken:
             self.remedies |= lib.VMM_COMPAT_SYSCALL
+        if found.syscall_broken:  # where it is not, SYSCALL must find the guest's entry
+            self.remedies |= lib.VMM_COMPAT_LSTAR
         if self.vmcall_loops:
             self.remedies |= lib.VMM_COMPAT_HYPERCALL
         if forced or found.shadowed:
