@@ -11,9 +11,10 @@
 /* cdef: begin */
 
 enum vmm_compat_flags {
-    VMM_COMPAT_COMPLETE = 1,  /* complete instructions KVM's emulator lacks */
-    VMM_COMPAT_SYSCALL = 2,   /* repair CPL 3's ways into the guest's kernel: INT n, SYSCALL of 32-bit code */
-    VMM_COMPAT_LSTAR = 16,    /* with it: SYSCALL of 64-bit code stays at CPL 3; KVM is kept from knowing LSTAR */
+    VMM_COMPAT_COMPLETE = 1, /* complete instructions KVM's emulator lacks */
+    VMM_COMPAT_SYSCALL = 2,  /* repair CPL 3's ways into the guest's kernel: INT n, SYSCALL of 32-bit code */
+    VMM_COMPAT_LSTAR =
+        16, /* with it: SYSCALL of 64-bit code stays at CPL 3; KVM is kept from knowing LSTAR */
     VMM_COMPAT_HYPERCALL = 8, /* KVM's emulator executes a hypercall for ever: have it raise #UD */
     VMM_COMPAT_SHADOW = 4,    /* KVM shadows page tables: have it forget them when memory was put back */
 };
