@@ -60,7 +60,6 @@ MUTATIONS = (
     Mutation("bus: epoch announced relaxed", "vmm_bus_access", ANNOUNCE, RELAXED, ("test_fences", "vmm_bus_access")),
     Mutation("MMIO: not unsettled", "exit_mmio", "vcpu->unsettled = true;", "", ("test_run",)),
     Mutation("park: not settled", "attend", "settle(vcpu);", "", ("test_run",)),
-    Mutation("leave: not settled", "leave_loop", "settle(vcpu);", "", ("test_run",)),
     Mutation(
         "kick: no signal",
         "kvm_kick",
@@ -72,7 +71,7 @@ MUTATIONS = (
         "pause: vCPUs not waited for",
         "vmm_vm_await_pause",
         "while (asked && any_in_state(vm, VMM_VCPU_RUNNING) && !late)",
-        "if (0)",
+        "if (late)",
         ("test_run",),
     ),
     Mutation(

@@ -8,7 +8,6 @@
 
 #include "core/core.h"
 
-#include <malloc.h>
 #include <sched.h>
 
 static vmm_vm *vm;
@@ -135,12 +134,28 @@ static void removing_waits_for_the_vcpu_inside(enum fake_exit (*guest)(struct fa
 
 /* ---- a vCPU that changes the bus from inside a device ---- */
 
+/* Allocate whatever was freed, of any size that a small table has, and overwrite it. */
+static void overwrite_what_was_freed(void)
+{
+    enum { STEP = 16, SIZES = 16 };
+    void *taken[SIZES];
+    for (size_t i = 0; i < SIZES; i++) {
+        taken[i] = malloc((i + 1) * STEP);
+        CHECK(taken[i]);
+        memset(taken[i], 0x5a, (i + 1) * STEP);
+    }
+    for (size_t i = 0; i < SIZES; i++)
+        free(taken[i]);
+}
+
 static uint64_t leaving_read(void *opaque, uint64_t offset, uint32_t size)
 {
     (void)opaque;
     (void)size;
-    if (offset == 0)
+    if (offset == 0) {
         CHECK_EQUAL(detach_register(), 0); /* its own range, from the vCPU's thread: it does not wait */
+        overwrite_what_was_freed();
+    }
     return 0x11 + offset;
 }
 
@@ -254,7 +269,6 @@ static void a_detached_device_is_never_used_again(void)
 
 int main(void)
 {
-    mallopt(M_PERTURB, 0xa5); /* what is freed is overwritten, and no vCPU finds its device in it */
     sem_init(&in_device, 0, 0);
     sem_init(&leave_device, 0, 0);
     removing_waits_for_the_vcpu_inside(read_port_once, detach_port);
