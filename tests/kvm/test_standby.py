@@ -140,7 +140,7 @@ def test_it_does_not_when_the_machine_ends_in_order(first: tuple[Following, Any,
 def test_who_needs_more_than_a_standby_has_is_refused(machine: Machine, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fence"):
         machine.standby("tcp:127.0.0.1:1")
-    with pytest.raises(ConfigError, match="give less than"):
+    with pytest.raises(ConfigError, match=r"half of the standby.s timeout: give less"):
         machine.standby(f"unix:{tmp_path}/there", every=60)
 
 

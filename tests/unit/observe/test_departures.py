@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vmm.cpu.findings import Findings
 from vmm.cpu.paging import Paging
 from vmm.observe import departures
 from vmm.observe.processor import Processor
@@ -27,40 +28,48 @@ def processor(code: str, bits: int, **registers: int) -> Processor:
     return Processor(values, bits, Paging(values), lambda gpa, size: bytes(memory[gpa : gpa + size]))
 
 
-def machine(**host: bool) -> Any:
-    known = {"emulated": True, "vmcall_loops": True, **host}
+BOTH = ["32-bit", "PAE"]
+
+
+def machine(compat: str = "auto", **host: Any) -> Any:
+    known = {"emulated": True, "vmcall_loops": True, "unpaged": BOTH, **host}
     return SimpleNamespace(
-        host=SimpleNamespace(**known), symbols=Symbols([], "nowhere"), config=SimpleNamespace(compat="auto")
+        host=SimpleNamespace(**known), symbols=Symbols([], "nowhere"), config=SimpleNamespace(compat=compat)
     )
 
 
-def found(cpu: Processor, **host: bool) -> str:
-    diagnosis = departures.of(machine(**host), cpu, cpu.fetch(cpu.rip)[0])
+def found(cpu: Processor, **how: Any) -> str:
+    diagnosis = departures.of(machine(**how), cpu, cpu.fetch(cpu.rip)[0])
     return diagnosis.sentence if diagnosis else ""
 
 
-def test_int_n_at_cpl_3_is_named_where_kernel_code_is_emulated() -> None:
-    sentence = found(processor("cd80", 64, cs=0x2B, efer=0x500))
+def test_int_n_at_cpl_3_is_named_where_it_is_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Findings()
+    monkeypatch.setattr("vmm.host.findings", lambda: known)
+    at_cpl_3 = processor("cd80", 64, cs=0x2B, efer=0x500)
+    assert not found(at_cpl_3, compat="off")  # a host that delivers it
+    known.syscall_broken = True
+    sentence = found(at_cpl_3, compat="off")
     assert sentence.startswith("software interrupt that this host's KVM cannot deliver: int 0x80 at 0x1000, at CPL 3")
-    assert "see pyvmm doctor" in sentence
-    assert not found(processor("cd80", 64, cs=0x08, efer=0x500))
-    assert not found(processor("cd80", 64, cs=0x2B, efer=0x500), emulated=False)
-    assert not found(processor("cd10", 16, cs=3, cr0=0))  # a segment of real mode
+    assert "--compat auto repairs" in sentence and "see pyvmm doctor" in sentence
+    assert not found(at_cpl_3)
+    assert not found(processor("cd80", 64, cs=0x08, efer=0x500), compat="off")
+    assert not found(processor("cd10", 16, cs=3, cr0=0), compat="off")  # a segment of real mode
 
 
 @pytest.mark.parametrize(
-    ("registers", "named"),
+    ("registers", "kind"),
     [
-        ({"rax": 0x80000011}, True),
-        ({"rax": 0x80000011, "cr4": 0x20}, True),  # PAE
-        ({"rax": 0x11}, False),  # no paging
-        ({"rax": 0x80000011, "efer": 0x100}, False),  # the way into long mode
+        ({"rax": 0x80000011}, "32-bit"),
+        ({"rax": 0x80000011, "cr4": 0x20}, "PAE"),
+        ({"rax": 0x11}, None),  # no paging
+        ({"rax": 0x80000011, "efer": 0x100}, None),  # the way into long mode
     ],
 )
-def test_32_bit_paging_is_named(registers: dict[str, int], named: bool) -> None:
-    sentence = found(processor("0f22c0", 32, **registers))
-    assert ("switches paging on outside long mode" in sentence) is named
-    assert not found(processor("0f22c0", 32, **registers), emulated=False)
+def test_32_bit_paging_is_named_where_the_host_lacks_that_kind(registers: dict[str, int], kind: str | None) -> None:
+    cpu = processor("0f22c0", 32, **registers)
+    assert (f"switches {kind} paging on" in found(cpu)) is (kind is not None)
+    assert not found(cpu, unpaged=[other for other in BOTH if other != kind])
 
 
 def test_a_hypercall_is_named_only_by_a_vcpu_that_stays_there() -> None:
