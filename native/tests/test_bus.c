@@ -113,6 +113,17 @@ static void ignore_exit(void *opaque, uint32_t vcpu, const vmm_exit_record *reco
     (void)record;
 }
 
+/* With the vCPU inside the device: the removal waits until it has left. Ends the vCPU's thread. */
+static void remove_while_inside(pthread_t vcpu, struct removal *removal)
+{
+    fake_wait(&in_device);
+    const pthread_t remover = fake_start(remove_it, removal);
+    await_waiting(removal);
+    sem_post(&leave_device);
+    fake_join(remover);
+    stop_and_join(vcpu);
+}
+
 static void removing_waits_for_the_vcpu_inside(enum fake_exit (*guest)(struct fake_vcpu *),
                                                int (*remove)(void))
 {
@@ -124,12 +135,7 @@ static void removing_waits_for_the_vcpu_inside(enum fake_exit (*guest)(struct fa
     CHECK_EQUAL(vmm_bus_attach(vm, VMM_MMIO, FAKE_REGISTER, 1, &held_ops, NULL, 0), 0);
     fake_vcpu(0)->guest = guest;
     const pthread_t vcpu = fake_start_vcpu(0);
-    fake_wait(&in_device);
-    const pthread_t remover = fake_start(remove_it, &removal);
-    await_waiting(&removal);
-    sem_post(&leave_device);
-    fake_join(remover);
-    stop_and_join(vcpu);
+    remove_while_inside(vcpu, &removal);
 }
 
 /* ---- a vCPU that changes the bus from inside a device ---- */
@@ -198,12 +204,7 @@ static void an_access_within_an_access_does_not_let_the_outer_one_go(void)
     CHECK_EQUAL(vmm_bus_attach(vm, VMM_PIO, FAKE_PORT + 1, 1, &held_ops, NULL, 0), 0);
     fake_vcpu(0)->guest = read_port_once;
     const pthread_t vcpu = fake_start_vcpu(0);
-    fake_wait(&in_device);
-    const pthread_t remover = fake_start(remove_it, &removal);
-    await_waiting(&removal);
-    sem_post(&leave_device);
-    fake_join(remover);
-    stop_and_join(vcpu);
+    remove_while_inside(vcpu, &removal);
 }
 
 /* ---- devices that come and go under vCPUs that never pause ---- */
